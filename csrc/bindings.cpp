@@ -1,0 +1,89 @@
+// Python binding of what holds no tensor: the slot arithmetic and what this build contains.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "ring.h"
+
+namespace py = pybind11;
+using sinkattn::RingLayout;
+using sinkattn::Run;
+
+namespace {
+
+RingLayout make_layout(int64_t num_sinks, int64_t window, int64_t headroom) {
+  const auto require = [](bool ok, const char* name, const char* expected, int64_t got) {
+    if (!ok) throw py::value_error(std::string(name) + ": expected " + expected + ", got " + std::to_string(got));
+  };
+  constexpr int64_t kLimit = int64_t{1} << 40;  // far above any memory, far below overflow
+  require(num_sinks >= 0 && num_sinks < kLimit, "num_sinks", "0 or more (below 2^40)", num_sinks);
+  require(window >= 1 && window < kLimit, "window", "1 or more (below 2^40)", window);
+  require(headroom >= 0 && headroom < kLimit, "headroom", "0 or more (below 2^40)", headroom);
+  return RingLayout{num_sinks, window, headroom};
+}
+
+py::dict build_info() {
+  py::dict info;
+#ifdef SINKATTN_WITH_CUDA
+  info["cuda"] = true;
+  info["cuda_toolkit"] = SINKATTN_CUDA_TOOLKIT;
+#else
+  info["cuda"] = false;
+  info["cuda_toolkit"] = py::none();
+#endif
+  info["compiler"] = SINKATTN_COMPILER;
+  info["torch_built_with"] = SINKATTN_TORCH_VERSION;
+  info["torch_abi_target"] = SINKATTN_TORCH_ABI;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Slot arithmetic of the ring and what this build contains.";
+  py::class_<RingLayout>(m, "RingLayout", "Where the tokens of an endless stream sit in a fixed number of slots.")
+      .def(py::init(&make_layout), py::arg("num_sinks"), py::arg("window"), py::arg("headroom") = 0)
+      .def_readonly("num_sinks", &RingLayout::num_sinks)
+      .def_readonly("window", &RingLayout::window)
+      .def_readonly("headroom", &RingLayout::headroom)
+      .def_property_readonly("ring", &RingLayout::ring, "Slots of the ring: window + headroom.")
+      .def_property_readonly("slots", &RingLayout::slots, "Slots of the cache: num_sinks + ring.")
+      .def("slot", &RingLayout::slot, py::arg("token"), "Slot of a token.")
+      .def("age", &RingLayout::age, py::arg("token"), py::arg("slot"),
+           "How many tokens before `token` the occupant of a ring slot came.")
+      .def("visible", &RingLayout::visible, py::arg("token"), py::arg("slot"),
+           "Whether the query of `token` sees what the slot holds.")
+      .def("window_begin", &RingLayout::window_begin, py::arg("token"),
+           "First token of the window that the query of `token` sees.")
+      .def("position", &RingLayout::position, py::arg("token"), "Cache-relative rotary position of a query.")
+      .def(
+          "write_runs",
+          [](const RingLayout& layout, int64_t seen, int64_t count) {
+            Run runs[RingLayout::kMaxRuns];
+            const int n = layout.write_runs(seen, count, runs);
+            std::vector<py::tuple> out;
+            for (int i = 0; i < n; ++i) out.push_back(py::make_tuple(runs[i].token, runs[i].slot, runs[i].count));
+            return out;
+          },
+          py::arg("seen"), py::arg("count"), "Runs (token, slot, count) written when `count` tokens are appended.")
+      .def("__eq__",
+           [](const RingLayout& a, const RingLayout& b) {
+             return a.num_sinks == b.num_sinks && a.window == b.window && a.headroom == b.headroom;
+           })
+      .def("__repr__",
+           [](const RingLayout& layout) {
+             return "RingLayout(num_sinks=" + std::to_string(layout.num_sinks) +
+                    ", window=" + std::to_string(layout.window) + ", headroom=" + std::to_string(layout.headroom) +
+                    ")";
+           })
+      .def(py::pickle(
+          [](const RingLayout& layout) {
+            return py::make_tuple(layout.num_sinks, layout.window, layout.headroom);
+          },
+          [](const py::tuple& state) {
+            return make_layout(state[0].cast<int64_t>(), state[1].cast<int64_t>(), state[2].cast<int64_t>());
+          }));
+  m.def("build_info", &build_info, "What this build contains, as a dict.");
+}

@@ -1,0 +1,249 @@
+// Ring ops on the CPU. Arguments are validated in sinkattn/ops.py; what is checked again here keeps a direct call
+// of an operator from touching memory that is not its own.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/Dispatch_v2.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "ring.h"
+#include "rotary.h"
+#include "row_moves.h"
+
+namespace sinkattn {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kGrainElements = 16384;  // below this many elements a second thread costs more than it saves
+
+int64_t grain(int64_t elements_per_item) {
+  return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements_per_item));
+}
+
+void check_cache(const Tensor& keys, const Tensor& values) {
+  STD_TORCH_CHECK(keys.dim() == 4 && values.dim() == 4, "keys, values: expected 4 dimensions");
+  STD_TORCH_CHECK(keys.is_contiguous() && values.is_contiguous(), "keys, values: expected contiguous tensors");
+  STD_TORCH_CHECK(keys.scalar_type() == values.scalar_type(), "keys, values: expected one dtype");
+  for (int64_t dim = 0; dim < 3; ++dim) {
+    STD_TORCH_CHECK(keys.size(dim) == values.size(dim), "keys, values: expected equal batch, kv_heads and slots");
+  }
+}
+
+// Pointer to a contiguous int64 tensor of `count` elements.
+const int64_t* counters(const Tensor& tensor, int64_t count, const char* name) {
+  STD_TORCH_CHECK(
+      tensor.dim() == 1 && tensor.size(0) == count && tensor.scalar_type() == ScalarType::Long &&
+          tensor.is_contiguous() && tensor.is_cpu(),
+      name, ": expected a contiguous int64 CPU tensor of ", count, " elements");
+  return static_cast<const int64_t*>(tensor.const_data_ptr());
+}
+
+template <typename scalar_t>
+void append_rows(
+    const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, const int64_t* seen,
+    const int64_t* lengths, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+    const RingLayout& layout, bool interleaved) {
+  using acc_t = typename Accumulate<scalar_t>::type;
+  const int64_t heads = keys.size(1), slots = keys.size(2), tokens = key.size(2);
+  const int64_t key_dim = keys.size(3), value_dim = values.size(3);
+  auto* keys_data = static_cast<scalar_t*>(keys.mutable_data_ptr());
+  auto* values_data = static_cast<scalar_t*>(values.mutable_data_ptr());
+  const auto* key_data = static_cast<const scalar_t*>(key.const_data_ptr());
+  const auto* value_data = static_cast<const scalar_t*>(value.const_data_ptr());
+  const acc_t* cos_data = cos ? static_cast<const acc_t*>(cos->const_data_ptr()) : nullptr;
+  const acc_t* sin_data = sin ? static_cast<const acc_t*>(sin->const_data_ptr()) : nullptr;
+  const int64_t pairs = cos ? cos->size(2) : 0;
+
+  const int64_t written = std::min(tokens, slots);
+  torch::stable::parallel_for(
+      0, keys.size(0) * heads, grain(written * (key_dim + value_dim)), [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t row = item / heads, head = item % heads;
+          Run runs[RingLayout::kMaxRuns];
+          const int n = layout.write_runs(seen[row], lengths ? lengths[row] : tokens, runs);
+          for (int r = 0; r < n; ++r) {
+            for (int64_t i = 0; i < runs[r].count; ++i) {
+              const int64_t token = runs[r].token + i;
+              const int64_t target = item * slots + runs[r].slot + i;
+              rotate_vector<scalar_t>(
+                  keys_data + target * key_dim,
+                  key_data + row * key.stride(0) + head * key.stride(1) + token * key.stride(2), key.stride(3),
+                  key_dim, pairs, cos ? cos_data + row * cos->stride(0) + token * cos->stride(1) : nullptr,
+                  sin ? sin_data + row * sin->stride(0) + token * sin->stride(1) : nullptr,
+                  cos ? cos->stride(2) : 0, interleaved);
+              const scalar_t* from =
+                  value_data + row * value.stride(0) + head * value.stride(1) + token * value.stride(2);
+              scalar_t* to = values_data + target * value_dim;
+              for (int64_t d = 0; d < value_dim; ++d) to[d] = from[d * value.stride(3)];
+            }
+          }
+        }
+      });
+}
+
+void append_(
+    const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, const Tensor& seen,
+    const std::optional<Tensor>& lengths, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+    int64_t num_sinks, bool interleaved) {
+  check_cache(keys, values);
+  const int64_t batch = keys.size(0);
+  STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4, "key, value: expected 4 dimensions");
+  const int64_t tokens = key.size(2);
+  STD_TORCH_CHECK(
+      key.size(0) == batch && key.size(1) == keys.size(1) && key.size(3) == keys.size(3) && value.size(0) == batch &&
+          value.size(1) == keys.size(1) && value.size(2) == tokens && value.size(3) == values.size(3),
+      "key, value: expected the batch, kv_heads and head_dim of the cache and equally many tokens");
+  STD_TORCH_CHECK(
+      key.scalar_type() == keys.scalar_type() && value.scalar_type() == keys.scalar_type(),
+      "key, value: expected the dtype of the cache");
+  STD_TORCH_CHECK(num_sinks >= 0 && num_sinks < keys.size(2), "num_sinks: expected fewer than there are slots");
+  STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "cos, sin: expected both or none");
+  if (cos) {
+    const ScalarType table = keys.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    STD_TORCH_CHECK(
+        cos->dim() == 3 && sin->dim() == 3 && cos->size(0) == batch && cos->size(1) == tokens &&
+            2 * cos->size(2) <= keys.size(3) && cos->scalar_type() == table && sin->scalar_type() == table,
+        "cos, sin: expected [batch, tokens, pairs] in fp32 (fp64 for an fp64 cache)");
+    for (int64_t dim = 0; dim < 3; ++dim) {
+      STD_TORCH_CHECK(
+          cos->size(dim) == sin->size(dim) && cos->stride(dim) == sin->stride(dim),
+          "cos, sin: expected equal sizes and strides");
+    }
+  }
+  const int64_t* seen_data = counters(seen, batch, "seen");
+  const int64_t* length_data = lengths ? counters(*lengths, batch, "lengths") : nullptr;
+  // Before the parallel loop: an exception inside it loses its text.
+  for (int64_t row = 0; row < batch; ++row) {
+    STD_TORCH_CHECK(seen_data[row] >= 0, "seen: expected 0 or more, got ", seen_data[row], " in row ", row);
+    STD_TORCH_CHECK(
+        !length_data || (length_data[row] >= 0 && length_data[row] <= tokens), "lengths: expected 0 to ", tokens,
+        ", got ", length_data ? length_data[row] : 0, " in row ", row);
+  }
+  const RingLayout layout{num_sinks, keys.size(2) - num_sinks, 0};
+  THO_DISPATCH_V2(
+      keys.scalar_type(), "append_", AT_WRAP([&] {
+        append_rows<scalar_t>(keys, values, key, value, seen_data, length_data, cos, sin, layout, interleaved);
+      }),
+      AT_FLOATING_TYPES, ScalarType::Half, ScalarType::BFloat16);
+}
+
+void rollback_(const Tensor& seen, const Tensor& peak, const Tensor& counts, int64_t headroom) {
+  const int64_t batch = seen.numel();
+  counters(seen, batch, "seen");
+  counters(peak, batch, "peak");
+  const int64_t* count_data = counters(counts, batch, "counts");
+  auto* seen_data = static_cast<int64_t*>(seen.mutable_data_ptr());
+  auto* peak_data = static_cast<int64_t*>(peak.mutable_data_ptr());
+  for (int64_t row = 0; row < batch; ++row) {
+    const int64_t count = count_data[row];
+    STD_TORCH_CHECK(
+        count >= 0 && count <= seen_data[row], "rollback: expected 0 to ", seen_data[row], " tokens in row ", row,
+        ", got ", count);
+    // What was rolled back before still has its slots, so it counts until as much is appended again.
+    const int64_t peak_now = std::max(peak_data[row], seen_data[row]);
+    STD_TORCH_CHECK(
+        count == 0 || peak_now - (seen_data[row] - count) <= headroom, "rollback: row ", row, " can go back ",
+        std::max<int64_t>(0, headroom - (peak_now - seen_data[row])), " tokens more (headroom ", headroom, "), got ",
+        count);
+  }
+  for (int64_t row = 0; row < batch; ++row) {
+    peak_data[row] = std::max(peak_data[row], seen_data[row]);
+    seen_data[row] -= count_data[row];
+  }
+}
+
+int64_t row_bytes(const Tensor& cache) { return cache.size(2) * cache.size(3) * cache.element_size(); }
+
+void reorder_(const Tensor& keys, const Tensor& values, const Tensor& source) {
+  check_cache(keys, values);
+  const int64_t batch = keys.size(0), heads = keys.size(1);
+  const int64_t* source_data = counters(source, batch, "source");
+  for (int64_t row = 0; row < batch; ++row) {
+    STD_TORCH_CHECK(
+        source_data[row] >= 0 && source_data[row] < batch, "source: expected 0 to ", batch - 1, ", got ",
+        source_data[row], " in row ", row);
+  }
+  const std::vector<RowMove> moves = plan_row_moves(source_data, batch);
+  if (moves.empty()) return;
+  for (const Tensor* cache : {&keys, &values}) {
+    auto* data = static_cast<char*>(cache->mutable_data_ptr());
+    const int64_t bytes = row_bytes(*cache);
+    torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+      std::vector<char> spare(bytes);
+      for (int64_t head = begin; head < end; ++head) {
+        const auto at = [&](int64_t row) {
+          return row == kSpareRow ? spare.data() : data + (row * heads + head) * bytes;
+        };
+        for (const RowMove& move : moves) std::memcpy(at(move.to), at(move.from), bytes);
+      }
+    });
+  }
+}
+
+void reset_(const Tensor& keys, const Tensor& values, const Tensor& rows) {
+  check_cache(keys, values);
+  const int64_t count = rows.numel();
+  const int64_t* row_data = counters(rows, count, "rows");
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(
+        row_data[i] >= 0 && row_data[i] < keys.size(0), "rows: expected 0 to ", keys.size(0) - 1, ", got ",
+        row_data[i]);
+  }
+  for (const Tensor* cache : {&keys, &values}) {
+    auto* data = static_cast<char*>(cache->mutable_data_ptr());
+    const int64_t bytes = keys.size(1) * row_bytes(*cache);
+    for (int64_t i = 0; i < count; ++i) std::memset(data + row_data[i] * bytes, 0, bytes);
+  }
+}
+
+std::tuple<Tensor, Tensor> linearise(
+    const Tensor& keys, const Tensor& values, const Tensor& seen, int64_t num_sinks, int64_t window) {
+  check_cache(keys, values);
+  const int64_t batch = keys.size(0), heads = keys.size(1), slots = keys.size(2);
+  STD_TORCH_CHECK(
+      num_sinks >= 0 && window >= 1 && num_sinks + window <= slots, "num_sinks, window: expected to fit ", slots,
+      " slots");
+  const int64_t* seen_data = counters(seen, batch, "seen");
+  const RingLayout layout{num_sinks, window, slots - num_sinks - window};
+  const auto ordered = [&](const Tensor& cache) {
+    const int64_t length = num_sinks + window;
+    Tensor out = torch::stable::new_zeros(cache, {batch, heads, length, cache.size(3)});
+    const auto* from = static_cast<const char*>(cache.const_data_ptr());
+    auto* to = static_cast<char*>(out.mutable_data_ptr());
+    const int64_t bytes = cache.size(3) * cache.element_size();
+    torch::stable::parallel_for(0, batch * heads, grain(length * cache.size(3)), [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t count = seen_data[item / heads];
+        const int64_t sinks = std::min(count, num_sinks);
+        const int64_t recent = std::min(count - sinks, window);
+        for (int64_t i = 0; i < sinks + recent; ++i) {
+          const int64_t token = i < sinks ? i : count - recent + (i - sinks);
+          std::memcpy(to + (item * length + i) * bytes, from + (item * slots + layout.slot(token)) * bytes, bytes);
+        }
+      }
+    });
+    return out;
+  };
+  return {ordered(keys), ordered(values)};
+}
+
+}  // namespace
+}  // namespace sinkattn
+
+STABLE_TORCH_LIBRARY_IMPL(sinkattn, CPU, m) {
+  m.impl("append_", TORCH_BOX(&sinkattn::append_));
+  m.impl("rollback_", TORCH_BOX(&sinkattn::rollback_));
+  m.impl("reorder_", TORCH_BOX(&sinkattn::reorder_));
+  m.impl("reset_", TORCH_BOX(&sinkattn::reset_));
+  m.impl("linearise", TORCH_BOX(&sinkattn::linearise));
+}

@@ -1,0 +1,37 @@
+"""Endless streams for transformers models: a ring-buffer KV cache with attention sinks.
+
+`enable` makes a loaded transformers model stream; `RingKVCache` and `sink_attention` do the same without
+transformers, which is imported only when one of `enable`, `disable` or `SinkCache` is asked for.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from sinkattn import reference
+from sinkattn.ops import RingLayout, build_info
+from sinkattn.ring_cache import RingKVCache, sink_attention
+from sinkattn.rope import Rope
+
+if TYPE_CHECKING:
+    from sinkattn.hf import SinkCache, disable, enable
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RingKVCache",
+    "RingLayout",
+    "Rope",
+    "SinkCache",
+    "build_info",
+    "disable",
+    "enable",
+    "reference",
+    "sink_attention",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("SinkCache", "disable", "enable"):
+        from sinkattn import hf
+
+        return getattr(hf, name)
+    raise AttributeError(f"module 'sinkattn' has no attribute {name!r}")

@@ -1,0 +1,328 @@
+"""The boundary to compiled code: argument checks, operators, backends. Nothing else names ``_C`` or ``torch.ops``.
+
+Functions that end in an underscore write to their first arguments; the schemas say so, and fake kernels let
+``torch.compile`` see through them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sinkattn import attention, reference
+from sinkattn.rope import rotate, table_dtype
+
+try:
+    from sinkattn._C import RingLayout, build_info
+except ImportError as error:
+    raise ImportError(
+        "sinkattn: the compiled part is missing; build it with: pip install --no-build-isolation -e . "
+        "(or: python setup.py build_ext --inplace)"
+    ) from error
+torch.ops.load_library(Path(__file__).with_name("_ops.abi3.so"))
+
+__all__ = [
+    "Backend",
+    "RingLayout",
+    "append_",
+    "build_info",
+    "linearise",
+    "reorder_",
+    "reset_",
+    "rollback_",
+    "select_backend",
+    "sink_attention_",
+]
+
+Backend = Literal["auto", "cpu", "reference"]
+BACKENDS: tuple[Backend, ...] = ("auto", "cpu", "reference")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+# Queries that attend at once when a call brings more tokens than can be appended first; bounds the score matrix.
+QUERY_BLOCK = 256
+
+
+def select_backend(device: torch.device, requested: Backend = "auto") -> Backend:
+    """Backend that will run on ``device``; the environment variable SINKATTN_BACKEND overrides ``requested``.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: for a backend that cannot run there, saying why.
+    """
+    source = "SINKATTN_BACKEND" if os.environ.get("SINKATTN_BACKEND") else "backend"
+    wanted = os.environ.get("SINKATTN_BACKEND") or requested
+    if wanted not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {BACKENDS}, got {wanted!r}")
+    if wanted == "auto":
+        return "cpu" if device.type == "cpu" else "reference"
+    if wanted == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"{source}: 'cpu' runs on CPU tensors, got tensors on {device}")
+    return wanted
+
+
+def check_tensor(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError (shape) or TypeError (dtype, device) naming the argument, what was expected and what came."""
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
+    if x.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}, got {x.dtype}")
+    if x.device != device:
+        raise TypeError(f"{name}: expected device {device}, got {x.device}")
+
+
+def check_new_tokens(
+    keys: Tensor, values: Tensor, key: Tensor, value: Tensor, seen: Tensor, lengths: Tensor | None
+) -> None:
+    """Check new tokens against the cache they are for (see `append_` for shapes)."""
+    if key.ndim != 4:
+        raise ValueError(f"key: expected [batch, kv_heads, tokens, head_dim], got {list(key.shape)}")
+    batch, kv_heads, _, head_dim = keys.shape
+    tokens = key.shape[2]
+    check_tensor("key", key, (batch, kv_heads, tokens, head_dim), keys.dtype, keys.device)
+    check_tensor("value", value, (batch, kv_heads, tokens, values.shape[3]), keys.dtype, keys.device)
+    check_tensor("seen", seen, (batch,), torch.int64, keys.device)
+    if lengths is not None:
+        check_tensor("lengths", lengths, (batch,), torch.int64, keys.device)
+    if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+        raise RuntimeError("sinkattn computes no gradients: call it under torch.no_grad() or torch.inference_mode()")
+
+
+def append_(
+    keys: Tensor,
+    values: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    *,
+    num_sinks: int,
+    lengths: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+) -> None:
+    """Write new tokens into their slots, each key rotated once; leaves ``seen`` as it is.
+
+    Args:
+        keys, values: ``[batch, kv_heads, slots, head_dim]`` the cache, contiguous; written in place.
+        key, value: ``[batch, kv_heads, tokens, head_dim]`` any strides, dtype of the cache, key not yet rotated.
+        seen: int64 ``[batch]`` tokens appended before.
+        num_sinks: sink tokens; the other slots are the ring.
+        lengths: int64 ``[batch]`` how many of ``tokens`` each row really brings; all when None.
+        cos, sin: ``[batch, tokens, pairs]`` rotary tables for the new tokens; None writes the key as it is.
+        interleaved: pairs are neighbours.
+
+    Raises:
+        ValueError, TypeError: shape, dtype or device of an argument.
+        RuntimeError: lengths out of range, or gradients wanted.
+    """
+    check_new_tokens(keys, values, key, value, seen, lengths)
+    torch.ops.sinkattn.append_(keys, values, key, value, seen, lengths, cos, sin, num_sinks, interleaved)
+
+
+def rollback_(seen: Tensor, peak: Tensor, counts: Tensor, *, headroom: int) -> None:
+    """Forget the last ``counts`` ``[batch]`` tokens of every row; ``peak`` keeps the most that was ever appended.
+
+    All int64 ``[batch]``. Raises RuntimeError, with nothing changed, when a row cannot go back that far.
+    """
+    torch.ops.sinkattn.rollback_(seen, peak, counts, headroom)
+
+
+def reorder_(keys: Tensor, values: Tensor, source: Tensor) -> None:
+    """Row i becomes what row ``source[i]`` was, in place. source: int64 ``[batch]``; rows that stay cost nothing."""
+    torch.ops.sinkattn.reorder_(keys, values, source)
+
+
+def reset_(keys: Tensor, values: Tensor, rows: Tensor) -> None:
+    """Zero the cache of ``rows`` (int64), so that nothing of an old stream is left in memory."""
+    torch.ops.sinkattn.reset_(keys, values, rows)
+
+
+def linearise(keys: Tensor, values: Tensor, seen: Tensor, *, num_sinks: int, window: int) -> tuple[Tensor, Tensor]:
+    """Time-ordered copy ``[batch, kv_heads, num_sinks + window, head_dim]`` of sinks and window, zeros behind."""
+    return torch.ops.sinkattn.linearise(keys, values, seen, num_sinks, window)
+
+
+@torch.library.register_fake("sinkattn::append_")
+def _(keys, values, key, value, seen, lengths, cos, sin, num_sinks, interleaved) -> None:
+    return None
+
+
+@torch.library.register_fake("sinkattn::rollback_")
+def _(seen, peak, counts, headroom) -> None:
+    return None
+
+
+@torch.library.register_fake("sinkattn::reorder_")
+def _(keys, values, source) -> None:
+    return None
+
+
+@torch.library.register_fake("sinkattn::reset_")
+def _(keys, values, rows) -> None:
+    return None
+
+
+@torch.library.register_fake("sinkattn::linearise")
+def _(keys, values, seen, num_sinks, window) -> tuple[Tensor, Tensor]:
+    batch, kv_heads, _, head_dim = keys.shape
+    shape = (batch, kv_heads, num_sinks + window)
+    return keys.new_empty(*shape, head_dim), values.new_empty(*shape, values.shape[3])
+
+
+def sink_attention_(
+    keys: Tensor,
+    values: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    num_sinks: int,
+    window: int,
+    scale: float,
+    interleaved: bool = False,
+    lengths: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Append new tokens to the ring and attend; the output for a token depends on the tokens it sees alone.
+
+    Args:
+        keys, values, key, value, seen, lengths, interleaved: as for `append_`.
+        query: ``[batch, heads, tokens, head_dim]``, not yet rotated; heads a multiple of kv_heads.
+        cos, sin: ``[2, batch, tokens, pairs]`` from `Rope.stream_tables`, or None for no rotary embedding.
+        num_sinks, window: the layout; the slots beyond them are headroom.
+        scale: factor on the scores.
+        sink_logits: ``[heads]`` learned extra logit of each head, without a value.
+        softcap: ``softcap * tanh(scores / softcap)``.
+        alibi_slopes: ``[heads]`` bias of minus slope times cache-relative distance.
+        backend: see `select_backend`.
+
+    Returns:
+        ``[batch, heads, tokens, value_dim]``; zeros for tokens beyond ``lengths``.
+
+    Raises:
+        ValueError, TypeError: shape, dtype or device of an argument.
+        RuntimeError: a backend that cannot run here, or gradients wanted.
+    """
+    check_new_tokens(keys, values, key, value, seen, lengths)
+    batch, heads, tokens, head_dim = query.shape
+    check_tensor("query", query, (keys.shape[0], heads, key.shape[2], keys.shape[3]), keys.dtype, keys.device)
+    if heads % keys.shape[1]:
+        raise ValueError(f"query: expected heads to be a multiple of kv_heads ({keys.shape[1]}), got {heads}")
+    if torch.is_grad_enabled() and query.requires_grad:
+        raise RuntimeError("sinkattn computes no gradients: call it under torch.no_grad() or torch.inference_mode()")
+    for name, x in (("sink_logits", sink_logits), ("alibi_slopes", alibi_slopes)):
+        if x is not None and x.shape != (heads,):
+            raise ValueError(f"{name}: expected shape [{heads}], got {list(x.shape)}")
+    if (cos is None) != (sin is None):
+        raise ValueError("cos, sin: expected both or none")
+    if cos is not None:
+        shape = (2, batch, tokens, cos.shape[-1])
+        for name, x in (("cos", cos), ("sin", sin)):
+            check_tensor(name, x, shape, table_dtype(keys.dtype), keys.device)
+        if 2 * cos.shape[-1] > head_dim:
+            raise ValueError(
+                f"cos: expected at most {head_dim // 2} pairs for head_dim {head_dim}, got {cos.shape[-1]}"
+            )
+    score_options = {"scale": scale, "sink_logits": sink_logits, "softcap": softcap, "alibi_slopes": alibi_slopes}
+    if select_backend(keys.device, backend) == "reference":
+        return reference.sink_attention_(
+            keys,
+            values,
+            query,
+            key,
+            value,
+            seen,
+            cos,
+            sin,
+            num_sinks=num_sinks,
+            window=window,
+            interleaved=interleaved,
+            lengths=lengths,
+            **score_options,
+        )
+
+    ring = keys.shape[2] - num_sinks
+    # As many tokens can be appended before they attend without overwriting what the first of them sees.
+    append_first = ring - window + 1
+    block = max(QUERY_BLOCK, append_first) if tokens > append_first else max(tokens, 1)
+    out = query.new_empty(batch, heads, tokens, values.shape[3])
+    for start in range(0, tokens, block):
+        part = slice(start, min(start + block, tokens))
+        out[:, :, part] = _attend_block(
+            keys,
+            values,
+            query[:, :, part],
+            key[:, :, part],
+            value[:, :, part],
+            seen + (start if lengths is None else lengths.clamp(max=start)),
+            None if cos is None else cos[:, :, part],
+            None if sin is None else sin[:, :, part],
+            lengths=None if lengths is None else (lengths - start).clamp(0, part.stop - part.start),
+            num_sinks=num_sinks,
+            window=window,
+            interleaved=interleaved,
+            score_options=score_options,
+        )
+    return out
+
+
+def _attend_block(
+    keys, values, query, key, value, seen, cos, sin, *, lengths, num_sinks, window, interleaved, score_options
+) -> Tensor:
+    batch, _, tokens, _ = query.shape
+    ring = keys.shape[2] - num_sinks
+    token = seen.unsqueeze(-1) + torch.arange(tokens, device=seen.device)
+    rotary = {}
+    query_window = query_sink = query
+    if cos is not None:
+        rotary = {"cos": cos[0], "sin": sin[0], "interleaved": interleaved}
+        query_window, query_sink = (
+            rotate(query, cos[i].unsqueeze(1), sin[i].unsqueeze(1), interleaved=interleaved) for i in (0, 1)
+        )
+
+    def append(counts: Tensor | None) -> None:
+        append_(keys, values, key, value, seen, num_sinks=num_sinks, lengths=counts, **rotary)
+
+    sinks = attention.Section(
+        query_sink,
+        keys[:, :, :num_sinks],
+        values[:, :, :num_sinks],
+        attention.sink_distances(token, num_sinks, window),
+    )
+    # Slots that no token can have reached yet are left out.
+    slots = min(ring, max(0, int(seen.max()) + tokens - num_sinks)) if batch else 0
+    ring_keys, ring_values = (x[:, :, num_sinks : num_sinks + slots] for x in (keys, values))
+    geometry = {"num_sinks": num_sinks, "window": window, "ring": ring}
+    if tokens <= ring - window + 1:
+        append(lengths)
+        distance = attention.ring_distances(token, token, slots, **geometry)
+        sections = [sinks, attention.Section(query_window, ring_keys, ring_values, distance)]
+        out = attention.attend(sections, **score_options)
+    else:
+        # Sinks are never evicted, so they can be written before the old ring is read.
+        counts = torch.full_like(seen, tokens) if lengths is None else lengths
+        append(torch.minimum(counts, (num_sinks - seen).clamp(min=0)))
+        old = attention.ring_distances(token, seen.unsqueeze(-1) - 1, slots, **geometry)
+        new_key = key if cos is None else rotate(key, cos[0][:, None], sin[0][:, None], interleaved=interleaved)
+        new = attention.chunk_distances(token, num_sinks=num_sinks, window=window)
+        sections = [
+            sinks,
+            attention.Section(query_window, ring_keys, ring_values, old),
+            attention.Section(query_window, new_key, value, new),
+        ]
+        out = attention.attend(sections, **score_options)
+        append(lengths)
+    if lengths is not None:
+        padding = torch.arange(tokens, device=seen.device) >= lengths.unsqueeze(-1)
+        out = out.masked_fill(padding[:, None, :, None], 0)
+    return out

@@ -1,0 +1,207 @@
+"""The specification of streaming-exact attention in plain PyTorch, twice, for any dtype. Slow and simple on purpose.
+
+The query of token t of a stream sees ``visible(t)``: the first ``num_sinks`` tokens and the ``window`` most recent
+ones, itself included. A key's position is its rank among them; the query's own is the last. Nothing else of the
+past, and no way of cutting the stream into calls, has any influence on the output for token t.
+
+`streaming_attention` says that literally, with no cache: it gathers and rotates every key anew for every query.
+`sink_attention` runs over a ring: each key is rotated once at its stream position and the query twice, which is the
+same because rotary scores depend on differences of positions alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sinkattn.rope import Rope, rotate, table_dtype
+
+if TYPE_CHECKING:
+    from sinkattn.ring_cache import RingKVCache
+
+
+def visible(token: int, num_sinks: int, window: int) -> list[int]:
+    """Tokens that the query of ``token`` sees, oldest first; the index in the list is the rotary position."""
+    return [*range(min(num_sinks, token + 1)), *range(max(num_sinks, token - window + 1), token + 1)]
+
+
+def slot_of(token: int, num_sinks: int, ring: int) -> int:
+    """Slot of a token in a cache of ``num_sinks + ring`` slots."""
+    return token if token < num_sinks else num_sinks + (token - num_sinks) % ring
+
+
+def attention_weights(
+    scores: Tensor,
+    distances: Tensor,
+    *,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """Softmax of the scaled scores ``[heads, keys]`` of one query, in the dtype of the rotary tables.
+
+    distances: ``[keys]`` cache-relative distance from query to key, in tokens, for ALiBi (arXiv 2108.12409).
+    softcap: ``softcap * tanh(scores / softcap)`` (Gemma 2). sink_logits: ``[heads]`` an extra logit without a value
+    (gpt-oss).
+    """
+    scores = scores.to(table_dtype(scores.dtype))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(scores.dtype)[:, None] * distances.to(scores.dtype)
+    if sink_logits is not None:
+        scores = torch.cat((scores, sink_logits.to(scores.dtype)[:, None]), dim=-1)
+    weights = scores.softmax(dim=-1)
+    return weights[:, :-1] if sink_logits is not None else weights
+
+
+def _token_counts(lengths: Tensor | None, batch: int, tokens: int) -> list[int]:
+    return [tokens] * batch if lengths is None else lengths.tolist()
+
+
+def streaming_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    num_sinks: int,
+    window: int,
+    rope: Rope | None = None,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """Attention over whole streams from their first token, gathering and rotating every key for every query.
+
+    query ``[batch, heads, tokens, head_dim]``, key and value ``[batch, kv_heads, tokens, head_dim]``, not rotated;
+    lengths ``[batch]``: tokens of each stream, the others are padding and give zeros. Returns the shape of query
+    (with the head_dim of value).
+    """
+    batch, heads, tokens, head_dim = query.shape
+    groups = heads // key.shape[1]
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    out = query.new_zeros(batch, heads, tokens, value.shape[-1])
+    for row, count in enumerate(_token_counts(lengths, batch, tokens)):
+        for token in range(count):
+            gathered = torch.tensor(visible(token, num_sinks, window), device=query.device)
+            positions = torch.arange(len(gathered), device=query.device)
+            q, k, v = query[row, :, token : token + 1], key[row][:, gathered], value[row][:, gathered]
+            if rope is not None:
+                cos, sin = rope.tables(positions, table_dtype(query.dtype))
+                q = rotate(q, cos[-1:], sin[-1:], interleaved=rope.interleaved)
+                k = rotate(k, cos, sin, interleaved=rope.interleaved)
+            k, v = k.repeat_interleave(groups, dim=0), v.repeat_interleave(groups, dim=0)
+            weights = attention_weights(
+                (q @ k.mT)[:, 0] * scale,
+                positions[-1] - positions,
+                sink_logits=sink_logits,
+                softcap=softcap,
+                alibi_slopes=alibi_slopes,
+            )
+            out[row, :, token] = (weights[:, None].to(v.dtype) @ v)[:, 0]
+    return out
+
+
+def sink_attention_(
+    keys: Tensor,
+    values: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    num_sinks: int,
+    window: int,
+    scale: float,
+    interleaved: bool = False,
+    lengths: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """Append to the ring and attend, one token after the other; writes keys and values, leaves ``seen`` alone.
+
+    The arguments are those of `sinkattn.ops.sink_attention_`.
+    """
+    batch, heads, tokens, _ = query.shape
+    groups = heads // keys.shape[1]
+    ring = keys.shape[2] - num_sinks
+    out = query.new_zeros(batch, heads, tokens, values.shape[-1])
+    for row, count in enumerate(_token_counts(lengths, batch, tokens)):
+        for i in range(count):
+            token = int(seen[row]) + i
+            new_key, q_window, q_sink = key[row, :, i], query[row, :, i], query[row, :, i]
+            if cos is not None:
+                new_key, q_window = (
+                    rotate(x, cos[0, row, i], sin[0, row, i], interleaved=interleaved) for x in (new_key, q_window)
+                )
+                q_sink = rotate(q_sink, cos[1, row, i], sin[1, row, i], interleaved=interleaved)
+            slot = slot_of(token, num_sinks, ring)
+            keys[row, :, slot] = new_key
+            values[row, :, slot] = value[row, :, i]
+
+            tokens_seen = visible(token, num_sinks, window)
+            slots = torch.tensor([slot_of(t, num_sinks, ring) for t in tokens_seen], device=keys.device)
+            sinks = min(num_sinks, token + 1)
+            k = keys[row][:, slots].repeat_interleave(groups, dim=0)
+            v = values[row][:, slots].repeat_interleave(groups, dim=0)
+            scores = torch.cat((k[:, :sinks] @ q_sink[:, :, None], k[:, sinks:] @ q_window[:, :, None]), dim=1)
+            weights = attention_weights(
+                scores[..., 0] * scale,
+                torch.arange(len(tokens_seen) - 1, -1, -1, device=keys.device),
+                sink_logits=sink_logits,
+                softcap=softcap,
+                alibi_slopes=alibi_slopes,
+            )
+            out[row, :, i] = (weights[:, None].to(v.dtype) @ v)[:, 0]
+    return out
+
+
+def sink_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ring: RingKVCache,
+    *,
+    rope: Rope | None = None,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """What `sinkattn.sink_attention` must compute, on a ring of any dtype and device. Advances ``ring.seen``."""
+    tokens = query.shape[2]
+    layout = ring.layout
+    cos, sin = (None, None)
+    if rope is not None:
+        cos, sin = rope.stream_tables(
+            ring.seen, tokens, num_sinks=layout.num_sinks, window=layout.window, dtype=table_dtype(query.dtype)
+        )
+    out = sink_attention_(
+        ring.keys,
+        ring.values,
+        query,
+        key,
+        value,
+        ring.seen,
+        cos,
+        sin,
+        num_sinks=layout.num_sinks,
+        window=layout.window,
+        scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        interleaved=rope is not None and rope.interleaved,
+        lengths=lengths,
+        sink_logits=sink_logits,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+    )
+    ring.seen += tokens if lengths is None else lengths
+    return out

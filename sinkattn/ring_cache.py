@@ -1,0 +1,222 @@
+"""The cache of a batch of endless streams, and attention over it without transformers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sinkattn import ops
+from sinkattn.rope import Rope, table_dtype
+
+
+class RingKVCache:
+    """Keys and values of ``batch_size`` streams in a fixed number of slots, evicted in place.
+
+    The first ``num_sinks`` tokens of a stream stay for ever; the ``window`` most recent ones live in a ring of
+    ``window + headroom`` slots, where a new token overwrites the oldest. Nothing is moved, concatenated or rotated
+    again.
+
+    Args:
+        batch_size, kv_heads, head_dim: shape of the cache; one row per stream.
+        num_sinks: sink tokens kept for ever (0 or more).
+        window: most recent tokens a query sees, itself included (1 or more).
+        headroom: spare ring slots: so many tokens can be rolled back, and calls of up to ``headroom + 1`` tokens
+            are appended before they attend, in one pass.
+        value_dim: head_dim of the values, if different.
+        dtype: float32, float16, bfloat16 or float64; default: torch's.
+        device: default: torch's.
+        share_seen_with: another ring whose token counters this one uses and leaves alone (the layers of a model).
+
+    Attributes:
+        keys, values: ``[batch, kv_heads, num_sinks + ring, head_dim]``; keys rotated at their stream position.
+        seen: int64 ``[batch]`` tokens ever appended to each stream, on the device.
+        layout: `RingLayout`, the slot arithmetic.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        kv_heads: int,
+        head_dim: int,
+        num_sinks: int = 4,
+        window: int = 1020,
+        headroom: int = 0,
+        *,
+        value_dim: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        share_seen_with: RingKVCache | None = None,
+    ) -> None:
+        self.layout = ops.RingLayout(num_sinks, window, headroom)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in ops.DTYPES:
+            raise ValueError(f"dtype: expected one of {ops.DTYPES}, got {dtype}")
+        for name, size in (("batch_size", batch_size), ("kv_heads", kv_heads), ("head_dim", head_dim)):
+            if size < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {size}")
+        shape = (batch_size, kv_heads, self.layout.slots)
+        # Zeros, not empty memory: an unwritten slot has weight 0, and 0 times NaN is NaN.
+        self.keys = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros(*shape, value_dim or head_dim, dtype=dtype, device=device)
+        self._owns_seen = share_seen_with is None
+        if share_seen_with is None:
+            self.seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            self._peak = torch.zeros_like(self.seen)
+        else:
+            self.seen, self._peak = share_seen_with.seen, share_seen_with._peak
+
+    def __repr__(self) -> str:
+        """Shape, layout and dtype."""
+        batch, kv_heads, _, head_dim = self.keys.shape
+        return (
+            f"RingKVCache(batch_size={batch}, kv_heads={kv_heads}, head_dim={head_dim}, "
+            f"num_sinks={self.layout.num_sinks}, window={self.layout.window}, headroom={self.layout.headroom}, "
+            f"dtype={self.keys.dtype}, device={self.keys.device})"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values: all the memory that streams take, however long they run."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def append(self, key: Tensor, value: Tensor, *, rope: Rope | None = None, lengths: Tensor | None = None) -> None:
+        """Append tokens without attending, and advance ``seen``.
+
+        key, value ``[batch, kv_heads, tokens, head_dim]``, key not yet rotated; lengths int64 ``[batch]``: how many
+        of them each row really brings. Raises ValueError, TypeError or RuntimeError, with nothing changed.
+        """
+        cos, sin = _tables(self, rope, key.shape[2])
+        ops.append_(
+            self.keys,
+            self.values,
+            key,
+            value,
+            self.seen,
+            num_sinks=self.layout.num_sinks,
+            lengths=lengths,
+            cos=None if cos is None else cos[0],
+            sin=None if sin is None else sin[0],
+            interleaved=rope is not None and rope.interleaved,
+        )
+        self.advance(key.shape[2] if lengths is None else lengths)
+
+    def advance(self, tokens: int | Tensor) -> None:
+        """Count tokens as appended, unless the counters are another ring's."""
+        if self._owns_seen:
+            self.seen += tokens
+
+    def rollback(self, counts: int | Tensor) -> None:
+        """Forget the last ``counts`` tokens (of every row, or int64 ``[batch]``), as if they had never come.
+
+        Raises RuntimeError, with nothing changed, for more than ``headroom`` tokens behind the furthest point that
+        a row has reached, or more than it has.
+        """
+        if not self._owns_seen:
+            return
+        if not isinstance(counts, Tensor):
+            counts = torch.full_like(self.seen, counts)
+        ops.check_tensor("counts", counts, tuple(self.seen.shape), torch.int64, self.seen.device)
+        ops.rollback_(self.seen, self._peak, counts, headroom=self.layout.headroom)
+
+    def reorder(self, source: Tensor) -> None:
+        """Row i becomes what row ``source[i]`` (int64 ``[batch]``) was, in place: beam search, forks."""
+        ops.check_tensor("source", source, tuple(self.seen.shape), torch.int64, self.seen.device)
+        ops.reorder_(self.keys, self.values, source)
+        if self._owns_seen:
+            self.seen.copy_(self.seen[source])
+            self._peak.copy_(self._peak[source])
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        """Start the given rows (int64, default all) anew; their memory is zeroed."""
+        if rows is None:
+            rows = torch.arange(len(self.seen), device=self.seen.device)
+        ops.reset_(self.keys, self.values, rows)
+        if self._owns_seen:
+            self.seen.index_fill_(0, rows, 0)
+            self._peak.index_fill_(0, rows, 0)
+
+    def linearise(self) -> tuple[Tensor, Tensor]:
+        """Keys and values in order of time, a copy: sinks, then the window, then zeros.
+
+        ``[batch, kv_heads, num_sinks + window, head_dim]``; row b holds ``min(seen[b], num_sinks + window)`` tokens.
+        """
+        return ops.linearise(
+            self.keys, self.values, self.seen, num_sinks=self.layout.num_sinks, window=self.layout.window
+        )
+
+
+def _tables(ring: RingKVCache, rope: Rope | None, tokens: int) -> tuple[Tensor | None, Tensor | None]:
+    if rope is None:
+        return None, None
+    layout, dtype = ring.layout, table_dtype(ring.keys.dtype)
+    return rope.stream_tables(ring.seen, tokens, num_sinks=layout.num_sinks, window=layout.window, dtype=dtype)
+
+
+def sink_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ring: RingKVCache,
+    *,
+    rope: Rope | None = None,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    backend: ops.Backend = "auto",
+) -> Tensor:
+    """Append new tokens to ``ring``, attend, advance ``ring.seen``.
+
+    The output for a token depends on the tokens it sees alone (the first ``num_sinks`` and the ``window`` most
+    recent, itself included), not on how the stream was cut into calls. Positions are ranks among those tokens.
+
+    Args:
+        query: ``[batch, heads, tokens, head_dim]``, not yet rotated; heads a multiple of kv_heads.
+        key, value: ``[batch, kv_heads, tokens, head_dim]``, not yet rotated; any strides.
+        ring: the cache of these streams.
+        rope: rotary embedding; None for none.
+        scale: factor on the scores; default ``1 / sqrt(head_dim)``.
+        lengths: int64 ``[batch]`` how many of ``tokens`` each row really brings (padding on the right); all if None.
+        sink_logits: ``[heads]`` learned extra logit per head (gpt-oss).
+        softcap: ``softcap * tanh(scores / softcap)`` (Gemma 2).
+        alibi_slopes: ``[heads]`` ALiBi slopes, on cache-relative distances.
+        backend: ``"auto"``, ``"cpu"`` or ``"reference"``; the environment variable SINKATTN_BACKEND overrides.
+
+    Returns:
+        ``[batch, heads, tokens, value_dim]``; zeros for padding.
+
+    Raises:
+        ValueError, TypeError: shape, dtype or device of an argument; nothing was changed.
+        RuntimeError: a backend that cannot run here, or gradients wanted; nothing was changed.
+    """
+    if query.ndim != 4:
+        raise ValueError(f"query: expected [batch, heads, tokens, head_dim], got {list(query.shape)}")
+    tokens = query.shape[2]
+    cos, sin = _tables(ring, rope, tokens)
+    out = ops.sink_attention_(
+        ring.keys,
+        ring.values,
+        query,
+        key,
+        value,
+        ring.seen,
+        cos,
+        sin,
+        num_sinks=ring.layout.num_sinks,
+        window=ring.layout.window,
+        scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        interleaved=rope is not None and rope.interleaved,
+        lengths=lengths,
+        sink_logits=sink_logits,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        backend=backend,
+    )
+    ring.advance(tokens if lengths is None else lengths)
+    return out

@@ -1,0 +1,106 @@
+"""Rotary embedding: tables of cosines and sines that stay exact however long the stream, and the rotation itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Style = Literal["half", "interleaved"]
+STYLES: tuple[Style, ...] = ("half", "interleaved")
+
+
+def table_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the rotary tables that go with tensors of ``dtype``: fp64 for fp64, fp32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How a model rotates its queries and keys (RoPE, arXiv 2104.09864).
+
+    Args:
+        inv_freq: ``[pairs]`` angle per position of each pair, in radians. A negative value turns the other way.
+        scaling: factor on cosines and sines alike (the attention factor of YaRN and longrope).
+        style: which elements make a pair: ``"half"`` pairs i with i + pairs, ``"interleaved"`` pairs 2i with 2i + 1.
+        rotary_dim: how many leading elements of the head are rotated; always ``2 * pairs``, given only to be checked.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+
+    inv_freq: Tensor
+    scaling: float = 1.0
+    style: Style = "half"
+    rotary_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the arguments; keep the frequencies in fp64."""
+        if self.inv_freq.ndim != 1 or not self.inv_freq.is_floating_point() or not len(self.inv_freq):
+            raise ValueError(
+                f"inv_freq: expected a float tensor [pairs], got {self.inv_freq.dtype} {list(self.inv_freq.shape)}"
+            )
+        if self.style not in STYLES:
+            raise ValueError(f"style: expected one of {STYLES}, got {self.style!r}")
+        width = 2 * len(self.inv_freq)
+        if self.rotary_dim not in (None, width):
+            raise ValueError(f"rotary_dim: expected twice the length of inv_freq ({width}), got {self.rotary_dim}")
+        object.__setattr__(self, "inv_freq", self.inv_freq.detach().to(torch.float64))
+        object.__setattr__(self, "rotary_dim", width)
+
+    @classmethod
+    def from_module(cls, module: torch.nn.Module, style: Style = "half") -> Rope:
+        """Take the live ``inv_freq`` and ``attention_scaling`` of a transformers rotary module.
+
+        Raises:
+            ValueError: if the module has no ``inv_freq``.
+        """
+        inv_freq = getattr(module, "inv_freq", None)
+        if not isinstance(inv_freq, Tensor):
+            raise ValueError(f"module: expected a rotary module with an inv_freq tensor, got {type(module).__name__}")
+        return cls(inv_freq, scaling=float(getattr(module, "attention_scaling", 1.0)), style=style)
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether pairs are neighbours."""
+        return self.style == "interleaved"
+
+    def tables(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[*positions.shape, pairs]`` for int64 ``positions``.
+
+        The product of a position below 2**29 and an fp32 frequency is exact in fp64, and at 10**9 its rounding is
+        6e-8 rad at most, below that of an fp32 cosine. fp32 angles are off by 0.02 rad at 10**6 already.
+        """
+        angles = positions.to(torch.float64).unsqueeze(-1) * self.inv_freq.to(positions.device)
+        return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
+
+    def stream_tables(
+        self, seen: Tensor, tokens: int, *, num_sinks: int, window: int, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Both rotations of the next ``tokens`` tokens of every stream: cos, sin ``[2, batch, tokens, pairs]``.
+
+        Index 0 is the stream position t of each token: it turns the key once and for ever, and the query as window
+        keys see it. Index 1 is ``min(t, num_sinks + window - 1)``: it turns the query as sink keys see it.
+        ``seen``: int64 ``[batch]``.
+        """
+        stream = seen.unsqueeze(-1) + torch.arange(tokens, device=seen.device)
+        cache = stream.clamp(max=num_sinks + window - 1)
+        return self.tables(torch.stack((stream, cache)), dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """Rotate the first ``2 * pairs`` elements of ``x`` ``[..., tokens, head_dim]``; the rest is passed through.
+
+    cos, sin: ``[..., tokens, pairs]``, broadcast against ``x``. Computed in the dtype of the tables, rounded once.
+    """
+    pairs = cos.shape[-1]
+    rotary, rest = x[..., : 2 * pairs].to(cos.dtype), x[..., 2 * pairs :]
+    if interleaved:
+        a, b = rotary[..., 0::2], rotary[..., 1::2]
+    else:
+        a, b = rotary[..., :pairs], rotary[..., pairs:]
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    turned = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)
