@@ -13,10 +13,16 @@ using sinkattn::Run;
 
 namespace {
 
+void require(bool ok, const char* name, const char* expected, int64_t got) {
+  if (!ok) throw py::value_error(std::string(name) + ": expected " + expected + ", got " + std::to_string(got));
+}
+
+int64_t token_number(int64_t token) {
+  require(token >= 0, "token", "0 or more", token);
+  return token;
+}
+
 RingLayout make_layout(int64_t num_sinks, int64_t window, int64_t headroom) {
-  const auto require = [](bool ok, const char* name, const char* expected, int64_t got) {
-    if (!ok) throw py::value_error(std::string(name) + ": expected " + expected + ", got " + std::to_string(got));
-  };
   constexpr int64_t kLimit = int64_t{1} << 40;  // far above any memory, far below overflow
   require(num_sinks >= 0 && num_sinks < kLimit, "num_sinks", "0 or more (below 2^40)", num_sinks);
   require(window >= 1 && window < kLimit, "window", "1 or more (below 2^40)", window);
@@ -50,17 +56,36 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("headroom", &RingLayout::headroom)
       .def_property_readonly("ring", &RingLayout::ring, "Slots of the ring: window + headroom.")
       .def_property_readonly("slots", &RingLayout::slots, "Slots of the cache: num_sinks + ring.")
-      .def("slot", &RingLayout::slot, py::arg("token"), "Slot of a token.")
-      .def("age", &RingLayout::age, py::arg("token"), py::arg("slot"),
-           "How many tokens before `token` the occupant of a ring slot came.")
-      .def("visible", &RingLayout::visible, py::arg("token"), py::arg("slot"),
-           "Whether the query of `token` sees what the slot holds.")
-      .def("window_begin", &RingLayout::window_begin, py::arg("token"),
-           "First token of the window that the query of `token` sees.")
-      .def("position", &RingLayout::position, py::arg("token"), "Cache-relative rotary position of a query.")
+      .def(
+          "slot", [](const RingLayout& layout, int64_t token) { return layout.slot(token_number(token)); },
+          py::arg("token"), "Slot of a token.")
+      .def(
+          "age",
+          [](const RingLayout& layout, int64_t token, int64_t slot) {
+            require(token >= layout.num_sinks, "token", "a token that is no sink", token);
+            require(slot >= layout.num_sinks && slot < layout.slots(), "slot", "a slot of the ring", slot);
+            return layout.age(token, slot);
+          },
+          py::arg("token"), py::arg("slot"), "How many tokens before `token` the occupant of a ring slot came.")
+      .def(
+          "visible",
+          [](const RingLayout& layout, int64_t token, int64_t slot) {
+            require(slot >= 0 && slot < layout.slots(), "slot", "a slot of the cache", slot);
+            return layout.visible(token_number(token), slot);
+          },
+          py::arg("token"), py::arg("slot"), "Whether the query of `token` sees what the slot holds.")
+      .def(
+          "window_begin",
+          [](const RingLayout& layout, int64_t token) { return layout.window_begin(token_number(token)); },
+          py::arg("token"), "First token of the window that the query of `token` sees.")
+      .def(
+          "position", [](const RingLayout& layout, int64_t token) { return layout.position(token_number(token)); },
+          py::arg("token"), "Cache-relative rotary position of a query.")
       .def(
           "write_runs",
           [](const RingLayout& layout, int64_t seen, int64_t count) {
+            require(seen >= 0, "seen", "0 or more", seen);
+            require(count >= 0, "count", "0 or more", count);
             Run runs[RingLayout::kMaxRuns];
             const int n = layout.write_runs(seen, count, runs);
             std::vector<py::tuple> out;
@@ -68,10 +93,14 @@ PYBIND11_MODULE(_C, m) {
             return out;
           },
           py::arg("seen"), py::arg("count"), "Runs (token, slot, count) written when `count` tokens are appended.")
-      .def("__eq__",
-           [](const RingLayout& a, const RingLayout& b) {
-             return a.num_sinks == b.num_sinks && a.window == b.window && a.headroom == b.headroom;
-           })
+      .def(
+          "__eq__",
+          [](const RingLayout& a, const RingLayout& b) {
+            return a.num_sinks == b.num_sinks && a.window == b.window && a.headroom == b.headroom;
+          },
+          py::is_operator())
+      .def("__hash__",
+           [](const RingLayout& a) { return py::hash(py::make_tuple(a.num_sinks, a.window, a.headroom)); })
       .def("__repr__",
            [](const RingLayout& layout) {
              return "RingLayout(num_sinks=" + std::to_string(layout.num_sinks) +

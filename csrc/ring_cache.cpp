@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "check.h"
 #include "ring.h"
 #include "rotary.h"
 #include "row_moves.h"
@@ -31,17 +32,17 @@ int64_t grain(int64_t elements_per_item) {
 }
 
 void check_cache(const Tensor& keys, const Tensor& values) {
-  STD_TORCH_CHECK(keys.dim() == 4 && values.dim() == 4, "keys, values: expected 4 dimensions");
-  STD_TORCH_CHECK(keys.is_contiguous() && values.is_contiguous(), "keys, values: expected contiguous tensors");
-  STD_TORCH_CHECK(keys.scalar_type() == values.scalar_type(), "keys, values: expected one dtype");
+  require(keys.dim() == 4 && values.dim() == 4, "keys, values: expected 4 dimensions");
+  require(keys.is_contiguous() && values.is_contiguous(), "keys, values: expected contiguous tensors");
+  require(keys.scalar_type() == values.scalar_type(), "keys, values: expected one dtype");
   for (int64_t dim = 0; dim < 3; ++dim) {
-    STD_TORCH_CHECK(keys.size(dim) == values.size(dim), "keys, values: expected equal batch, kv_heads and slots");
+    require(keys.size(dim) == values.size(dim), "keys, values: expected equal batch, kv_heads and slots");
   }
 }
 
 // Pointer to a contiguous int64 tensor of `count` elements.
 const int64_t* counters(const Tensor& tensor, int64_t count, const char* name) {
-  STD_TORCH_CHECK(
+  require(
       tensor.dim() == 1 && tensor.size(0) == count && tensor.scalar_type() == ScalarType::Long &&
           tensor.is_contiguous() && tensor.is_cpu(),
       name, ": expected a contiguous int64 CPU tensor of ", count, " elements");
@@ -97,25 +98,25 @@ void append_(
     int64_t num_sinks, bool interleaved) {
   check_cache(keys, values);
   const int64_t batch = keys.size(0);
-  STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4, "key, value: expected 4 dimensions");
+  require(key.dim() == 4 && value.dim() == 4, "key, value: expected 4 dimensions");
   const int64_t tokens = key.size(2);
-  STD_TORCH_CHECK(
+  require(
       key.size(0) == batch && key.size(1) == keys.size(1) && key.size(3) == keys.size(3) && value.size(0) == batch &&
           value.size(1) == keys.size(1) && value.size(2) == tokens && value.size(3) == values.size(3),
       "key, value: expected the batch, kv_heads and head_dim of the cache and equally many tokens");
-  STD_TORCH_CHECK(
+  require(
       key.scalar_type() == keys.scalar_type() && value.scalar_type() == keys.scalar_type(),
       "key, value: expected the dtype of the cache");
-  STD_TORCH_CHECK(num_sinks >= 0 && num_sinks < keys.size(2), "num_sinks: expected fewer than there are slots");
-  STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "cos, sin: expected both or none");
+  require(num_sinks >= 0 && num_sinks < keys.size(2), "num_sinks: expected fewer than there are slots");
+  require(cos.has_value() == sin.has_value(), "cos, sin: expected both or none");
   if (cos) {
     const ScalarType table = keys.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    STD_TORCH_CHECK(
+    require(
         cos->dim() == 3 && sin->dim() == 3 && cos->size(0) == batch && cos->size(1) == tokens &&
             2 * cos->size(2) <= keys.size(3) && cos->scalar_type() == table && sin->scalar_type() == table,
         "cos, sin: expected [batch, tokens, pairs] in fp32 (fp64 for an fp64 cache)");
     for (int64_t dim = 0; dim < 3; ++dim) {
-      STD_TORCH_CHECK(
+      require(
           cos->size(dim) == sin->size(dim) && cos->stride(dim) == sin->stride(dim),
           "cos, sin: expected equal sizes and strides");
     }
@@ -124,8 +125,8 @@ void append_(
   const int64_t* length_data = lengths ? counters(*lengths, batch, "lengths") : nullptr;
   // Before the parallel loop: an exception inside it loses its text.
   for (int64_t row = 0; row < batch; ++row) {
-    STD_TORCH_CHECK(seen_data[row] >= 0, "seen: expected 0 or more, got ", seen_data[row], " in row ", row);
-    STD_TORCH_CHECK(
+    require(seen_data[row] >= 0, "seen: expected 0 or more, got ", seen_data[row], " in row ", row);
+    require(
         !length_data || (length_data[row] >= 0 && length_data[row] <= tokens), "lengths: expected 0 to ", tokens,
         ", got ", length_data ? length_data[row] : 0, " in row ", row);
   }
@@ -146,12 +147,12 @@ void rollback_(const Tensor& seen, const Tensor& peak, const Tensor& counts, int
   auto* peak_data = static_cast<int64_t*>(peak.mutable_data_ptr());
   for (int64_t row = 0; row < batch; ++row) {
     const int64_t count = count_data[row];
-    STD_TORCH_CHECK(
+    require(
         count >= 0 && count <= seen_data[row], "rollback: expected 0 to ", seen_data[row], " tokens in row ", row,
         ", got ", count);
     // What was rolled back before still has its slots, so it counts until as much is appended again.
     const int64_t peak_now = std::max(peak_data[row], seen_data[row]);
-    STD_TORCH_CHECK(
+    require(
         count == 0 || peak_now - (seen_data[row] - count) <= headroom, "rollback: row ", row, " can go back ",
         std::max<int64_t>(0, headroom - (peak_now - seen_data[row])), " tokens more (headroom ", headroom, "), got ",
         count);
@@ -169,7 +170,7 @@ void reorder_(const Tensor& keys, const Tensor& values, const Tensor& source) {
   const int64_t batch = keys.size(0), heads = keys.size(1);
   const int64_t* source_data = counters(source, batch, "source");
   for (int64_t row = 0; row < batch; ++row) {
-    STD_TORCH_CHECK(
+    require(
         source_data[row] >= 0 && source_data[row] < batch, "source: expected 0 to ", batch - 1, ", got ",
         source_data[row], " in row ", row);
   }
@@ -195,7 +196,7 @@ void reset_(const Tensor& keys, const Tensor& values, const Tensor& rows) {
   const int64_t count = rows.numel();
   const int64_t* row_data = counters(rows, count, "rows");
   for (int64_t i = 0; i < count; ++i) {
-    STD_TORCH_CHECK(
+    require(
         row_data[i] >= 0 && row_data[i] < keys.size(0), "rows: expected 0 to ", keys.size(0) - 1, ", got ",
         row_data[i]);
   }
@@ -210,7 +211,7 @@ std::tuple<Tensor, Tensor> linearise(
     const Tensor& keys, const Tensor& values, const Tensor& seen, int64_t num_sinks, int64_t window) {
   check_cache(keys, values);
   const int64_t batch = keys.size(0), heads = keys.size(1), slots = keys.size(2);
-  STD_TORCH_CHECK(
+  require(
       num_sinks >= 0 && window >= 1 && num_sinks + window <= slots, "num_sinks, window: expected to fit ", slots,
       " slots");
   const int64_t* seen_data = counters(seen, batch, "seen");

@@ -74,8 +74,9 @@ def attend(
 
     scores = []
     for query, keys, _, distance in sections:
-        # All heads of a group as more rows of one product: the keys are read once and never repeated.
-        score = query.reshape(batch, kv_heads, groups * tokens, query.shape[-1]) @ keys.mT
+        # All heads of a group in one product, so that keys are read once and never repeated; keys on the left, where
+        # a low-precision product takes them as they lie.
+        score = (keys @ query.reshape(batch, kv_heads, groups * tokens, query.shape[-1]).mT).mT
         score = score.to(compute).view(batch, kv_heads, groups, tokens, keys.shape[2]) * scale
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
@@ -87,9 +88,16 @@ def attend(
         scores.append(by_head(sink_logits).expand(batch, -1, -1, tokens, 1))
     weights = torch.cat(scores, dim=-1).softmax(dim=-1).to(sections[0].values.dtype)
 
-    out, start = 0, 0
-    for _, keys, values, _ in sections:
-        part = weights[..., start : start + keys.shape[2]].reshape(batch, kv_heads, groups * tokens, keys.shape[2])
-        out = out + part @ values
-        start += keys.shape[2]
-    return out.view(batch, heads, tokens, -1)
+    sizes = [section.keys.shape[2] for section in sections] + ([1] if sink_logits is not None else [])
+    parts = list(zip(weights.split(sizes, dim=-1), sections, strict=False))
+    out = sum(part.flatten(2, 3) @ section.values for part, section in parts)
+    out = out.view(batch, kv_heads, groups, tokens, sections[0].values.shape[3])
+    if not out.isfinite().all():
+        # A hidden value that is no number got weight 0, and 0 times NaN is NaN: leave hidden values out, one query
+        # at a time, since each hides others.
+        for i in range(tokens):
+            out[:, :, :, i] = sum(
+                part[:, :, :, i] @ section.values.masked_fill((section.distance[:, i] < 0)[:, None, :, None], 0)
+                for part, section in parts
+            )
+    return out.view(batch, heads, tokens, out.shape[-1])

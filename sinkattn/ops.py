@@ -87,8 +87,21 @@ def check_new_tokens(
     check_tensor("seen", seen, (batch,), torch.int64, keys.device)
     if lengths is not None:
         check_tensor("lengths", lengths, (batch,), torch.int64, keys.device)
+        if lengths.is_cpu:  # elsewhere reading them would stop the device; kernels there clamp
+            for row, count in enumerate(lengths.tolist()):
+                if not 0 <= count <= tokens:
+                    raise RuntimeError(f"lengths: expected 0 to {tokens}, got {count} in row {row}")
     if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
         raise RuntimeError("sinkattn computes no gradients: call it under torch.no_grad() or torch.inference_mode()")
+
+
+def check_layout(keys: Tensor, num_sinks: int, window: int) -> None:
+    """Check that sinks and window fit the slots of the cache."""
+    slots = keys.shape[2]
+    if not 0 <= num_sinks < slots:
+        raise ValueError(f"num_sinks: expected 0 to {slots - 1}, got {num_sinks}")
+    if not 1 <= window <= slots - num_sinks:
+        raise ValueError(f"window: expected 1 to {slots - num_sinks}, got {window}")
 
 
 def append_(
@@ -213,7 +226,10 @@ def sink_attention_(
         ValueError, TypeError: shape, dtype or device of an argument.
         RuntimeError: a backend that cannot run here, or gradients wanted.
     """
+    if query.ndim != 4:
+        raise ValueError(f"query: expected [batch, heads, tokens, head_dim], got {list(query.shape)}")
     check_new_tokens(keys, values, key, value, seen, lengths)
+    check_layout(keys, num_sinks, window)
     batch, heads, tokens, head_dim = query.shape
     check_tensor("query", query, (keys.shape[0], heads, key.shape[2], keys.shape[3]), keys.dtype, keys.device)
     if heads % keys.shape[1]:
@@ -251,29 +267,31 @@ def sink_attention_(
             **score_options,
         )
 
-    ring = keys.shape[2] - num_sinks
     # As many tokens can be appended before they attend without overwriting what the first of them sees.
-    append_first = ring - window + 1
-    block = max(QUERY_BLOCK, append_first) if tokens > append_first else max(tokens, 1)
-    out = query.new_empty(batch, heads, tokens, values.shape[3])
-    for start in range(0, tokens, block):
-        part = slice(start, min(start + block, tokens))
-        out[:, :, part] = _attend_block(
+    append_first = keys.shape[2] - num_sinks - window + 1
+    block = tokens if tokens <= append_first else max(QUERY_BLOCK, append_first)
+
+    def attend_block(start: int) -> Tensor:
+        part = slice(start, start + block)
+        return _attend_block(
             keys,
             values,
             query[:, :, part],
             key[:, :, part],
             value[:, :, part],
-            seen + (start if lengths is None else lengths.clamp(max=start)),
+            seen + start,
             None if cos is None else cos[:, :, part],
             None if sin is None else sin[:, :, part],
-            lengths=None if lengths is None else (lengths - start).clamp(0, part.stop - part.start),
+            lengths=None if lengths is None else (lengths - start).clamp(0, min(block, tokens - start)),
             num_sinks=num_sinks,
             window=window,
             interleaved=interleaved,
             score_options=score_options,
         )
-    return out
+
+    if tokens <= block:
+        return attend_block(0)
+    return torch.cat([attend_block(start) for start in range(0, tokens, block)], dim=2)
 
 
 def _attend_block(

@@ -56,19 +56,25 @@ class RingKVCache:
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in ops.DTYPES:
             raise ValueError(f"dtype: expected one of {ops.DTYPES}, got {dtype}")
-        for name, size in (("batch_size", batch_size), ("kv_heads", kv_heads), ("head_dim", head_dim)):
+        value_dim = head_dim if value_dim is None else value_dim
+        sizes = {"batch_size": batch_size, "kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}
+        for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {size}")
+        if share_seen_with is not None and len(share_seen_with.seen) != batch_size:
+            raise ValueError(f"share_seen_with: expected a ring of {batch_size} rows, got {len(share_seen_with.seen)}")
         shape = (batch_size, kv_heads, self.layout.slots)
-        # Zeros, not empty memory: an unwritten slot has weight 0, and 0 times NaN is NaN.
-        self.keys = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
-        self.values = torch.zeros(*shape, value_dim or head_dim, dtype=dtype, device=device)
-        self._owns_seen = share_seen_with is None
-        if share_seen_with is None:
-            self.seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
-            self._peak = torch.zeros_like(self.seen)
-        else:
-            self.seen, self._peak = share_seen_with.seen, share_seen_with._peak
+        # Not inference tensors, even if made under torch.inference_mode(): a stream may go on outside of it.
+        with torch.inference_mode(False):
+            # Zeros, not empty memory: an unwritten slot has weight 0, and 0 times NaN is NaN.
+            self.keys = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
+            self.values = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
+            self._owns_seen = share_seen_with is None
+            if share_seen_with is None:
+                self.seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
+                self._peak = torch.zeros_like(self.seen)
+            else:
+                self.seen, self._peak = share_seen_with.seen, share_seen_with._peak
 
     def __repr__(self) -> str:
         """Shape, layout and dtype."""
@@ -90,6 +96,8 @@ class RingKVCache:
         key, value ``[batch, kv_heads, tokens, head_dim]``, key not yet rotated; lengths int64 ``[batch]``: how many
         of them each row really brings. Raises ValueError, TypeError or RuntimeError, with nothing changed.
         """
+        if key.ndim != 4:
+            raise ValueError(f"key: expected [batch, kv_heads, tokens, head_dim], got {list(key.shape)}")
         cos, sin = _tables(self, rope, key.shape[2])
         ops.append_(
             self.keys,

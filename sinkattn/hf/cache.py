@@ -101,9 +101,10 @@ class SinkCache(Cache):
             raise ValueError(f"max_batch_size: expected 1 or more, got {max_batch_size}")
         self.layout: RingLayout = swap.layout
         self.swap_id: int = swap.id
-        self.max_batch_size = max_batch_size
+        self._max_batch_size = max_batch_size
         self.tokens_seen = 0
-        self._unfinished = 0
+        self._tokens = 0
+        self._broken = False
         self._tables: tuple[Tensor, Tensor] | None = None
         super().__init__(layers=[SinkLayer(self) for _ in range(swap.num_layers)])
 
@@ -122,24 +123,32 @@ class SinkCache(Cache):
         ring = self.first_ring
         if ring is not None and len(ring.seen) != batch:
             raise ValueError(f"past_key_values: holds {len(ring.seen)} streams, got a batch of {batch}")
-        if self.max_batch_size is not None and batch > self.max_batch_size:
-            raise ValueError(f"past_key_values: max_batch_size is {self.max_batch_size}, got a batch of {batch}")
-        if self._unfinished > self.layout.headroom + 1:
+        if self._max_batch_size is not None and batch > self._max_batch_size:
+            raise ValueError(f"past_key_values: max_batch_size is {self._max_batch_size}, got a batch of {batch}")
+        if self._broken:
             raise RuntimeError(
-                f"past_key_values: a forward of {self._unfinished} tokens was interrupted and has overwritten a part "
-                "of the window; call reset() and start the stream anew"
+                "past_key_values: a forward was interrupted after it had overwritten a part of the window; call "
+                "reset() and start the stream anew"
             )
-        self._unfinished = tokens
+        self._tokens = tokens
 
     def finish(self) -> None:
         """Count the tokens of the forward that began as seen, by all layers."""
-        self.first_ring.advance(self._unfinished)
-        self.tokens_seen += self._unfinished
-        self._unfinished = 0
+        self.first_ring.advance(self._tokens)
+        self.tokens_seen += self._tokens
+        self._tokens, self._tables = 0, None
 
-    def end_tables(self) -> None:
-        """Forget the rotary tables of a forward."""
-        self._tables = None
+    def abandon(self, *, written: bool) -> None:
+        """Forget the forward that began; ``written``: some layer has appended its tokens already.
+
+        Tokens that were not counted are overwritten by the next ones, so the stream can go on, unless the last of
+        them took slots of tokens that the next query sees.
+        """
+        oldest_kept = self.tokens_seen + self._tokens - self.layout.ring
+        next_window = self.layout.window_begin(self.tokens_seen)
+        if written and next_window < min(oldest_kept, self.tokens_seen):
+            self._broken = True
+        self._tokens, self._tables = 0, None
 
     def tables(self, rope: Rope) -> tuple[Tensor, Tensor]:
         """Rotary tables of the forward under way, made once and shared by all layers."""
@@ -147,7 +156,7 @@ class SinkCache(Cache):
             ring = self.first_ring
             self._tables = rope.stream_tables(
                 ring.seen,
-                self._unfinished,
+                self._tokens,
                 num_sinks=self.layout.num_sinks,
                 window=self.layout.window,
                 dtype=table_dtype(ring.keys.dtype),
@@ -178,4 +187,4 @@ class SinkCache(Cache):
             if layer.ring is not None:
                 layer.ring.reset()
         self.tokens_seen = 0
-        self._unfinished = 0
+        self._broken = False

@@ -155,6 +155,8 @@ class Swap:
             thread.ident == self._thread for thread in threading.enumerate()
         ):
             raise RuntimeError("an enabled model runs one forward at a time; another thread is in the middle of one")
+        if self._cache is not None:  # Ctrl-C leaves a forward without running hooks
+            self._abandon()
         if kwargs.get("output_attentions") or self.findings.decoder.config.output_attentions:
             raise ValueError("output_attentions: attention weights are never formed by sinkattn, got True")
         inputs = kwargs.get("input_ids")
@@ -180,15 +182,19 @@ class Swap:
 
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Advance the cache if the forward went through."""
-        cache, self._cache, self._thread = self._cache, None, None
-        if cache is None:
+        if self._cache is None or self._thread != threading.get_ident():  # refused before it began
             return
-        cache.end_tables()
         if output is None:  # the forward raised
+            self._abandon()
             return
+        cache, self._cache, self._thread = self._cache, None, None
         if self._calls != self.num_layers:
             raise RuntimeError(f"expected {self.num_layers} attention layers to run, got {self._calls}")
         cache.finish()
+
+    def _abandon(self) -> None:
+        self._cache.abandon(written=self._calls > 0)
+        self._cache = self._thread = None
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, **options) -> Tensor:
         """Attention of one layer over its ring."""
@@ -245,8 +251,12 @@ AttentionMaskInterface.register(NAME, no_mask)
 
 def _generate(self: PreTrainedModel, *args, **kwargs):
     """`generate` of an enabled model: as its class has it, with a `SinkCache` unless one is passed."""
-    if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
+    if kwargs.get("use_cache") is False:
+        raise ValueError("use_cache: an enabled model generates from its SinkCache, got False")
+    if kwargs.get("past_key_values") is None:
         kwargs["past_key_values"] = SinkCache(self)
+    # A saved configuration may say otherwise; then every step would bring all tokens anew.
+    kwargs["use_cache"] = True
     return type(self).generate(self, *args, **kwargs)
 
 

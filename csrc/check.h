@@ -1,0 +1,17 @@
+// Refusing bad arguments: one std::runtime_error, which Python sees as a RuntimeError with this text alone.
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+
+namespace sinkattn {
+
+template <typename... Parts>
+inline void require(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+}  // namespace sinkattn

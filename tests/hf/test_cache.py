@@ -1,0 +1,155 @@
+"""SinkCache as transformers sees it: turns, rollback, beams, forks, interruptions, constant memory."""
+
+import copy
+
+import pytest
+import torch
+from hf_models import build, random_ids
+
+import sinkattn
+
+S, W = 4, 28
+
+
+def feed(model, cache, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, past_key_values=cache).logits
+
+
+def replay(model, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the last token of a stream fed token by token."""
+    cache = sinkattn.SinkCache(model)
+    for i in range(ids.shape[1]):
+        logits = feed(model, cache, ids[:, i : i + 1])
+    return logits
+
+
+def test_memory_is_constant_and_allocated_once():
+    model = sinkattn.enable(build("llama"), S, W, headroom=2)
+    cache, ids = sinkattn.SinkCache(model), random_ids(3, 400)
+    assert cache.nbytes == 0
+    assert cache.get_seq_length() == 0
+    feed(model, cache, ids[:, :1])
+    layers, kv_heads, head_dim, slots = 2, 2, 8, S + W + 2
+    assert cache.nbytes == 2 * layers * 3 * kv_heads * slots * head_dim * 4
+    places = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
+    for i in range(1, 400):
+        feed(model, cache, ids[:, i : i + 1])
+    assert cache.get_seq_length() == 400
+    assert cache.layers[1].ring.seen.tolist() == [400] * 3
+    assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers] == places
+    assert cache.get_max_length() == -1
+
+
+def test_rollback_and_replay():
+    model = sinkattn.enable(build("llama"), S, W, headroom=5)
+    cache, ids = sinkattn.SinkCache(model), random_ids(1, 150)
+    feed(model, cache, ids[:, :100])
+    feed(model, cache, random_ids(1, 5, seed=9))
+    assert cache.is_croppable
+    cache.crop(-5)
+    assert cache.get_seq_length() == 100
+    got = [feed(model, cache, ids[:, i : i + 1]) for i in range(100, 150)]
+    whole = feed(model, sinkattn.SinkCache(model), ids)
+    torch.testing.assert_close(torch.cat(got, dim=1), whole[:, 100:])
+    with pytest.raises(RuntimeError, match=r"can go back 5 tokens more \(headroom 5\), got 6"):
+        cache.crop(-6)
+    with pytest.raises(ValueError, match="expected a negative number"):
+        cache.crop(10)
+    assert cache.get_seq_length() == 150
+    cache.crop(0)
+    feed(model, cache, ids[:, :1])
+
+
+def test_without_headroom_nothing_can_be_taken_back():
+    model = sinkattn.enable(build("llama"), S, W)
+    cache = sinkattn.SinkCache(model)
+    cache.crop(-3)  # of an empty cache, as transformers may ask
+    feed(model, cache, random_ids(1, 3))
+    assert not cache.is_croppable
+    with pytest.raises(RuntimeError, match="headroom 0"):
+        cache.crop(-1)
+
+
+def test_reorder_equals_replay():
+    model = sinkattn.enable(build("llama"), S, W)
+    cache, ids = sinkattn.SinkCache(model), random_ids(4, 90)
+    feed(model, cache, ids)
+    source = torch.tensor([2, 0, 0, 1], dtype=torch.int32)
+    cache.reorder_cache(source)
+    new = random_ids(4, 1, seed=5)
+    want = replay(model, torch.cat((ids[source.long()], new), dim=1))
+    torch.testing.assert_close(feed(model, cache, new), want)
+
+
+def test_reset_and_fork():
+    model = sinkattn.enable(build("llama"), S, W)
+    cache, ids, new = sinkattn.SinkCache(model), random_ids(2, 90), random_ids(2, 3, seed=5)
+    feed(model, cache, ids)
+    fork = copy.deepcopy(cache)
+    want = feed(model, cache, new)
+    assert torch.equal(feed(model, fork, new), want)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(feed(model, cache, ids), feed(model, sinkattn.SinkCache(model), ids))
+    assert fork.get_seq_length() == 93
+
+
+def test_batches_are_checked():
+    model = sinkattn.enable(build("llama"), S, W)
+    cache = sinkattn.SinkCache(model, max_batch_size=2)
+    with pytest.raises(ValueError, match="max_batch_size is 2, got a batch of 3"):
+        feed(model, cache, random_ids(3, 4))
+    feed(model, cache, random_ids(2, 4))
+    with pytest.raises(ValueError, match="holds 2 streams, got a batch of 1"):
+        feed(model, cache, random_ids(1, 4))
+    assert cache.get_seq_length() == 4
+    with pytest.raises(ValueError, match="max_batch_size: expected 1 or more, got 0"):
+        sinkattn.SinkCache(model, max_batch_size=0)
+    with pytest.raises(ValueError, match=r"prepared by sinkattn\.enable"):
+        sinkattn.SinkCache(build("llama"))
+
+
+@pytest.mark.parametrize(
+    ("before", "tokens", "layer", "broken"),
+    [
+        (0, 60, 1, False),
+        (100, 1, 1, False),
+        (100, 3, 1, False),
+        (100, 4, 1, True),
+        (100, 60, 0, False),
+        (20, 10, 1, False),
+    ],
+)
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_forward_leaves_a_stream_right_or_refused(before, tokens, layer, broken, error):
+    """Interrupted in layer 1, when layer 0 has appended, or in layer 0, before anything was appended."""
+    model = sinkattn.enable(build("llama"), S, W, headroom=2)
+    cache, ids = sinkattn.SinkCache(model), random_ids(1, 120)
+    if before:
+        feed(model, cache, ids[:, :before])
+
+    def interrupt(*args):
+        raise error("stop")
+
+    handle = model.model.layers[layer].register_forward_pre_hook(interrupt)
+    with pytest.raises(error, match="stop"):
+        feed(model, cache, random_ids(1, tokens, seed=7))
+    handle.remove()
+    assert cache.get_seq_length() == before
+    if broken:
+        with pytest.raises(RuntimeError, match=r"interrupted .* call reset\(\)"):
+            feed(model, cache, ids[:, before : before + 1])
+        cache.reset()
+        before = 0
+    whole = feed(model, sinkattn.SinkCache(model), ids)
+    torch.testing.assert_close(feed(model, cache, ids[:, before:]), whole[:, before:])
+
+
+def test_a_stream_begun_in_inference_mode_goes_on_outside():
+    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 60)
+    cache = sinkattn.SinkCache(model)
+    with torch.inference_mode():
+        model(ids[:, :50], past_key_values=cache)
+    got = feed(model, cache, ids[:, 50:])
+    torch.testing.assert_close(got, feed(model, sinkattn.SinkCache(model), ids)[:, 50:])

@@ -1,0 +1,285 @@
+"""enable and disable: the numbers of an enabled model, and a model that is restored exactly."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from hf_models import build, random_ids
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+
+import sinkattn
+from sinkattn.hf import UnsupportedModelError
+from sinkattn.reference import visible
+
+S, W = 4, 28
+
+
+def spread(x: torch.Tensor) -> float:
+    return float((x - x.mean(dim=-1, keepdim=True)).square().mean().sqrt())
+
+
+def rms_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Error as a fraction of the spread of the wanted logits."""
+    return float((got - want).double().square().mean().sqrt()) / spread(want.double())
+
+
+def stream(model, ids: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+    cache, parts, start = sinkattn.SinkCache(model), [], 0
+    for chunk in chunks:
+        parts.append(model(input_ids=ids[:, start : start + chunk], past_key_values=cache).logits)
+        start += chunk
+    assert start == ids.shape[1]
+    return torch.cat(parts, dim=1)
+
+
+def without_sink_rotation(monkeypatch) -> None:
+    """Negative control: the query turns for sinks as it does for the window."""
+    tables = sinkattn.Rope.stream_tables
+    monkeypatch.setattr(
+        sinkattn.Rope,
+        "stream_tables",
+        lambda *args, **kwargs: tuple(table[[0, 0]] for table in tables(*args, **kwargs)),
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_short_input_equals_the_unpatched_model(family, dtype):
+    model, ids = build(family, dtype), random_ids(2, S + W)
+    want = model(ids).logits
+    got = sinkattn.enable(model, S, W)(ids).logits
+    # The model's own angles are fp32 whatever its dtype.
+    assert rms_error(got, want) < 2e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "chunks", [[1] * 300, [7] * 42 + [6], [64] * 4 + [44], [30, 1, 100, 3, 2, 150, 14]], ids=["1", "7", "64", "mixed"]
+)
+def test_the_cut_into_calls_does_not_matter(family, chunks):
+    model, ids = sinkattn.enable(build(family), S, W), random_ids(2, 300)
+    exact = sinkattn.enable(build(family, torch.float64), S, W)(ids).logits
+    one_call = model(ids).logits
+    rounding = rms_error(one_call, exact)
+    assert rounding < 2e-6
+    assert rms_error(stream(model, ids, chunks), exact) <= 2 * rounding
+
+
+@torch.no_grad()
+def test_one_layer_equals_the_unpatched_model_on_gathered_tokens(family, monkeypatch):
+    model, ids = build(family, num_hidden_layers=1), random_ids(2, 300)
+    tokens = [0, 3, 4, 31, 32, 33, 59, 60, 61, 100, 251, 299]
+    want = torch.stack([model(ids[:, visible(token, S, W)]).logits[:, -1] for token in tokens], dim=1)
+    sinkattn.enable(model, S, W)
+    assert rms_error(model(ids).logits[:, tokens], want) < 4e-6
+    without_sink_rotation(monkeypatch)
+    assert rms_error(model(ids).logits[:, tokens], want) > 1e-2
+
+
+@torch.no_grad()
+def test_without_sinks_equals_the_unpatched_model_under_a_sliding_mask(family):
+    if family == "mistral":
+        model = build(family, sliding_window=None)
+    else:
+        model = build(family)
+    ids, length = random_ids(2, 200), 200
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    mask = torch.where((distance >= 0) & (distance < W), 0.0, torch.finfo(torch.float32).min)
+    want = model(ids, attention_mask=mask.expand(2, 1, length, length)).logits
+    got = sinkattn.enable(model, 0, W)(ids).logits
+    # The unpatched model turns by fp32 angles, which are off by 2e-5 at position 200.
+    assert rms_error(got, want) < 5e-5
+    sinkattn.disable(model)
+    assert rms_error(sinkattn.enable(model, 0, W - 1)(ids).logits, want) > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_errs_like_the_unpatched_model(family, dtype):
+    exact_model, ids = build(family, torch.float64), random_ids(2, S + W)
+    exact, model = exact_model(ids).logits, build(family, dtype)
+    own = rms_error(model(ids).logits, exact)
+    sinkattn.enable(model, S, W)
+    assert rms_error(model(ids).logits, exact) <= 2 * own
+    long_ids = random_ids(2, 300)
+    long_exact = sinkattn.enable(exact_model, S, W)(long_ids).logits
+    assert rms_error(stream(model, long_ids, [1] * 40 + [7] * 30 + [50]), long_exact) <= 2 * own
+
+
+@torch.no_grad()
+def test_the_reference_backend_agrees(family, monkeypatch):
+    model, ids = build(family, torch.float64), random_ids(2, 60)
+    got = sinkattn.enable(model, S, W)(ids).logits
+    sinkattn.disable(model)
+    want = sinkattn.enable(model, S, W, backend="reference")(ids).logits
+    assert rms_error(got, want) < 1e-12
+
+
+@torch.no_grad()
+def test_disable_restores_everything(family):
+    model, ids = build(family), random_ids(2, 40)
+    plain = model(ids).logits
+
+    def snapshot():
+        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+        return (
+            model.config.to_dict(),
+            model.config._attn_implementation,
+            [sorted(m.__dict__) for m in model.modules()],
+            hooks,
+        )
+
+    before = snapshot()
+    assert sinkattn.enable(model, S, W) is model
+    assert snapshot() != before
+    model(ids)
+    assert sinkattn.disable(model) is model
+    assert snapshot() == before
+    assert torch.equal(model(ids).logits, plain)
+    with pytest.raises(ValueError, match="not enabled"):
+        sinkattn.disable(model)
+
+
+@torch.no_grad()
+def test_models_do_not_share_anything():
+    enabled, plain = build("llama"), build("llama")
+    ids = random_ids(1, 60)
+    want = plain(ids).logits
+    sinkattn.enable(enabled, S, W)
+    assert torch.equal(plain(ids).logits, want)
+    other = sinkattn.enable(build("llama", seed=1), S, W)
+    with pytest.raises(ValueError, match="made for another model"):
+        other(ids, past_key_values=sinkattn.SinkCache(enabled))
+
+
+@torch.no_grad()
+def test_a_deep_copy_streams_by_itself():
+    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 60)
+    want = model(ids).logits
+    twin = copy.deepcopy(model)
+    sinkattn.disable(model)
+    assert torch.equal(twin(ids).logits, want)
+    assert twin.generate.__self__ is twin
+    sinkattn.disable(twin)
+    assert torch.equal(twin(ids).logits, model(ids).logits)
+
+
+def test_settings_are_checked_and_the_model_is_left_alone():
+    model = build("llama")
+    keys = sorted(model.__dict__)
+    for arguments, message in [
+        ({"num_sinks": -1}, "num_sinks: expected 0 or more"),
+        ({"window": 0}, "window: expected 1 or more"),
+        ({"headroom": -1}, "headroom: expected 0 or more"),
+        ({"num_sinks": 4, "window": 509}, "must not exceed the 512 positions it was trained for, got 513"),
+        ({"window": 28, "backend": "fast"}, "backend: expected one of"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sinkattn.enable(model, **arguments)
+    with pytest.raises(TypeError, match="expected a transformers PreTrainedModel, got Linear"):
+        sinkattn.enable(torch.nn.Linear(2, 2))
+    assert sorted(model.__dict__) == keys
+    sinkattn.enable(model, S, W)
+    with pytest.raises(ValueError, match="is enabled already"):
+        sinkattn.enable(model, S, W)
+
+
+def test_unsupported_models_are_refused_and_left_alone():
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
+    sizes = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    t5 = T5ForConditionalGeneration(T5Config(**sizes)).eval()
+    narrow = build("mistral", sliding_window=16)
+    with torch.device("meta"):
+        meta = build("llama")
+    for model, message in [
+        (gpt2, "expected one rotary module"),
+        (t5, "encoder-decoder"),
+        (narrow, "layer 0 has a sliding window of 16 tokens of its own"),
+        (meta, "on one device, loaded, got .*'meta'"),
+    ]:
+        keys, implementation = sorted(model.__dict__), model.config._attn_implementation
+        with pytest.raises(UnsupportedModelError, match=message):
+            sinkattn.enable(model, S, W)
+        assert sorted(model.__dict__) == keys
+        assert model.config._attn_implementation == implementation
+
+
+def test_a_model_that_differs_on_a_short_input_is_refused_and_restored(monkeypatch):
+    model, ids = build("llama"), random_ids(1, 20)
+    with torch.no_grad():
+        want = model(ids).logits
+    attend = sinkattn.ops.sink_attention_
+    monkeypatch.setattr(sinkattn.ops, "sink_attention_", lambda *a, **k: attend(*a, **{**k, "scale": 2 * k["scale"]}))
+    with pytest.raises(UnsupportedModelError, match="differs from the original"):
+        sinkattn.enable(model, S, W)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, want)
+
+
+@torch.no_grad()
+def test_calls_that_would_be_wrong_are_refused():
+    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(2, 10)
+    padded = torch.ones(2, 10, dtype=torch.long)
+    padded[1, :3] = 0
+    for kwargs, error, message in [
+        ({"output_attentions": True}, ValueError, "output_attentions"),
+        ({"past_key_values": DynamicCache()}, TypeError, "expected a sinkattn.SinkCache or None, got DynamicCache"),
+        ({"attention_mask": padded}, ValueError, "padding is not supported yet"),
+        ({"attention_mask": torch.ones(2, 1, 10, 10)}, ValueError, r"expected \[batch, length\] or None"),
+    ]:
+        with pytest.raises(error, match=message):
+            model(ids, **kwargs)
+    model.config.output_attentions = False
+    assert model(ids, attention_mask=torch.ones(2, 10)).logits.shape == (2, 10, 97)
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="computes no gradients"):
+        model(ids)
+    attention = model.model.layers[0].self_attn
+    hidden = torch.randn(1, 3, 32)
+    with pytest.raises(RuntimeError, match="run only as part of the model"):
+        attention(hidden, model.model.rotary_emb(hidden, torch.arange(3)[None]))
+    by_hand = build("llama")
+    by_hand.set_attn_implementation("sinkattn")
+    with pytest.raises(RuntimeError, match=r"is set by sinkattn\.enable"):
+        by_hand(ids)
+
+
+@torch.no_grad()
+def test_dropout_in_training_mode_is_refused():
+    model = sinkattn.enable(build("llama", attention_dropout=0.1), S, W)
+    with pytest.raises(RuntimeError, match=r"call model.eval\(\)"):
+        model.train()(random_ids(1, 5))
+    assert model.eval()(random_ids(1, 5)).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_enable_keeps_every_module_in_its_mode():
+    model = build("llama").train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    sinkattn.enable(model, S, W)
+    assert [module.training for module in model.modules()] == modes
+
+
+@torch.no_grad()
+def test_two_threads_in_one_model_are_refused():
+    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 5)
+    errors, results, inside, leave = [], [], threading.Event(), threading.Event()
+
+    def wait(*args):
+        inside.set()
+        leave.wait(10)
+
+    handle = model.model.layers[0].register_forward_hook(wait)
+    first = threading.Thread(target=lambda: results.append(torch.no_grad()(model)(ids).logits))
+    first.start()
+    inside.wait(10)
+    try:
+        model(ids)
+    except RuntimeError as error:
+        errors.append(str(error))
+    leave.set()
+    first.join()
+    handle.remove()
+    assert errors == ["an enabled model runs one forward at a time; another thread is in the middle of one"]
+    assert torch.equal(results[0], model(ids).logits)

@@ -1,0 +1,94 @@
+"""What importing the package needs, and which of its files may import which."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sinkattn"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# From bottom to top: a file imports only from further down. Every other file stands above them all.
+LAYERS = [{"rope"}, {"reference", "attention"}, {"ops"}, {"ring_cache"}, {"hf"}]
+HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
+
+
+def run_python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_import_works_without_transformers_and_triton():
+    result = run_python(
+        "import sys\n"
+        "sys.modules['transformers'] = sys.modules['triton'] = None\n"
+        "import sinkattn, torch\n"
+        "ring = sinkattn.RingKVCache(1, 1, 2, num_sinks=1, window=2)\n"
+        "one = torch.ones(1, 1, 1, 2)\n"
+        "assert torch.equal(sinkattn.sink_attention(one, one, one, ring), one)\n"
+        "try:\n"
+        "    sinkattn.enable\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "transformers" in result.stdout
+
+
+def test_import_loads_neither_transformers_nor_triton():
+    code = "import sys, sinkattn; print([name for name in ('transformers', 'triton') if name in sys.modules])"
+    result = run_python(code)
+    assert (result.returncode, result.stdout) == (0, "[]\n"), result.stderr
+
+
+def test_unknown_attribute_is_refused():
+    import sinkattn
+
+    with pytest.raises(AttributeError, match="module 'sinkattn' has no attribute 'Ring'"):
+        sinkattn.Ring  # noqa: B018
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules that a file imports when it runs, in full; what only type checkers read does not count."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for child in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if layer_of(path) in HEIGHT], ids=layer_of)
+def test_imports_go_one_way(path):
+    imports, layer = imports_of(path), layer_of(path)
+    ours = {name.split(".")[1] for name in imports if name.startswith("sinkattn.")} - {layer, "_C"}
+    assert not {name for name in ours if HEIGHT.get(name, len(LAYERS)) >= HEIGHT[layer]}
+    if layer != "hf":
+        assert not {name for name in imports if name.partition(".")[0] == "transformers"}
+
+
+def names_compiled_code(path: Path) -> bool:
+    attributes = {
+        ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
+    }
+    return "torch.ops" in attributes or bool({"sinkattn._C", "torch.ops"} & imports_of(path))
+
+
+def test_only_ops_names_compiled_code():
+    assert [path.name for path in FILES if names_compiled_code(path)] == ["ops.py"]
