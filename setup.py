@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, Extension, setup
 
@@ -31,11 +32,8 @@ except ImportError as error:
         "pip install --no-build-isolation -e ."
     )
 
-HEADERS = [str(path) for path in sorted(Path("csrc").glob("*.h"))]
-FLAGS = {
-    "cxx": ["-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"],
-    "nvcc": ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", "--fmad=false"],
-}
+CXX_FLAGS = ["-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", "--fmad=false"]
 
 
 def cuda_toolkit() -> tuple[Path, tuple[int, int]] | None:
@@ -43,73 +41,61 @@ def cuda_toolkit() -> tuple[Path, tuple[int, int]] | None:
     wanted = os.environ.get("SINKATTN_CUDA", "")
     if wanted not in ("", "0", "1"):
         sys.exit(f"sinkattn: SINKATTN_CUDA: expected 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
-    if wanted == "0" or (nvcc is None and wanted == ""):
-        return None
-    if nvcc is None:
-        sys.exit("sinkattn: SINKATTN_CUDA=1, but there is no nvcc on PATH or in CUDA_HOME")
     # nvcc may be a link or a wrapper script; asked for a dry run, it tells where its toolkit is.
-    command = f"'{nvcc}' --version; '{nvcc}' --dryrun -E -x cu {os.devnull} 2>&1"
-    answer = subprocess.run(command, shell=True, capture_output=True, text=True).stdout
+    answer = subprocess.getoutput(f"'{nvcc}' --version; '{nvcc}' --dryrun -E -x cu /dev/null") if nvcc else ""
     found = re.search(r"release (\d+)\.(\d+).*TOP=([^\n]+)", answer, re.DOTALL)
     version = (int(found[1]), int(found[2])) if found else (0, 0)
-    majors = {str(version[0]), (torch.version.cuda or str(version[0])).split(".")[0]}
-    if version >= (12, 0) and len(majors) == 1 and not torch.version.hip:
+    same_major = torch.version.cuda is None or int(torch.version.cuda.split(".")[0]) == version[0]
+    if version >= (12, 0) and same_major and not torch.version.hip:
         return Path(found[3]).resolve(), version
-    problem = f"{nvcc} (CUDA {version[0]}.{version[1]}) does not fit torch {torch.__version__}"
+    what = f"{nvcc} is of CUDA {version[0]}.{version[1]}" if nvcc else "there is no nvcc on PATH or in CUDA_HOME"
+    problem = f"sinkattn: no CUDA toolkit that fits torch {torch.__version__}: {what}"
     if wanted == "1":
-        sys.exit(f"sinkattn: SINKATTN_CUDA=1, but {problem}")
-    print(f"sinkattn: building without CUDA: {problem}", file=sys.stderr)
+        sys.exit(problem)
+    print(f"{problem}; building without CUDA", file=sys.stderr)
     return None
 
 
 def extensions() -> list[Extension]:
-    operators = cpp_extension.CppExtension(
-        "sinkattn._ops", ["csrc/ops.cpp", "csrc/ring_cache.cpp"], depends=HEADERS, extra_compile_args=FLAGS
-    )
-    operators.define_macros = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
-    operators.py_limited_api = True  # it holds no Python symbol at all
-    bindings = Extension("sinkattn._C", ["csrc/bindings.cpp"], depends=HEADERS, extra_compile_args=FLAGS, language="c++")
-    bindings.include_dirs = [pybind11.get_include()]
-    bindings.define_macros = [
-        ("SINKATTN_TORCH_VERSION", f'"{torch.__version__}"'),
-        ("SINKATTN_TORCH_ABI", '"2.10"'),
-        ("SINKATTN_COMPILER", "__VERSION__"),
-    ]
-    if cuda := cuda_toolkit():
-        home, version = cuda
-        # A CPU build of torch neither looks for the toolkit nor knows any architecture. It lacks the libraries that
-        # CUDAExtension links, too, so what that class adds is said here.
+    info = [("SINKATTN_TORCH_VERSION", f'"{torch.__version__}"'), ("SINKATTN_TORCH_ABI", '"2.10"')]
+    sources, cuda = ["csrc/ops.cpp", "csrc/ring_cache.cpp"], {}
+    if toolkit := cuda_toolkit():
+        home, version = toolkit
+        # A CPU build of torch neither looks for the toolkit nor knows any architecture, and it lacks libraries that
+        # CUDAExtension links: so CppExtension, with what CUDA needs said here.
         cpp_extension.CUDA_HOME = str(home)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if version >= (12, 8) else "8.0;9.0+PTX")
-        operators.sources.append("csrc/ring_cache.cu")
-        operators.include_dirs.append(f"{home}/include")
-        operators.library_dirs += [str(path) for path in (home / "lib64", home / "lib", *home.glob("targets/*/lib"))]
-        operators.libraries += ["cudart_static", "dl", "pthread", "rt"]
-        bindings.define_macros += [("SINKATTN_WITH_CUDA", None), ("SINKATTN_CUDA_TOOLKIT", '"{}.{}"'.format(*version))]
-    return [operators, bindings]
+        sources.append("csrc/ring_cache_cuda.cu")
+        libraries = [f"{home}/{path}" for path in ("lib64", "lib", "targets/x86_64-linux/lib")]
+        cuda = {"include_dirs": [f"{home}/include"], "library_dirs": libraries}
+        cuda["libraries"] = ["cudart_static", "dl", "pthread", "rt"]
+        info += [("SINKATTN_WITH_CUDA", None), ("SINKATTN_CUDA_TOOLKIT", '"{}.{}"'.format(*version))]
+    info.append(("SINKATTN_COMPILER", "__VERSION__"))
+    operators = {"sources": sources, "define_macros": [("TORCH_TARGET_VERSION", "0x020a000000000000")], **cuda}
+    bindings = {"sources": ["csrc/bindings.cpp"], "define_macros": info, "include_dirs": [pybind11.get_include()]}
+    headers = [str(path) for path in sorted(Path("csrc").glob("*.h"))]
+    common = {"depends": headers, "extra_compile_args": {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}, "language": "c++"}
+    return [
+        # The operators hold no Python symbol at all, hence the limited API.
+        cpp_extension.CppExtension("sinkattn._ops", py_limited_api=True, **operators, **common),
+        Extension("sinkattn._C", **bindings, **common),
+    ]
 
 
 class BuildExt(cpp_extension.BuildExtension):
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        # Kept, so that an editable install, too, compiles only what has changed.
-        self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
-
     def build_extensions(self) -> None:
-        # ring_cache.cpp and ring_cache.cu would otherwise share one object file.
-        names = self.compiler.object_filenames
-        self.compiler.object_filenames = lambda sources, *args, **options: [
-            name.removesuffix(".o") + Path(source).suffix + ".o"
-            for source, name in zip(sources, names(sources, *args, **options), strict=True)
-        ]
+        # Objects are kept, so that an editable install, too, compiles only what has changed.
+        self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
         super().build_extensions()
 
 
 class Develop(Command):
     description = "editable install against the torch of this environment"
-    user_options = (("uninstall", "u", "remove it"),)
+    user_options: ClassVar = [("uninstall", "u", "remove it")]
 
     def initialize_options(self) -> None:
         self.uninstall = False

@@ -1,4 +1,4 @@
-// Schemas of the `sinkattn::` operators. Kernels live beside the data they touch: ring_cache.cpp, ring_cache.cu.
+// Schemas of the `sinkattn::` operators. Kernels live beside the data they touch: ring_cache.cpp, ring_cache_cuda.cu.
 // Shapes: keys, values [batch, kv_heads, slots, head_dim]; key, value [batch, kv_heads, tokens, head_dim];
 // cos, sin [batch, tokens, pairs]; seen, peak, lengths, counts [batch] int64.
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,4 @@
-// Ring ops on the CPU. Arguments are validated in sinkattn/ops.py; what is checked again here keeps a direct call
-// of an operator from touching memory that is not its own.
+// Ring ops on the CPU.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -14,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "check.h"
 #include "ring.h"
 #include "rotary.h"
@@ -22,31 +22,10 @@
 namespace sinkattn {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t kGrainElements = 16384;  // below this many elements a second thread costs more than it saves
 
 int64_t grain(int64_t elements_per_item) {
   return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements_per_item));
-}
-
-void check_cache(const Tensor& keys, const Tensor& values) {
-  require(keys.dim() == 4 && values.dim() == 4, "keys, values: expected 4 dimensions");
-  require(keys.is_contiguous() && values.is_contiguous(), "keys, values: expected contiguous tensors");
-  require(keys.scalar_type() == values.scalar_type(), "keys, values: expected one dtype");
-  for (int64_t dim = 0; dim < 3; ++dim) {
-    require(keys.size(dim) == values.size(dim), "keys, values: expected equal batch, kv_heads and slots");
-  }
-}
-
-// Pointer to a contiguous int64 tensor of `count` elements.
-const int64_t* counters(const Tensor& tensor, int64_t count, const char* name) {
-  require(
-      tensor.dim() == 1 && tensor.size(0) == count && tensor.scalar_type() == ScalarType::Long &&
-          tensor.is_contiguous() && tensor.is_cpu(),
-      name, ": expected a contiguous int64 CPU tensor of ", count, " elements");
-  return static_cast<const int64_t*>(tensor.const_data_ptr());
 }
 
 template <typename scalar_t>
@@ -96,33 +75,10 @@ void append_(
     const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, const Tensor& seen,
     const std::optional<Tensor>& lengths, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
     int64_t num_sinks, bool interleaved) {
-  check_cache(keys, values);
-  const int64_t batch = keys.size(0);
-  require(key.dim() == 4 && value.dim() == 4, "key, value: expected 4 dimensions");
-  const int64_t tokens = key.size(2);
-  require(
-      key.size(0) == batch && key.size(1) == keys.size(1) && key.size(3) == keys.size(3) && value.size(0) == batch &&
-          value.size(1) == keys.size(1) && value.size(2) == tokens && value.size(3) == values.size(3),
-      "key, value: expected the batch, kv_heads and head_dim of the cache and equally many tokens");
-  require(
-      key.scalar_type() == keys.scalar_type() && value.scalar_type() == keys.scalar_type(),
-      "key, value: expected the dtype of the cache");
-  require(num_sinks >= 0 && num_sinks < keys.size(2), "num_sinks: expected fewer than there are slots");
-  require(cos.has_value() == sin.has_value(), "cos, sin: expected both or none");
-  if (cos) {
-    const ScalarType table = keys.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    require(
-        cos->dim() == 3 && sin->dim() == 3 && cos->size(0) == batch && cos->size(1) == tokens &&
-            2 * cos->size(2) <= keys.size(3) && cos->scalar_type() == table && sin->scalar_type() == table,
-        "cos, sin: expected [batch, tokens, pairs] in fp32 (fp64 for an fp64 cache)");
-    for (int64_t dim = 0; dim < 3; ++dim) {
-      require(
-          cos->size(dim) == sin->size(dim) && cos->stride(dim) == sin->stride(dim),
-          "cos, sin: expected equal sizes and strides");
-    }
-  }
-  const int64_t* seen_data = counters(seen, batch, "seen");
-  const int64_t* length_data = lengths ? counters(*lengths, batch, "lengths") : nullptr;
+  check_append(keys, values, key, value, cos, sin, num_sinks);
+  const int64_t batch = keys.size(0), tokens = key.size(2);
+  const int64_t* seen_data = counters(seen, batch, keys, "seen");
+  const int64_t* length_data = lengths ? counters(*lengths, batch, keys, "lengths") : nullptr;
   // Before the parallel loop: an exception inside it loses its text.
   for (int64_t row = 0; row < batch; ++row) {
     require(seen_data[row] >= 0, "seen: expected 0 or more, got ", seen_data[row], " in row ", row);
@@ -140,9 +96,9 @@ void append_(
 
 void rollback_(const Tensor& seen, const Tensor& peak, const Tensor& counts, int64_t headroom) {
   const int64_t batch = seen.numel();
-  counters(seen, batch, "seen");
-  counters(peak, batch, "peak");
-  const int64_t* count_data = counters(counts, batch, "counts");
+  counters(seen, batch, seen, "seen");
+  counters(peak, batch, seen, "peak");
+  const int64_t* count_data = counters(counts, batch, seen, "counts");
   auto* seen_data = static_cast<int64_t*>(seen.mutable_data_ptr());
   auto* peak_data = static_cast<int64_t*>(peak.mutable_data_ptr());
   for (int64_t row = 0; row < batch; ++row) {
@@ -168,7 +124,7 @@ int64_t row_bytes(const Tensor& cache) { return cache.size(2) * cache.size(3) * 
 void reorder_(const Tensor& keys, const Tensor& values, const Tensor& source) {
   check_cache(keys, values);
   const int64_t batch = keys.size(0), heads = keys.size(1);
-  const int64_t* source_data = counters(source, batch, "source");
+  const int64_t* source_data = counters(source, batch, keys, "source");
   for (int64_t row = 0; row < batch; ++row) {
     require(
         source_data[row] >= 0 && source_data[row] < batch, "source: expected 0 to ", batch - 1, ", got ",
@@ -194,7 +150,7 @@ void reorder_(const Tensor& keys, const Tensor& values, const Tensor& source) {
 void reset_(const Tensor& keys, const Tensor& values, const Tensor& rows) {
   check_cache(keys, values);
   const int64_t count = rows.numel();
-  const int64_t* row_data = counters(rows, count, "rows");
+  const int64_t* row_data = counters(rows, count, keys, "rows");
   for (int64_t i = 0; i < count; ++i) {
     require(
         row_data[i] >= 0 && row_data[i] < keys.size(0), "rows: expected 0 to ", keys.size(0) - 1, ", got ",
@@ -209,12 +165,9 @@ void reset_(const Tensor& keys, const Tensor& values, const Tensor& rows) {
 
 std::tuple<Tensor, Tensor> linearise(
     const Tensor& keys, const Tensor& values, const Tensor& seen, int64_t num_sinks, int64_t window) {
-  check_cache(keys, values);
+  check_linearise(keys, values, num_sinks, window);
   const int64_t batch = keys.size(0), heads = keys.size(1), slots = keys.size(2);
-  require(
-      num_sinks >= 0 && window >= 1 && num_sinks + window <= slots, "num_sinks, window: expected to fit ", slots,
-      " slots");
-  const int64_t* seen_data = counters(seen, batch, "seen");
+  const int64_t* seen_data = counters(seen, batch, keys, "seen");
   const RingLayout layout{num_sinks, window, slots - num_sinks - window};
   const auto ordered = [&](const Tensor& cache) {
     const int64_t length = num_sinks + window;

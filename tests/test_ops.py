@@ -405,11 +405,11 @@ MOVES = [
     ("rollback_", "counts", tensor(4, 0), r"rollback: expected 0 to 3 tokens in row 0, got 4"),
     ("reorder_", "source", tensor(0, 2), r"source: expected 0 to 1, got 2 in row 1"),
     ("reorder_", "source", tensor(-1, 0), r"source: expected 0 to 1, got -1 in row 0"),
-    ("reorder_", "source", tensor(0), r"source: expected a contiguous int64 CPU tensor of 2 elements"),
+    ("reorder_", "source", tensor(0), r"source: expected a contiguous int64 tensor of 2 elements"),
     ("reset_", "rows", tensor(0, 2), r"rows: expected 0 to 1, got 2"),
-    ("reset_", "rows", tensor(0.0), r"rows: expected a contiguous int64 CPU tensor"),
+    ("reset_", "rows", tensor(0.0), r"rows: expected a contiguous int64 tensor"),
     ("linearise", "window", lambda _: 6, r"num_sinks, window: expected to fit 7 slots"),
-    ("linearise", "seen", tensor(1), r"seen: expected a contiguous int64 CPU tensor of 2 elements"),
+    ("linearise", "seen", tensor(1), r"seen: expected a contiguous int64 tensor of 2 elements"),
 ]
 
 

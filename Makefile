@@ -1,0 +1,93 @@
+# `make demo` and `make test` need nothing but Python 3.10 or later (with venv), make and a C++ compiler.
+#
+#   PYTHON   interpreter to start from; one that has torch 2.10 or later is used as it is (an activated CUDA
+#            environment, say), any other gets a .venv here
+#   TORCH    what pip installs into that .venv
+#   ARGS     passed on: make test ARGS="-k ring"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+ifeq ($(origin CXX),default)
+  CXX := c++
+endif
+
+VENV := $(CURDIR)/.venv
+# Its prefix if it has a torch that will do. Read from the metadata: importing torch would cost every verb two seconds.
+PREFIX := $(shell $(PYTHON) -c "import sys; from importlib.metadata import version; \
+  print(sys.prefix * (tuple(map(int, version('torch').split('.')[:2])) >= (2, 10)))" 2>/dev/null)
+ifneq ($(filter-out $(VENV),$(PREFIX)),)
+  PY := $(PYTHON)
+  STAMPS := build/stamps$(PREFIX)
+  ENVIRONMENT :=
+  WANTED :=
+else
+  PY := $(VENV)/bin/python
+  STAMPS := $(VENV)/stamps
+  ENVIRONMENT := $(VENV)/bin/python
+  WANTED := "$(TORCH)"
+endif
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+READY := $(STAMPS)/sinkattn
+
+STRICT := -std=c++17 -Wall -Wextra -Werror
+SANITIZE := -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
+
+.PHONY: help setup demo test check check-python check-cpp bench clean
+
+help:  ## list the verbs
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 9
+
+setup: $(READY)  ## environment, dependencies, extension; the verbs below do it by themselves
+
+demo: $(READY)  ## run the demo
+	@$(PY) -m sinkattn demo $(ARGS)
+
+test: $(READY)  ## run the tests
+	@$(PY) -m pytest $(ARGS)
+
+check: check-python check-cpp  ## lint, formatting, strict compilation, C++ tests under sanitizers
+
+check-python: $(READY)
+	@echo "==> ruff"
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+# The headers are free of torch, so their tests run alone, under sanitizers.
+check-cpp: $(READY)
+	@echo "==> C++: warnings are errors"
+	@set -e; includes=$$($(PY) -c "import pybind11, sysconfig; from torch.utils.cpp_extension import include_paths; \
+	print(*('-isystem' + x for x in [*include_paths(), pybind11.get_include(), sysconfig.get_path('include')]))"); \
+	for source in csrc/*.cpp; do \
+	  echo "$$source"; \
+	  $(CXX) $(STRICT) -fsyntax-only -DTORCH_TARGET_VERSION=0x020a000000000000 -DSINKATTN_TORCH_VERSION='""' \
+	    -DSINKATTN_TORCH_ABI='""' -DSINKATTN_COMPILER=__VERSION__ $$includes $$source; \
+	done
+	@echo "==> C++: tests under sanitizers"
+	@set -e; mkdir -p build/tests; for source in tests/csrc/*.cpp; do \
+	  echo "$$source"; program=build/tests/$$(basename $$source .cpp); \
+	  $(CXX) $(STRICT) $(SANITIZE) -Icsrc $$source -o $$program; $$program; \
+	done
+
+bench: $(READY)  ## run the benchmarks
+	@$(PY) -m pytest bench $(ARGS)
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info sinkattn/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks $(READY)
+	find sinkattn tests bench examples -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or later is needed: make PYTHON=...')"
+	@echo "==> environment in .venv"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# torch comes first and by itself, so that pip finds the requirement of sinkattn met and fetches no other torch.
+$(STAMPS)/torch: | $(ENVIRONMENT)
+	@echo "==> build tools" $(WANTED)
+	@$(PIP) install $(WANTED) "setuptools>=77" "pybind11>=2.13" ninja
+	@mkdir -p $(@D) && touch $@
+
+$(READY): setup.py pyproject.toml $(wildcard csrc/*) | $(STAMPS)/torch
+	@echo "==> sinkattn: dependencies and extension"
+	@$(PIP) install --no-build-isolation -e ".[dev]"
+	@mkdir -p $(@D) && touch $@

@@ -1,0 +1,83 @@
+// What the ring ops of every device require of their arguments, so that a direct call of an operator cannot touch
+// memory that is not its own. The public functions check first and say more (sinkattn/ops.py).
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "check.h"
+
+namespace sinkattn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_device(const Tensor& tensor, const Tensor& cache, const char* name) {
+  require(
+      tensor.is_cuda() == cache.is_cuda() && tensor.get_device_index() == cache.get_device_index(), name,
+      ": expected the device of the cache");
+}
+
+inline void check_cache(const Tensor& keys, const Tensor& values) {
+  require(keys.dim() == 4 && values.dim() == 4, "keys, values: expected 4 dimensions");
+  require(keys.is_contiguous() && values.is_contiguous(), "keys, values: expected contiguous tensors");
+  require(keys.scalar_type() == values.scalar_type(), "keys, values: expected one dtype");
+  for (int64_t dim = 0; dim < 3; ++dim) {
+    require(keys.size(dim) == values.size(dim), "keys, values: expected equal batch, kv_heads and slots");
+  }
+  check_device(values, keys, "values");
+}
+
+// Pointer to a contiguous int64 tensor of `count` elements, beside the cache.
+inline const int64_t* counters(const Tensor& tensor, int64_t count, const Tensor& cache, const char* name) {
+  require(
+      tensor.dim() == 1 && tensor.size(0) == count && tensor.scalar_type() == ScalarType::Long &&
+          tensor.is_contiguous(),
+      name, ": expected a contiguous int64 tensor of ", count, " elements");
+  check_device(tensor, cache, name);
+  return static_cast<const int64_t*>(tensor.const_data_ptr());
+}
+
+inline void check_append(
+    const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, const std::optional<Tensor>& cos,
+    const std::optional<Tensor>& sin, int64_t num_sinks) {
+  check_cache(keys, values);
+  check_device(key, keys, "key");
+  check_device(value, keys, "value");
+  require(key.dim() == 4 && value.dim() == 4, "key, value: expected 4 dimensions");
+  const int64_t batch = keys.size(0), tokens = key.size(2);
+  require(
+      key.size(0) == batch && key.size(1) == keys.size(1) && key.size(3) == keys.size(3) && value.size(0) == batch &&
+          value.size(1) == keys.size(1) && value.size(2) == tokens && value.size(3) == values.size(3),
+      "key, value: expected the batch, kv_heads and head_dim of the cache and equally many tokens");
+  require(
+      key.scalar_type() == keys.scalar_type() && value.scalar_type() == keys.scalar_type(),
+      "key, value: expected the dtype of the cache");
+  require(num_sinks >= 0 && num_sinks < keys.size(2), "num_sinks: expected fewer than there are slots");
+  require(cos.has_value() == sin.has_value(), "cos, sin: expected both or none");
+  if (!cos) return;
+  check_device(*cos, keys, "cos");
+  check_device(*sin, keys, "sin");
+  const ScalarType table = keys.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  require(
+      cos->dim() == 3 && sin->dim() == 3 && cos->size(0) == batch && cos->size(1) == tokens &&
+          2 * cos->size(2) <= keys.size(3) && cos->scalar_type() == table && sin->scalar_type() == table,
+      "cos, sin: expected [batch, tokens, pairs] in fp32 (fp64 for an fp64 cache)");
+  for (int64_t dim = 0; dim < 3; ++dim) {
+    require(
+        cos->size(dim) == sin->size(dim) && cos->stride(dim) == sin->stride(dim),
+        "cos, sin: expected equal sizes and strides");
+  }
+}
+
+inline void check_linearise(const Tensor& keys, const Tensor& values, int64_t num_sinks, int64_t window) {
+  check_cache(keys, values);
+  require(
+      num_sinks >= 0 && window >= 1 && num_sinks + window <= keys.size(2), "num_sinks, window: expected to fit ",
+      keys.size(2), " slots");
+}
+
+}  // namespace sinkattn
