@@ -18,13 +18,13 @@ class Section(NamedTuple):
 
     query ``[batch, heads, tokens, head_dim]`` rotated for these keys; keys, values ``[batch, kv_heads, n, head_dim]``;
     distance ``[batch, tokens, n]`` int64 cache-relative distance from query to key, in tokens, negative where the key
-    is not visible.
+    is not visible; None if every key is visible, for scores that do not go by distance.
     """
 
     query: Tensor
     keys: Tensor
     values: Tensor
-    distance: Tensor
+    distance: Tensor | None = None
 
 
 def sink_distances(token: Tensor, num_sinks: int, window: int) -> Tensor:
@@ -80,10 +80,12 @@ def attend(
         score = score.to(compute).view(batch, kv_heads, groups, tokens, keys.shape[2]) * scale
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
-        distance = distance[:, None, None]
-        if alibi_slopes is not None:
-            score = score - by_head(alibi_slopes) * distance
-        scores.append(score.masked_fill(distance < 0, -torch.inf))
+        if distance is not None:
+            distance = distance[:, None, None]
+            if alibi_slopes is not None:
+                score = score - by_head(alibi_slopes) * distance
+            score = score.masked_fill(distance < 0, -torch.inf)
+        scores.append(score)
     if sink_logits is not None:
         scores.append(by_head(sink_logits).expand(batch, -1, -1, tokens, 1))
     weights = torch.cat(scores, dim=-1).softmax(dim=-1).to(sections[0].values.dtype)
@@ -92,7 +94,7 @@ def attend(
     parts = list(zip(weights.split(sizes, dim=-1), sections, strict=False))
     out = sum(part.flatten(2, 3) @ section.values for part, section in parts)
     out = out.view(batch, kv_heads, groups, tokens, sections[0].values.shape[3])
-    if not out.isfinite().all():
+    if not out.isfinite().all() and all(section.distance is not None for section in sections):
         # A hidden value that is no number got weight 0, and 0 times NaN is NaN: leave hidden values out, one query
         # at a time, since each hides others.
         for i in range(tokens):

@@ -299,27 +299,34 @@ def _attend_block(
 ) -> Tensor:
     batch, _, tokens, _ = query.shape
     ring = keys.shape[2] - num_sinks
-    token = seen.unsqueeze(-1) + torch.arange(tokens, device=seen.device)
+    alibi_slopes = score_options["alibi_slopes"]
     rotary = {}
     query_window = query_sink = query
     if cos is not None:
         rotary = {"cos": cos[0], "sin": sin[0], "interleaved": interleaved}
-        query_window, query_sink = (
-            rotate(query, cos[i].unsqueeze(1), sin[i].unsqueeze(1), interleaved=interleaved) for i in (0, 1)
-        )
+        both = rotate(query.expand(2, *query.shape), cos.unsqueeze(2), sin.unsqueeze(2), interleaved=interleaved)
+        query_window, query_sink = both
 
     def append(counts: Tensor | None) -> None:
         append_(keys, values, key, value, seen, num_sinks=num_sinks, lengths=counts, **rotary)
 
-    sinks = attention.Section(
-        query_sink,
-        keys[:, :, :num_sinks],
-        values[:, :, :num_sinks],
-        attention.sink_distances(token, num_sinks, window),
-    )
+    fewest, most = (int(x) for x in seen.aminmax()) if batch else (0, 0)
     # Slots that no token can have reached yet are left out.
-    slots = min(ring, max(0, int(seen.max()) + tokens - num_sinks)) if batch else 0
+    slots = min(ring, max(0, most + tokens - num_sinks))
+    sink_keys, sink_values = (x[:, :, :num_sinks] for x in (keys, values))
     ring_keys, ring_values = (x[:, :, num_sinks : num_sinks + slots] for x in (keys, values))
+    # The usual step: full windows, one token each, so that every slot is visible.
+    if tokens == 1 and ring == window and fewest >= num_sinks + window - 1 and lengths is alibi_slopes is None:
+        append(None)
+        sections = [
+            attention.Section(query_sink, sink_keys, sink_values),
+            attention.Section(query_window, ring_keys, ring_values),
+        ]
+        return attention.attend(sections, **score_options)
+
+    token = seen.unsqueeze(-1) + torch.arange(tokens, device=seen.device)
+    sink_distances = attention.sink_distances(token, num_sinks, window)
+    sinks = attention.Section(query_sink, sink_keys, sink_values, sink_distances)
     geometry = {"num_sinks": num_sinks, "window": window, "ring": ring}
     if tokens <= ring - window + 1:
         append(lengths)

@@ -135,7 +135,8 @@ def probe(model: PreTrainedModel) -> Findings:
     for with_rotation, without in zip(rotated, plain, strict=True):
         _check_options(model, with_rotation)
         rope = _explain(with_rotation, without, candidates, positions)
-        if rope is None and not torch.equal(with_rotation.key, without.key):
+        unmoved = torch.equal(with_rotation.key, without.key) and torch.equal(with_rotation.query, without.query)
+        if rope is None and not unmoved:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: layer {with_rotation.module.layer_idx} changes queries and keys by position "
                 "in a way that is no known rotary embedding"

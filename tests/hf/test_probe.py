@@ -1,0 +1,91 @@
+"""The probe finds out how a model rotates, and refuses what it cannot explain."""
+
+import pytest
+import torch
+from hf_models import build, random_ids
+from transformers import CohereConfig, CohereForCausalLM
+
+from sinkattn.hf import UnsupportedModelError, enable
+from sinkattn.hf.probe import probe
+
+
+@pytest.mark.parametrize(
+    ("family", "style", "rotary_dim"), [("llama", "half", 8), ("qwen3", "half", 16), ("gpt_neox", "half", 2)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_conventions_are_found(family, style, rotary_dim, dtype):
+    findings = probe(build(family, dtype))
+    assert [(rope.style, rope.rotary_dim) for rope in findings.ropes.values()] == [(style, rotary_dim)] * 2
+    assert [module.layer_idx for module in findings.ropes] == [0, 1]
+
+
+def test_scaling_is_found():
+    ropes = probe(build("llama-yarn")).ropes.values()
+    assert [round(rope.scaling, 4) for rope in ropes] == [1.1386, 1.1386]  # 0.1 ln 4 + 1 (YaRN, equation 22)
+
+
+def test_interleaved_rotary_is_found():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = CohereForCausalLM(CohereConfig(**sizes, num_attention_heads=4, pad_token_id=0, eos_token_id=1)).eval()
+    assert [rope.style for rope in probe(model).ropes.values()] == ["interleaved"]
+
+
+def test_sliding_windows_are_found():
+    findings = probe(build("mistral"))
+    assert list(findings.sliding_windows.values()) == [64, 64]
+
+
+def test_a_probe_leaves_no_trace():
+    model, ids = build("llama"), random_ids(1, 20)
+    with torch.no_grad():
+        want = model(ids).logits
+        hooks = [len(module._forward_hooks) for module in model.modules()]
+        probe(model)
+        assert [len(module._forward_hooks) for module in model.modules()] == hooks
+        assert model.config._attn_implementation == "eager"
+        assert torch.equal(model(ids).logits, want)
+
+
+def spoil_rotation(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    original = modeling_llama.apply_rotary_pos_emb
+
+    def weighted(q, k, cos, sin, **kwargs):  # a norm with weights after the rotation mixes position and weight
+        q, k = original(q, k, cos, sin, **kwargs)
+        weight = torch.linspace(0.5, 1.5, q.shape[-1])
+        return q * weight * (1 + cos[:, None] * 0.1), k * weight
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", weighted)
+
+
+def test_an_unknown_rotation_is_refused(monkeypatch):
+    spoil_rotation(monkeypatch)
+    with pytest.raises(UnsupportedModelError, match="layer 0 changes queries and keys by position"):
+        enable(build("llama"), 4, 28)
+
+
+def test_unknown_options_are_refused(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    forward = modeling_llama.LlamaAttention.forward
+    monkeypatch.setattr(
+        modeling_llama.LlamaAttention, "forward", lambda *args, **kwargs: forward(*args, **kwargs, position_bias=1.0)
+    )
+    with pytest.raises(UnsupportedModelError, match=r"layer 0 passes \['position_bias'\] to its attention function"):
+        enable(build("llama"), 4, 28)
+
+
+def test_a_layer_that_is_not_causal_is_refused():
+    model = build("llama")
+    model.model.layers[1].self_attn.is_causal = False
+    with pytest.raises(UnsupportedModelError, match="layer 1 is not causal"):
+        enable(model, 4, 28)
+
+
+def test_a_layer_that_attends_elsewhere_is_refused(monkeypatch):
+    model = build("llama")
+    model.model.layers[1].self_attn.config = build("llama").config  # stays on eager attention
+    with pytest.raises(UnsupportedModelError, match=r"in each of its 2 layers, got layers \[0\]"):
+        enable(model, 4, 28)
