@@ -39,6 +39,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sinkattn.text import is_held_out, path_hash
+
 START_TOKEN = "<s>"
 VOCAB_SIZE = 1024
 CONTEXT = 256
@@ -60,11 +62,6 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Text
 
 
-def path_hash(path: str) -> int:
-    """Hash that decides the split and the order of held-out files, the same on every machine and Python."""
-    return int(hashlib.sha256(path.encode()).hexdigest(), 16)
-
-
 def collect_text() -> tuple[dict[str, str], dict[str, str]]:
     """Read the standard library's sources: {relative path: text} for training and for the held-out part.
 
@@ -84,7 +81,7 @@ def collect_text() -> tuple[dict[str, str], dict[str, str]]:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        part = held_out if path_hash(path.as_posix()) % 20 == 0 else train
+        part = held_out if is_held_out(path.as_posix()) else train
         part[path.as_posix()] = text
     return train, dict(sorted(held_out.items(), key=lambda item: path_hash(item[0])))
 

@@ -102,6 +102,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def trained_length(model: PreTrainedModel) -> int | None:
+    """Positions that a model was trained for, in tokens; None if its configuration does not say."""
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    length = getattr(config, "max_position_embeddings", None)
+    # Frequencies of these kinds change beyond the original length.
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        length = rope.get("original_max_position_embeddings") or length
+    return length
+
+
 def probe(model: PreTrainedModel) -> Findings:
     """Find the decoder, the rotary module and each attention module's rotary convention; leaves the model as it was.
 

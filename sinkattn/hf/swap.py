@@ -26,6 +26,7 @@ from sinkattn.hf.probe import (
     no_mask,
     no_rotation,
     probe,
+    trained_length,
 )
 
 NAME = "sinkattn"
@@ -268,11 +269,7 @@ def _check_model(model: PreTrainedModel, layout: ops.RingLayout) -> None:
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) != 1 or "meta" in devices:
         raise UnsupportedModelError(f"{name}: expected all parameters on one device, loaded, got {sorted(devices)}")
-    rope = getattr(config, "rope_parameters", None) or {}
-    trained = getattr(config, "max_position_embeddings", None)
-    # Frequencies of these kinds change beyond the original length.
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        trained = rope.get("original_max_position_embeddings") or trained
+    trained = trained_length(model)
     if trained is not None and layout.num_sinks + layout.window > trained:
         raise UnsupportedModelError(
             f"{name}: num_sinks + window must not exceed the {trained} positions it was trained for, "

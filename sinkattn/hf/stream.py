@@ -1,0 +1,151 @@
+"""Endless generation: tokens from an enabled model for as long as they are asked for, in constant memory."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+import torch
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from sinkattn.hf.cache import SinkCache
+
+# Tokens held back for a character to become complete. It takes four bytes at most, but tokens may end in the middle
+# of one character after another; more than this are bytes that are no text at all.
+MOST_HELD = 32
+DECODE_CONTEXT = 8
+
+
+def stream_tokens(
+    model: PreTrainedModel,
+    prompt_ids: Tensor | Sequence[int],
+    cache: SinkCache | None = None,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop_ids: Collection[int] = (),
+    prefill_chunk: int = 512,
+) -> Iterator[int]:
+    """Generate token ids one by one, without end if nothing ends it; memory stays the same however many.
+
+    A token has been fed to the model only when the next one is asked for. So to go on with ``cache`` after the
+    last token, begin the next prompt with that token.
+
+    Args:
+        model: a model that `sinkattn.enable` has prepared.
+        prompt_ids: ``[tokens]`` or ``[1, tokens]``, at least one; fed in chunks.
+        cache: stream to go on with; default: a new one.
+        max_new_tokens: end after so many; None for no end.
+        temperature: divides the logits before sampling; 0 takes the likeliest token always (greedy).
+        top_k: sample from the k likeliest tokens only; 0 for all.
+        top_p: sample from the likeliest tokens that together have this probability.
+        seed: for sampling; None draws from torch's own generator.
+        stop_ids: tokens that end the stream; they are not yielded.
+        prefill_chunk: tokens of the prompt per forward.
+
+    Raises:
+        ValueError: an argument, saying which; a model that is not enabled.
+    """
+    prompt = torch.as_tensor(prompt_ids, dtype=torch.int64, device=model.device)
+    if prompt.ndim == 1:
+        prompt = prompt.unsqueeze(0)
+    if prompt.ndim != 2 or prompt.shape[0] != 1 or not prompt.shape[1]:
+        raise ValueError(f"prompt_ids: expected [tokens] or [1, tokens], at least one, got {list(prompt.shape)}")
+    if temperature < 0:
+        raise ValueError(f"temperature: expected 0 or more, got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k: expected 0 or more, got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected more than 0 and at most 1, got {top_p}")
+    if prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk: expected 1 or more, got {prefill_chunk}")
+    if max_new_tokens is not None and max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens: expected 0 or more, got {max_new_tokens}")
+    cache = SinkCache(model) if cache is None else cache
+    warpers = LogitsProcessorList()
+    if temperature not in (0, 1):
+        warpers.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    last = prompt[:, -1:].clone()
+    generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+
+    def choose(logits: Tensor) -> Tensor:  # [1, vocabulary] -> [1, 1]
+        if temperature == 0:
+            return logits.argmax(dim=-1, keepdim=True)
+        # None of these three looks at the tokens so far, so they need not be kept.
+        scores = warpers(last, logits.float())
+        return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)
+
+    return _tokens(model, prompt, cache, choose, max_new_tokens, frozenset(stop_ids), prefill_chunk)
+
+
+def _tokens(model, prompt, cache, choose, max_new_tokens, stop_ids, prefill_chunk) -> Iterator[int]:
+    options = {"past_key_values": cache, "use_cache": True, **keep_last_logits(model)}
+    pending = prompt.split(prefill_chunk, dim=1)
+    del prompt
+    count = 0
+    while max_new_tokens is None or count < max_new_tokens:
+        # Not inference_mode: the caller may go on with this cache under no_grad.
+        with torch.no_grad():
+            for chunk in pending:
+                logits = model(input_ids=chunk, **options).logits[:, -1]
+            chosen = choose(logits)
+        pending = (chosen,)
+        token = int(chosen)
+        if token in stop_ids:
+            return
+        count += 1
+        yield token
+
+
+def keep_last_logits(model: PreTrainedModel) -> dict[str, int]:
+    """Arguments of the model's forward that make it compute the logits of the last token alone, where it can."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def stream_text(
+    tokenizer: PreTrainedTokenizerFast, tokens: Iterable[int], prompt_ids: Sequence[int] = ()
+) -> Iterator[str]:
+    """Decode tokens as they come; yields a string, perhaps empty, for every token, and what is left at the end.
+
+    Bytes of a character are held back until the character is complete.
+
+    Args:
+        tokenizer: a transformers tokenizer with a `tokenizers` backend.
+        tokens: token ids.
+        prompt_ids: what came before, so that spaces at the seam come out right.
+
+    Raises:
+        ValueError: for a tokenizer without such a backend.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"tokenizer: expected one with a tokenizers backend, got {type(tokenizer).__name__}")
+    decoder = DecodeStream(skip_special_tokens=False)
+    for token in prompt_ids[-DECODE_CONTEXT:]:
+        decoder.step(backend, int(token))
+    held: list[int] = []
+    for token in tokens:
+        text = decoder.step(backend, token)
+        held = [] if text is not None else [*held, token]
+        if len(held) > MOST_HELD:
+            # DecodeStream would hold these back, and all that follow, for ever.
+            text, held = backend.decode(held, skip_special_tokens=False), []
+            decoder = DecodeStream(skip_special_tokens=False)
+        yield text or ""
+    if held:
+        yield backend.decode(held, skip_special_tokens=False)

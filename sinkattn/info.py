@@ -1,0 +1,103 @@
+"""What is installed, what was built, and which backend will run where."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sinkattn import build_info, ops
+from sinkattn.report import machine, size_text, versions
+
+
+def collect() -> dict[str, Any]:
+    """Versions, build and, for each device, the backend that runs, why, and what stands against the others."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    return {
+        "versions": versions(),
+        "build": build_info(),
+        "machine": machine(),
+        "SINKATTN_BACKEND": os.environ.get("SINKATTN_BACKEND"),
+        "devices": [_device(device) for device in devices],
+    }
+
+
+def model_facts(model: Any, num_sinks: int, window: int) -> dict[str, Any]:
+    """Whether `sinkattn.enable` takes a model; if so its layers' rotary embeddings and its cache. Changes nothing."""
+    from sinkattn.hf import SinkCache, disable, enable
+    from sinkattn.hf.cache import find_swap
+
+    facts: dict[str, Any] = {"class": type(model).__name__, "num_sinks": num_sinks, "window": window}
+    try:
+        enable(model, num_sinks, window)
+    except (ValueError, RuntimeError) as error:
+        return {**facts, "accepted": False, "reason": str(error)}
+    try:
+        cache = SinkCache(model)
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache)
+        ropes = find_swap(model).findings.ropes.values()
+        heads = [layer.keys.shape[-1] for layer in cache.layers]
+        rotary = [_rotary(rope, head_dim) for rope, head_dim in zip(ropes, heads, strict=True)]
+        return {**facts, "accepted": True, "rotary_by_layer": rotary, "cache_bytes_per_stream": cache.nbytes}
+    finally:
+        disable(model)
+
+
+def lines(info: dict[str, Any]) -> Iterator[str]:
+    """The same for people."""
+    yield "  ".join(f"{name} {version}" for name, version in info["versions"].items())
+    yield "built: " + ", ".join(f"{name} {value}" for name, value in info["build"].items())
+    yield f"machine: {info['machine']['processor']}, {info['machine']['threads']} threads"
+    yield f"SINKATTN_BACKEND: {info['SINKATTN_BACKEND'] or 'not set'}"
+    for device in info["devices"]:
+        runs = device["runs"] or "nothing"
+        yield f"{device['device']}: {runs} runs ({device['why']})"
+        for name, obstacle in device["backends"].items():
+            yield f"    {name}: {obstacle or 'can run'}"
+    if model := info.get("model"):
+        layout = f"{model['num_sinks']} sinks + window of {model['window']}"
+        if not model["accepted"]:
+            yield f"model: {model['class']} is refused with {layout}: {model['reason']}"
+            return
+        kinds = model["rotary_by_layer"]
+        yield f"model: {model['class']} is accepted with {layout}"
+        for kind in dict.fromkeys(kinds):
+            yield f"    rotary embedding: {kind} in {kinds.count(kind)} of {len(kinds)} layers"
+        yield f"    cache: {size_text(model['cache_bytes_per_stream'])} per stream"
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    override = os.environ.get("SINKATTN_BACKEND")
+    try:
+        runs, why = ops.select_backend(device), f"SINKATTN_BACKEND={override}" if override else "chosen by auto"
+    except (RuntimeError, ValueError) as error:
+        runs, why = None, str(error)
+    with _no_override():
+        obstacles = {name: _obstacle(device, name) for name in ops.BACKENDS if name != "auto"}
+    return {"device": str(device), "runs": runs, "why": why, "backends": obstacles}
+
+
+def _obstacle(device: torch.device, backend: ops.Backend) -> str | None:
+    try:
+        ops.select_backend(device, backend)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _rotary(rope: Any, head_dim: int) -> str:
+    return "none" if rope is None else f"{rope.style}, {rope.rotary_dim} of {head_dim} elements"
+
+
+@contextmanager
+def _no_override() -> Iterator[None]:
+    override = os.environ.pop("SINKATTN_BACKEND", None)
+    try:
+        yield
+    finally:
+        if override is not None:
+            os.environ["SINKATTN_BACKEND"] = override

@@ -1,0 +1,243 @@
+"""The command line: what it prints, its exit codes, and one clear line for what a user can put right."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+import sinkattn
+from sinkattn import cli, user_errors
+from sinkattn.hf.load import load
+from sinkattn.hf.stream import stream_text, stream_tokens
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["demo", "--device", "cpu", "--tokens", "60", "--dense-tokens", "40", "--num-sinks", "2", "--window", "14"]
+SMALL += ["--samples", "10"]
+
+
+def start(*arguments, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "sinkattn", *arguments],
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, **options},
+    )
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_version_and_usage(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"sinkattn {sinkattn.__version__}\n")
+    with pytest.raises(SystemExit) as ended:
+        cli.main([])
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "info"])
+def test_help_says_what_a_command_does(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert "--num-sinks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*SMALL, "--text", "nothing.txt"], "demo: text: cannot read nothing.txt: No such file or directory"),
+        ([*SMALL, "--text", "empty.txt"], "demo: text: empty.txt is empty"),
+        ([*SMALL, "--text", "latin.txt"], "demo: text: latin.txt is not UTF-8 text (invalid continuation byte)"),
+        ([*SMALL, "--plot", "nowhere/a.png"], "demo: cannot write nowhere/a.png: nowhere is no folder"),
+        ([*SMALL, "--window", "300", "--tokens", "999", "--dense-tokens", "999"], "demo: LlamaForCausalLM: num_sinks"),
+        ([*SMALL, "--tokens", "16"], "demo: tokens: expected more than num_sinks + window (16), got 16"),
+        (["demo", "--model", "./nothing"], "demo: model: no folder with a transformers model at nothing"),
+        (["generate", "--prompt", "a", "--model", "a b"], "generate: model: cannot load a b: Repo id must"),
+        (["generate", "--prompt", "a", "--window", "253"], "must not exceed the 256 positions it was trained for"),
+        (["generate", "--prompt", "a", "--top-p", "2"], "generate: top_p: expected more than 0 and at most 1, got 2.0"),
+        (["generate", "--prompt", "a", "--stop-at-eos"], "generate: stop-at-eos: this model has no end token"),
+        (["generate", "--prompt", "a", "--device", "cuda:99"], "generate: device: no such device here: cuda:99"),
+        (["info", "--model", "./nothing"], "info: model: no folder with a transformers model at nothing"),
+    ],
+)
+def test_what_a_user_can_put_right_is_one_line(arguments, message, capsys):
+    Path("empty.txt").touch()
+    Path("latin.txt").write_bytes(b"caf\xe9 au lait\n")
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert message in error[-1]
+    assert error[-1].startswith("sinkattn ")
+    assert "Traceback" not in "".join(error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--window", "0"], "--window: expected a whole number, 1 or more, got '0'"),
+        (["generate", "--num-sinks", "-1"], "--num-sinks"),
+        (["generate", "--num-sinks", "x"], "--num-sinks: expected a whole number, 0 or more, got 'x'"),
+        (["juggle"], "invalid choice: 'juggle'"),
+    ],
+)
+def test_bad_numbers(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert cli.main(SMALL) == 2
+    expected = "sinkattn demo: this command needs psutil, which is not installed: pip install 'sinkattn[cli]'\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_user_error_takes_the_first_line():
+    with pytest.raises(user_errors.UserError, match=r"^first$"), user_errors.as_user_error(ValueError):
+        raise ValueError("first\nsecond")
+
+
+def test_demo(capsys):
+    Path("short.txt").write_text("def f(x):\n    return x\n")
+    arguments = [*SMALL, "--text", "short.txt", "--json", "out.json", "--plot", "out.png"]
+    assert cli.main(arguments) == 0
+    captured = capsys.readouterr()
+    figures = json.loads(Path("out.json").read_text())
+    assert Path("out.png").read_bytes().startswith(b"\x89PNG")
+    assert figures["model"] == {
+        "name": "the one that ships with sinkattn",
+        "shipped": True,
+        "class": "LlamaForCausalLM",
+        "dtype": "float32",
+        "device": "cpu",
+        "trained_length": 256,
+    }
+    assert figures["text"]["description"] == "short.txt"
+    assert figures["text"]["start_token"]
+    assert figures["text"]["started_over"] > 2
+    assert [method["tokens"] for method in figures["methods"].values()] == [60, 60, 40, 20]
+    sinks = figures["methods"]["sinkattn"]["scored"][0]
+    assert f"{sinks['loss']:.3f} ({sinks['perplexity']:.1f})" in captured.out
+    assert f"started over {figures['text']['started_over']} times" in captured.out
+    assert "which is the sink of this model" in captured.out
+    assert "Picture: out.png, figures: out.json" in captured.out
+
+
+def test_demo_reads_a_pipe(tmp_path):
+    process = start(*SMALL, "--text", "-", "--json", "out.json", stdin=subprocess.PIPE)
+    _, error = process.communicate("x = 1\n" * 100, timeout=120)
+    assert process.returncode == 0, error
+    assert json.loads(Path("out.json").read_text())["text"]["description"] == "stdin"
+    assert Path("demo.png").is_file()
+
+
+def expected_text(prompt, count, **options):
+    model, tokenizer = load(device="cpu")
+    sinkattn.enable(model, 4, 252)
+    ids = tokenizer(prompt).input_ids
+    return "".join(stream_text(tokenizer, islice(stream_tokens(model, ids, **options), count), ids))
+
+
+def test_generate_prints_the_text(capsys):
+    common = ["generate", "--device", "cpu", "--prompt", "import ", "--max-new-tokens", "20"]
+    assert cli.main([*common, "--temperature", "0"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == expected_text("import ", 20)
+    summary = captured.err.strip()
+    assert summary.startswith("20 tokens, ")
+    assert summary.endswith("KV cache 512.0 KiB (4 sinks + window of 252)")
+    sampling = ["--temperature", "0.9", "--top-k", "50", "--top-p", "0.9", "--seed", "3"]
+    assert cli.main([*common, *sampling]) == 0
+    assert capsys.readouterr().out == expected_text("import ", 20, temperature=0.9, top_k=50, top_p=0.9, seed=3)
+
+
+def test_generate_ends_with_ctrl_c():
+    process = start("generate", "--device", "cpu", "--num-sinks", "4", "--window", "28", stdin=subprocess.PIPE)
+    process.stdin.write("def f():")
+    process.stdin.close()
+    text = process.stdout.read(200)
+    process.send_signal(signal.SIGINT)
+    text += process.stdout.read()
+    error = process.stderr.read()
+    assert process.wait(timeout=60) == 0, error
+    assert len(text) >= 200
+    summary = error.strip().splitlines()[-1]
+    assert int(summary.split()[0].replace(",", "")) > 28, "the ring has wrapped"
+    assert summary.endswith("KV cache 64.0 KiB (4 sinks + window of 28)")
+    assert "Traceback" not in error
+
+
+def test_generate_ends_when_nobody_reads():
+    process = start("generate", "--device", "cpu", "--prompt", "def f():", "--window", "28")
+    process.stdout.read(10)
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(timeout=60) == 0, error
+    assert "tokens/s" in error
+    assert "Traceback" not in error
+    assert "Exception ignored" not in error
+
+
+def test_demo_interrupted():
+    process = start("demo", "--device", "cpu", "--tokens", "1000000")
+    assert "ships with sinkattn" in process.stdout.readline()
+    assert "standard library" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    error = process.stderr.read()
+    assert process.wait(timeout=60) == 130, error
+    assert error.strip().endswith("sinkattn demo: interrupted")
+    assert "Traceback" not in error
+
+
+def test_info(capsys, monkeypatch):
+    monkeypatch.delenv("SINKATTN_BACKEND", raising=False)
+    assert cli.main(["info", "--json", "--model", "demo", "--device", "cpu"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["sinkattn"] == sinkattn.__version__
+    assert facts["build"] == sinkattn.build_info()
+    assert facts["SINKATTN_BACKEND"] is None
+    cpu = facts["devices"][0]
+    assert (cpu["device"], cpu["runs"]) == ("cpu", "cpu")
+    assert cpu["backends"]["cpu"] is None
+    assert cpu["backends"]["reference"] is None
+    model = facts["model"]
+    assert model["accepted"]
+    assert model["window"] == 252
+    assert model["rotary_by_layer"] == ["half, 32 of 32 elements"] * 2
+    assert model["cache_bytes_per_stream"] == 2 * 2 * 4 * 256 * 32 * 4
+
+    assert cli.main(["info", "--model", "demo", "--device", "cpu", "--window", "300"]) == 0
+    text = capsys.readouterr().out
+    assert "cpu: cpu runs" in text
+    assert "is refused with 4 sinks + window of 300" in text
+    assert "256 positions" in text
+
+
+def test_info_says_what_the_environment_asks_for(capsys, monkeypatch):
+    monkeypatch.setenv("SINKATTN_BACKEND", "reference")
+    assert cli.main(["info"]) == 0
+    assert "cpu: reference runs (SINKATTN_BACKEND=reference)" in capsys.readouterr().out
+    monkeypatch.setenv("SINKATTN_BACKEND", "abacus")
+    assert cli.main(["info"]) == 0
+    assert "cpu: nothing runs (SINKATTN_BACKEND: expected one of" in capsys.readouterr().out
+    assert os.environ["SINKATTN_BACKEND"] == "abacus"
+
+
+@pytest.mark.slow
+def test_memory_and_time_are_constant():
+    process = start("demo", "--device", "cpu", "--tokens", "20000", "--dense-tokens", "200", "--json", "out.json")
+    _, error = process.communicate(timeout=600)
+    assert process.returncode == 0, error
+    constant = json.loads(Path("out.json").read_text())["sinkattn_constant"]
+    assert constant["resident_growth_bytes"] < 2e6
+    # Wide, for machines that do other things as well; keeping every key would make it several times as long.
+    assert abs(constant["median_seconds_change"]) < 0.5

@@ -1,0 +1,288 @@
+"""The demonstration: its losses against independent forwards, and instruments that do not grow."""
+
+import io
+import json
+import math
+import sys
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sinkattn import demo, plots, recorder, report
+from sinkattn.demo import Settings
+from sinkattn.recorder import Recorder, sample_positions
+from sinkattn.text import Pipe, TextError, TokenStream
+
+SETTINGS = Settings(tokens=90, num_sinks=3, window=9, dense_tokens=50, samples=20)
+SIZE = SETTINGS.cache_tokens
+ABOUT = {
+    "model": {
+        "name": "tiny",
+        "shipped": False,
+        "class": "Tiny",
+        "dtype": "float32",
+        "device": "cpu",
+        "trained_length": 64,
+    },
+    "text": {"description": "pangram", "started_over": 2, "start_token": True},
+}
+
+
+class LetterTokenizer:
+    bos_token_id = 0
+
+    def __call__(self, piece, **options):
+        return type("Encoding", (), {"input_ids": [ord(letter) % 40 + 1 for letter in piece]})
+
+
+def make_stream(text="the quick brown fox jumps over the lazy dog"):
+    return TokenStream(Pipe(io.StringIO(text)), LetterTokenizer())
+
+
+@pytest.fixture(scope="module")
+def model():
+    """One layer: there, what a query sees decides its output, so any streaming can be checked by a fresh forward."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 41, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, max_position_embeddings=64)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def result(model):
+    return demo.run(model, make_stream(), SETTINGS, lambda *progress: None, lambda: 1 << 20)
+
+
+def visible(position, num_sinks, window):
+    return [*range(min(num_sinks, position + 1)), *range(max(num_sinks, position - window + 1), position + 1)]
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """Loss at every position by every method, from the model as transformers has it."""
+    ids = torch.tensor(list(islice(make_stream(), SETTINGS.tokens + 1)))
+
+    @torch.no_grad()
+    def loss(position, seen):
+        logits = model(input_ids=ids[seen][None], use_cache=False).logits[0, -1]
+        return F.cross_entropy(logits, ids[position + 1]).item()
+
+    layouts = {
+        "sinkattn": (SETTINGS.num_sinks, SETTINGS.window),
+        "window": (0, SIZE),
+        "dense": (0, SETTINGS.tokens),
+        "recompute": (1, SIZE - 1),
+    }
+    return {
+        name: np.array([loss(position, visible(position, *layout)) for position in range(SETTINGS.tokens)])
+        for name, layout in layouts.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["sinkattn", "window", "dense", "recompute"])
+def test_losses_are_those_of_fresh_forwards(result, expected, name):
+    method = result.methods[name]
+    got = method.recorder.sample_losses
+    reached = method.recorder.samples < (SETTINGS.dense_tokens if name == "dense" else SETTINGS.tokens)
+    assert np.isnan(got[~reached]).all()
+    np.testing.assert_allclose(got[reached], expected[name][method.recorder.samples[reached]], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sinkattn", "window", "dense"])
+def test_series_cover_the_whole_stream(result, expected, name):
+    end = SETTINGS.dense_tokens if name == "dense" else SETTINGS.tokens
+    series = result.methods[name].recorder.series()
+    assert [bucket["begin"] for bucket in series[1:]] == [bucket["end"] for bucket in series[:-1]]
+    assert (series[0]["begin"], series[-1]["end"]) == (0, end)
+    for bucket in series:
+        assert bucket["tokens"] == bucket["end"] - bucket["begin"]
+        want = expected[name][bucket["begin"] : bucket["end"]].mean()
+        assert bucket["loss"] == pytest.approx(want, rel=1e-4)
+
+
+def test_methods_differ_once_the_window_is_full(expected):
+    for name in ("window", "dense", "recompute"):
+        np.testing.assert_allclose(expected[name][:SIZE], expected["sinkattn"][:SIZE], rtol=1e-4)
+        assert np.abs(expected[name] - expected["sinkattn"])[SIZE:50].max() > 0.01
+
+
+def test_caches(result, model):
+    per_token = 2 * 4 * 8 * 4  # keys and values, heads, head_dim, fp32
+    sizes = {name: method.cache_bytes for name, method in result.methods.items()}
+    assert sizes == {
+        "sinkattn": SIZE * per_token,
+        "window": SIZE * per_token,
+        "dense": SETTINGS.dense_tokens * per_token,
+        "recompute": None,
+    }
+    assert "_sinkattn" not in model.__dict__, "the model is given back as it came"
+
+
+def test_dense_stops_when_its_time_is_over(model, monkeypatch):
+    monkeypatch.setattr(demo, "DENSE_SECONDS", 0.0)
+    result = demo.run(model, make_stream(), SETTINGS, lambda *progress: None, lambda: 0)
+    dense = result.methods["dense"]
+    assert dense.recorder.end < 5
+    assert dense.stopped == "time budget of 0 s"
+    figures = report.as_dict(result, ABOUT)
+    assert figures["methods"]["dense"]["scored"] == []
+    assert [part["begin"] for part in figures["methods"]["sinkattn"]["scored"]] == [SETTINGS.dense_tokens]
+    assert "time budget" in printed(result)
+
+
+def test_dense_may_reach_the_end(model):
+    settings = Settings(tokens=40, num_sinks=3, window=9, dense_tokens=5000, samples=5)
+    result = demo.run(model, make_stream(), settings, lambda *progress: None, lambda: 0)
+    assert result.methods["dense"].stopped is None
+    assert [len(method["scored"]) for method in report.as_dict(result, ABOUT)["methods"].values()] == [1] * 4
+    assert "ran all tokens" in printed(result)
+
+
+def test_settings_and_texts_that_cannot_be_compared(model):
+    def run(settings, text="abc"):
+        demo.run(model, make_stream(text), settings, lambda *progress: None, lambda: 0)
+
+    with pytest.raises(ValueError, match=r"tokens: expected more than num_sinks \+ window \(128\), got 128"):
+        run(Settings(tokens=128))
+    with pytest.raises(ValueError, match="dense_tokens: expected more than"):
+        run(Settings(dense_tokens=100))
+    with pytest.raises(ValueError, match="samples: expected 1 or more, got 0"):
+        run(Settings(samples=0))
+    with pytest.raises(ValueError, match="must not exceed the 64 positions"):
+        run(Settings())
+    with pytest.raises(TextError, match="text: stdin is empty"):
+        run(SETTINGS, text="")
+
+
+# Instruments
+
+
+def fill(tokens, full_at=10, times=None, samples=()):
+    out = Recorder(tokens, full_at, np.array(samples, dtype=np.int64))
+    for position in range(tokens):
+        out.add(position, float(position), times(position) if times else None)
+    return out
+
+
+def test_spans_are_the_tokens_after_the_window_filled_and_the_last(monkeypatch):
+    monkeypatch.setattr(recorder, "TIMES_KEPT", 7)
+    out = fill(100, full_at=10, times=float)
+    assert out.first_span() == recorder.Span(10, 7, 13.0)
+    assert out.last_span() == recorder.Span(93, 7, 96.0)
+    short = fill(20, full_at=10, times=float)
+    assert (short.first_span(), short.last_span()) == (recorder.Span(10, 5, 12.0), recorder.Span(15, 5, 17.0))
+    assert fill(10, full_at=10, times=float).last_span() is None
+
+
+def test_resident_growth_is_the_highest_after_the_window_filled():
+    out = Recorder(200, 10, np.zeros(0))
+    readings = {0: 999, 10: 100, 32: 130, 64: 170, 96: 120}
+    for position in range(200):
+        out.add(position, 0.0)
+        if out.memory_is_due():
+            out.add_memory(readings.get(position, 110), 5)
+    assert (out.resident_when_full, out.resident_growth) == (100, 70)
+
+
+def test_samples_are_spread_and_distinct():
+    rng = np.random.default_rng(0)
+    positions = sample_positions(100, 1100, 50, rng)
+    assert ((positions - 100) // 20 == np.arange(50)).all()
+    assert sample_positions(5, 9, 50, rng).tolist() == [5, 6, 7, 8]
+    assert len(sample_positions(9, 9, 50, rng)) == 0
+
+
+def test_mean_loss_of_samples():
+    out = fill(50, samples=[3, 10, 20, 45])
+    assert out.mean_loss(10, 45) == (15.0, 2)
+    assert out.mean_loss(21, 45) is None
+
+
+def test_recorder_takes_the_same_memory_for_any_stream():
+    def nbytes(tokens):
+        out = Recorder(tokens, 128, np.zeros(0))
+        return sum(value.nbytes for value in vars(out).values() if isinstance(value, np.ndarray))
+
+    assert nbytes(10**9) == nbytes(10**5)
+    assert nbytes(10**9) < 1 << 20
+    out = Recorder(10**9, 128, np.zeros(0))
+    before = sum(sys.getsizeof(value) for value in vars(out).values())
+    for position in range(20_000):
+        out.add(position, 1.0, 1.0)
+    assert sum(sys.getsizeof(value) for value in vars(out).values()) <= before + 64
+
+
+# What comes out
+
+
+def printed(result):
+    from rich.console import Console
+
+    console = Console(width=140, file=io.StringIO())
+    console.print(report.table(result))
+    return console.file.getvalue()
+
+
+def test_figures(result, expected):
+    figures = json.loads(json.dumps(report.as_dict(result, ABOUT)))
+    assert set(figures) == {
+        *("model", "text", "versions", "machine", "build", "settings", "sinkattn_constant", "methods"),
+    }
+    assert set(figures["versions"]) == {"sinkattn", "python", "torch", "transformers"}
+    assert figures["machine"]["threads"] == torch.get_num_threads()
+    assert figures["machine"]["processor"]
+    assert figures["settings"]["window"] == 9
+    assert figures["sinkattn_constant"]["resident_growth_bytes"] == 0
+    assert [method["tokens"] for method in figures["methods"].values()] == [90, 90, 50, 40]
+    for name, method in figures["methods"].items():
+        for part in method["scored"]:
+            samples = result.methods[name].recorder.samples
+            at = samples[(samples >= part["begin"]) & (samples < part["end"])]
+            assert part["samples"] == len(at) == 20
+            assert part["loss"] == pytest.approx(expected[name][at].mean(), rel=1e-4)
+            assert part["perplexity"] == pytest.approx(math.exp(part["loss"]))
+    assert [len(method["scored"]) for method in figures["methods"].values()] == [2, 2, 1, 2]
+
+
+def test_table_shows_the_figures(result):
+    scored = report.as_dict(result, ABOUT)["methods"]["sinkattn"]["scored"]
+    text = printed(result)
+    assert f"{scored[0]['loss']:.3f} ({scored[0]['perplexity']:.1f})" in text
+    assert f"{scored[1]['loss']:.3f}" in text
+    assert "not reached" in text
+    assert "stopped at 50: budget of 50 tokens" in text
+    remarks = "\n".join(report.remarks(result, ABOUT))
+    assert "same 20 + 20 tokens" in remarks
+    assert "start token and the last 11 tokens. It keeps the start token." in remarks
+    assert "1.0 MiB when the window was full, at most 0 B more" in remarks
+    assert "started over 2 times" in remarks
+
+
+def test_sizes_for_people():
+    sizes = {512: "512 B", 2048: "2.0 KiB", 3 << 20: "3.0 MiB", 5 << 30: "5.00 GiB"}
+    assert {count: report.size_text(count) for count in sizes} == sizes
+
+
+def test_merged_buckets_hold_enough_tokens():
+    series = [
+        {"begin": begin, "end": begin + 4, "tokens": 4, "loss": float(begin), "seconds": None}
+        for begin in range(0, 40, 4)
+    ]
+    assert plots.merged(series, "loss", least=12) == ([6.0, 18.0, 30.0], [4.0, 16.0, 28.0])
+    assert plots.merged(series, "seconds") == ([], [])
+
+
+def test_picture(result, tmp_path):
+    plots.draw(report.as_dict(result, ABOUT), tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="nonsense"):
+        plots.draw(report.as_dict(result, ABOUT), tmp_path / "demo.nonsense")
