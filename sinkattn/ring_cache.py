@@ -118,6 +118,10 @@ class RingKVCache:
         if self._owns_seen:
             self.seen += tokens
 
+    def note_uncounted(self, tokens: int) -> None:
+        """Take notice that up to ``tokens`` tokens were written that do not count: they may have evicted others."""
+        torch.maximum(self._peak, self.seen + tokens, out=self._peak)
+
     def rollback(self, counts: int | Tensor) -> None:
         """Forget the last ``counts`` tokens (of every row, or int64 ``[batch]``), as if they had never come.
 

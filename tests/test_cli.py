@@ -239,5 +239,5 @@ def test_memory_and_time_are_constant():
     assert process.returncode == 0, error
     constant = json.loads(Path("out.json").read_text())["sinkattn_constant"]
     assert constant["resident_growth_bytes"] < 2e6
-    # Wide, for machines that do other things as well; keeping every key would make it several times as long.
-    assert abs(constant["median_seconds_change"]) < 0.5
+    # Wide, for machines that do other things as well; keeping every key would make a token take ten times as long.
+    assert constant["median_seconds_change"] < 2

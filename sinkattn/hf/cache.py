@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sinkattn.ops import RingLayout
 from sinkattn.ring_cache import RingKVCache
-from sinkattn.rope import Rope, table_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,6 +23,21 @@ def find_swap(model: torch.nn.Module) -> Swap | None:
     return next((m.__dict__["_sinkattn"] for m in model.modules() if "_sinkattn" in m.__dict__), None)
 
 
+@dataclass
+class Streams:
+    """What the layers of a cache share."""
+
+    layout: RingLayout
+    tokens_seen: int = 0
+    """Tokens counted in every row; the host's copy of the ring's `seen`."""
+    ring: RingKVCache | None = None
+    """The ring whose counters all layers use."""
+    arriving: int | None = None
+    """Tokens of the forward under way; None between forwards."""
+    broken: bool = False
+    """A part of the window was overwritten by tokens that do not count."""
+
+
 class SinkLayer(CacheLayerMixin):
     """Ring of one attention layer. Holds no memory until its layer first runs."""
 
@@ -30,20 +45,20 @@ class SinkLayer(CacheLayerMixin):
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, cache: SinkCache) -> None:
+    def __init__(self, streams: Streams) -> None:
         super().__init__()
-        self._cache = cache
+        self._streams = streams
         self.ring: RingKVCache | None = None
 
     @property
     def is_croppable(self) -> bool:
         """Whether tokens can be taken back at all."""
-        return self._cache.layout.headroom > 0
+        return self._streams.layout.headroom > 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the ring for keys and values like these."""
         batch, kv_heads, _, head_dim = key_states.shape
-        layout = self._cache.layout
+        layout = self._streams.layout
         self.ring = RingKVCache(
             batch,
             kv_heads,
@@ -54,16 +69,24 @@ class SinkLayer(CacheLayerMixin):
             value_dim=value_states.shape[-1],
             dtype=key_states.dtype,
             device=key_states.device,
-            share_seen_with=self._cache.first_ring,
+            share_seen_with=self._streams.ring,
         )
+        if self._streams.ring is None:
+            self._streams.ring = self.ring
         self.keys, self.values = self.ring.keys, self.ring.values
         self.batch_size = batch
         self.is_initialized = True
 
+    def drop(self) -> None:
+        """Give the memory back."""
+        self.ring = self.keys = self.values = None
+        self.is_initialized = False
+        self.__dict__.pop("batch_size", None)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Hand the new keys and values through: the attention function appends them to the ring itself."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        if self._streams.arriving is None:
+            raise RuntimeError("past_key_values: a SinkCache works only in the model that sinkattn.enable prepared")
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -72,7 +95,7 @@ class SinkLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Tokens ever seen, not slots in use: what `generate` cuts its inputs by."""
-        return self._cache.tokens_seen
+        return self._streams.tokens_seen
 
     def get_max_length(self) -> int:
         """Return -1: a stream has no maximum length."""
@@ -99,19 +122,24 @@ class SinkCache(Cache):
             raise ValueError("model: expected a model prepared by sinkattn.enable(model), got one that is not enabled")
         if max_batch_size is not None and max_batch_size < 1:
             raise ValueError(f"max_batch_size: expected 1 or more, got {max_batch_size}")
-        self.layout: RingLayout = swap.layout
-        self.swap_id: int = swap.id
+        self.swap_id: str = swap.id
         self._max_batch_size = max_batch_size
-        self.tokens_seen = 0
-        self._tokens = 0
-        self._broken = False
-        self._tables: tuple[Tensor, Tensor] | None = None
-        super().__init__(layers=[SinkLayer(self) for _ in range(swap.num_layers)])
+        self._streams = Streams(swap.layout)
+        super().__init__(layers=[SinkLayer(self._streams) for _ in range(swap.num_layers)])
+
+    def __copy__(self) -> SinkCache:
+        """Refused: two caches over one memory would overwrite each other."""
+        raise TypeError("a SinkCache cannot be copied shallowly; copy.deepcopy makes an independent fork")
 
     @property
-    def first_ring(self) -> RingKVCache | None:
-        """Ring whose counters all layers share."""
-        return next((layer.ring for layer in self.layers if layer.ring is not None), None)
+    def layout(self) -> RingLayout:
+        """Slot arithmetic of every layer's ring."""
+        return self._streams.layout
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens that every row has seen."""
+        return self._streams.tokens_seen
 
     @property
     def nbytes(self) -> int:
@@ -119,61 +147,60 @@ class SinkCache(Cache):
         return sum(layer.ring.nbytes for layer in self.layers if layer.ring is not None)
 
     def begin(self, batch: int, tokens: int) -> None:
-        """Start a forward of ``tokens`` new tokens per row; raises, with nothing changed, if it cannot be taken."""
-        ring = self.first_ring
-        if ring is not None and len(ring.seen) != batch:
-            raise ValueError(f"past_key_values: holds {len(ring.seen)} streams, got a batch of {batch}")
+        """Open a forward of ``tokens`` new tokens per row; raises, with nothing changed, if it cannot be taken."""
+        streams = self._streams
+        if streams.arriving is not None:
+            raise RuntimeError("past_key_values: is in the middle of a forward already, in this thread or another")
+        if streams.ring is not None and len(streams.ring.seen) != batch:
+            raise ValueError(f"past_key_values: holds {len(streams.ring.seen)} streams, got a batch of {batch}")
         if self._max_batch_size is not None and batch > self._max_batch_size:
             raise ValueError(f"past_key_values: max_batch_size is {self._max_batch_size}, got a batch of {batch}")
-        if self._broken:
+        if streams.broken:
             raise RuntimeError(
                 "past_key_values: a forward was interrupted after it had overwritten a part of the window; call "
                 "reset() and start the stream anew"
             )
-        self._tokens = tokens
+        streams.arriving = tokens
 
     def finish(self) -> None:
-        """Count the tokens of the forward that began as seen, by all layers."""
-        self.first_ring.advance(self._tokens)
-        self.tokens_seen += self._tokens
-        self._tokens, self._tables = 0, None
+        """Close the forward: its tokens are in the rings of all layers, and count."""
+        streams = self._streams
+        streams.ring.advance(streams.arriving)
+        streams.tokens_seen += streams.arriving
+        streams.arriving = None
 
     def abandon(self, *, written: bool) -> None:
-        """Forget the forward that began; ``written``: some layer has appended its tokens already.
+        """Close a forward that failed: its tokens do not count, though some layers may have ``written`` them.
 
-        Tokens that were not counted are overwritten by the next ones, so the stream can go on, unless the last of
-        them took slots of tokens that the next query sees.
+        The next tokens overwrite them, so the stream can go on, unless the last of them took slots of tokens that
+        the next query sees.
         """
-        oldest_kept = self.tokens_seen + self._tokens - self.layout.ring
-        next_window = self.layout.window_begin(self.tokens_seen)
-        if written and next_window < min(oldest_kept, self.tokens_seen):
-            self._broken = True
-        self._tokens, self._tables = 0, None
-
-    def tables(self, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Rotary tables of the forward under way, made once and shared by all layers."""
-        if self._tables is None:
-            ring = self.first_ring
-            self._tables = rope.stream_tables(
-                ring.seen,
-                self._tokens,
-                num_sinks=self.layout.num_sinks,
-                window=self.layout.window,
-                dtype=table_dtype(ring.keys.dtype),
-            )
-        return self._tables
+        streams, layout = self._streams, self.layout
+        tokens, streams.arriving = streams.arriving, None
+        if not written:
+            return
+        if streams.tokens_seen == 0:
+            streams.ring = None
+            for layer in self.layers:
+                layer.drop()
+            return
+        streams.ring.note_uncounted(tokens)
+        oldest_kept = streams.tokens_seen + tokens - layout.ring
+        if layout.window_begin(streams.tokens_seen) < min(oldest_kept, streams.tokens_seen):
+            streams.broken = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` tokens (a negative number, as transformers has it).
 
         Raises ValueError for a positive number, RuntimeError beyond the headroom; nothing is changed then.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: expected a negative number of tokens, got {tokens_to_remove}")
-        if tokens_to_remove == 0 or self.first_ring is None:
+        if tokens_to_remove == 0 or self._streams.ring is None:
             return
-        self.first_ring.rollback(-tokens_to_remove)
-        self.tokens_seen += tokens_to_remove
+        self._streams.ring.rollback(-tokens_to_remove)
+        self._streams.tokens_seen += tokens_to_remove
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was, in place."""
@@ -186,5 +213,5 @@ class SinkCache(Cache):
         for layer in self.layers:
             if layer.ring is not None:
                 layer.ring.reset()
-        self.tokens_seen = 0
-        self._broken = False
+        self._streams.tokens_seen = 0
+        self._streams.broken = False

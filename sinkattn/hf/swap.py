@@ -7,9 +7,12 @@ one model. No forward is copied and no class is touched.
 from __future__ import annotations
 
 import inspect
-import itertools
-import threading
-import types
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,9 +31,9 @@ from sinkattn.hf.probe import (
     probe,
     trained_length,
 )
+from sinkattn.rope import table_dtype
 
 NAME = "sinkattn"
-_ids = itertools.count(1)
 
 
 def enable(
@@ -68,18 +71,23 @@ def enable(
     if find_swap(model) is not None:
         raise ValueError("model: is enabled already; call sinkattn.disable(model) first")
     _check_model(model, layout)
-    swap = Swap(model, layout, backend, probe(model))
-    swap.check_layers()
-    with evaluation_mode(model):
-        ids = _sample_ids(model, min(PROBE_TOKENS, num_sinks + window))
-        before = model(input_ids=ids, use_cache=False)[0]
-        swap.install()
-        try:
-            after = model(input_ids=ids, use_cache=False)[0]
-            _check_equal(model, before, after)
-        except BaseException:
-            swap.remove()
-            raise
+    backend = ops.select_backend(model.device, backend)
+    with _unexpected_means_unsupported(model):
+        swap = Swap(model, layout, backend, probe(model))
+        swap.check_layers()
+        with evaluation_mode(model):
+            ids = _sample_ids(model, min(PROBE_TOKENS, num_sinks + window))
+            before = model(input_ids=ids, use_cache=False)[0]
+            try:
+                swap.install()
+                # In two calls, so that whatever else a model carries from call to call is carried here.
+                cache = SinkCache(model)
+                parts = ids.tensor_split(2, dim=1) if ids.shape[1] > 1 else (ids,)
+                after = torch.cat([model(input_ids=part, past_key_values=cache)[0] for part in parts], dim=1)
+                _check_equal(model, before, after)
+            except BaseException:
+                swap.remove()
+                raise
     return model
 
 
@@ -92,24 +100,37 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@dataclass
+class Forward:
+    """One forward of an enabled model under way."""
+
+    swap: Swap
+    cache: SinkCache
+    tokens: int
+    layers_run: int = 0
+    tables: tuple[Tensor, Tensor] | None = None
+
+
+# Per thread, and a forward within a forward has its own.
+_running: ContextVar[Forward] = ContextVar("sinkattn_running")
+
+
 class Swap:
-    """What `enable` leaves on a model: its layout, its rotary embeddings, and the hooks that put them to use."""
+    """What `enable` leaves on a model: its layout, its rotary embeddings, and what puts them to use."""
 
     def __init__(
         self, model: PreTrainedModel, layout: ops.RingLayout, backend: ops.Backend, findings: Findings
     ) -> None:
-        self.id = next(_ids)
+        self.id = uuid.uuid4().hex
         self.model = model
         self.layout = layout
-        self.backend = ops.select_backend(model.device, backend)
+        self.backend = backend
         self.findings = findings
         self.num_layers = len(findings.ropes)
         self.parameters = list(inspect.signature(findings.decoder.forward).parameters)
-        self._previous_implementation = model.config._attn_implementation
-        self._handles: list[Any] = []
-        self._cache: SinkCache | None = None
-        self._thread: int | None = None
-        self._calls = 0
+        self._implementation = findings.decoder.config._attn_implementation
+        self._own: list[tuple[nn.Module, str, Any]] = []
+        self._handle: Any = None
 
     def check_layers(self) -> None:
         """Refuse what the probe explained but the ring does not do."""
@@ -118,53 +139,62 @@ class Swap:
         if missing := needed - set(self.parameters):
             raise UnsupportedModelError(f"{name}: its decoder takes no {', '.join(sorted(missing))}")
         seen_tokens = self.layout.num_sinks + self.layout.window
-        for module in self.findings.ropes:
-            native = self.findings.sliding_windows.get(module)
-            if native is not None and seen_tokens > native:
+        windows = self.findings.sliding_windows
+        for module, native in windows.items():
+            if seen_tokens > native:
                 raise UnsupportedModelError(
                     f"{name}: layer {module.layer_idx} has a sliding window of {native} tokens of its own; "
                     f"num_sinks + window must not exceed it, got {seen_tokens}"
                 )
+        config = self.findings.decoder.config
+        for option in ("sliding_window", "attention_chunk_size"):
+            size = getattr(config, option, None)
+            if isinstance(size, int) and size < seen_tokens and size not in windows.values():
+                raise UnsupportedModelError(
+                    f"{name}: its configuration has {option}={size}, which its layers do not pass on; num_sinks + "
+                    f"window must not exceed it, got {seen_tokens}"
+                )
 
     def install(self) -> None:
         """Put the swap in place."""
-        decoder, rotary = self.findings.decoder, self.findings.rotary
+        decoder = self.findings.decoder
         for module in {self.model, *self.findings.ropes}:
-            module._sinkattn = self
+            self._set(module, "_sinkattn", self)
         if hasattr(type(self.model), "generate"):
-            self.model.generate = types.MethodType(_generate, self.model)
-        self._handles = [
-            rotary.register_forward_hook(no_rotation),
-            decoder.register_forward_pre_hook(self.before_forward, with_kwargs=True),
-            decoder.register_forward_hook(self.after_forward, always_call=True),
-        ]
-        self.model.set_attn_implementation(NAME)
+            self._set(self.model, "generate", partial(_generate, self.model))
+        self._set(decoder, "forward", self.forward)
+        self._handle = self.findings.rotary.register_forward_hook(no_rotation)
+        decoder.set_attn_implementation(NAME)
 
     def remove(self) -> None:
-        """Restore the model."""
-        self.model.set_attn_implementation(self._previous_implementation)
-        for handle in self._handles:
-            handle.remove()
-        self.model.__dict__.pop("generate", None)
-        for module in {self.model, *self.findings.ropes}:
-            module.__dict__.pop("_sinkattn", None)
+        """Restore the model, however far `install` came."""
+        self.findings.decoder.set_attn_implementation(self._implementation)
+        if self._handle is not None:
+            self._handle.remove()
+        while self._own:
+            module, name, before = self._own.pop()
+            if before is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = before
 
-    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Check the arguments of the decoder; give it a cache, positions relative to the cache, and no mask."""
+    def _set(self, module: nn.Module, name: str, value: Any) -> None:
+        self._own.append((module, name, module.__dict__.get(name)))
+        module.__dict__[name] = value
+
+    def forward(self, *args, **kwargs) -> Any:
+        """Forward of the decoder: checks its arguments, provides cache and positions, and counts the tokens after."""
+        decoder = self.findings.decoder
+        before = next(own for module, name, own in self._own if module is decoder and name == "forward")
+        run = before or partial(type(decoder).forward, decoder)
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        if self._thread not in (None, threading.get_ident()) and any(
-            thread.ident == self._thread for thread in threading.enumerate()
-        ):
-            raise RuntimeError("an enabled model runs one forward at a time; another thread is in the middle of one")
-        if self._cache is not None:  # Ctrl-C leaves a forward without running hooks
-            self._abandon()
-        if kwargs.get("output_attentions") or self.findings.decoder.config.output_attentions:
-            raise ValueError("output_attentions: attention weights are never formed by sinkattn, got True")
         inputs = kwargs.get("input_ids")
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        if inputs is None:
+            return run(**kwargs)  # which says what is missing
         batch, tokens = inputs.shape[:2]
-        _check_mask(kwargs.get("attention_mask"), tokens)
-
+        if kwargs.get("output_attentions") or decoder.config.output_attentions:
+            raise ValueError("output_attentions: attention weights are never formed by sinkattn, got True")
         cache = kwargs.get("past_key_values")
         if cache is None:
             cache = SinkCache(self.model)
@@ -172,39 +202,53 @@ class Swap:
             raise TypeError(f"past_key_values: expected a sinkattn.SinkCache or None, got {type(cache).__name__}")
         elif cache.swap_id != self.id:
             raise ValueError("past_key_values: this SinkCache was made for another model or before the last enable()")
-        cache.begin(batch, tokens)
-        self._cache, self._thread, self._calls = cache, threading.get_ident(), 0
+        positions = torch.arange(cache.tokens_seen, cache.tokens_seen + tokens, device=inputs.device)
+        _check_mask(kwargs.get("attention_mask"), batch, cache.tokens_seen, tokens)
+        _check_positions(kwargs.get("position_ids"), positions)
 
         # The rotary module is a no-op now; whatever else goes by position sees the position within the cache.
         last = self.layout.num_sinks + self.layout.window - 1
-        positions = torch.arange(cache.tokens_seen, cache.tokens_seen + tokens, device=inputs.device)
-        kwargs.update(past_key_values=cache, attention_mask=None, position_ids=positions.clamp(max=last).unsqueeze(0))
-        return (), kwargs
-
-    def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Advance the cache if the forward went through."""
-        if self._cache is None or self._thread != threading.get_ident():  # refused before it began
-            return
-        if output is None:  # the forward raised
-            self._abandon()
-            return
-        cache, self._cache, self._thread = self._cache, None, None
-        if self._calls != self.num_layers:
-            raise RuntimeError(f"expected {self.num_layers} attention layers to run, got {self._calls}")
-        cache.finish()
-
-    def _abandon(self) -> None:
-        self._cache.abandon(written=self._calls > 0)
-        self._cache = self._thread = None
+        kwargs |= {
+            "past_key_values": cache,
+            "attention_mask": None,
+            "position_ids": positions.clamp(max=last).unsqueeze(0),
+        }
+        cache.begin(batch, tokens)
+        finished, running = False, Forward(self, cache, tokens)
+        token = _running.set(running)
+        try:
+            output = run(**kwargs)
+            if running.layers_run != self.num_layers:
+                raise RuntimeError(f"expected {self.num_layers} attention layers to run, got {running.layers_run}")
+            finished = True
+            return output
+        finally:
+            _running.reset(token)
+            if finished:
+                cache.finish()
+            else:
+                cache.abandon(written=running.layers_run > 0)
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, **options) -> Tensor:
         """Attention of one layer over its ring."""
-        if self._cache is None:
+        running = _running.get(None)
+        if running is None or running.swap is not self:
             raise RuntimeError("attention modules of an enabled model run only as part of the model")
-        self._calls += 1
-        cache, rope = self._cache, self.findings.ropes[module]
-        ring = cache.layers[module.layer_idx].ring
-        cos, sin = (None, None) if rope is None else cache.tables(rope)
+        running.layers_run += 1
+        layer = running.cache.layers[module.layer_idx]
+        if not layer.is_initialized:
+            layer.lazy_initialization(key, value)
+        ring, rope = layer.ring, self.findings.ropes[module]
+        if rope is not None and running.tables is None:
+            # Once per forward: all layers rotate by the same angles.
+            running.tables = rope.stream_tables(
+                ring.seen,
+                running.tokens,
+                num_sinks=self.layout.num_sinks,
+                window=self.layout.window,
+                dtype=table_dtype(key.dtype),
+            )
+        cos, sin = (None, None) if rope is None else running.tables
         return ops.sink_attention_(
             ring.keys,
             ring.values,
@@ -238,7 +282,10 @@ def _attention_forward(
     """Attention function of enabled models, as transformers calls it: returns ``[batch, tokens, heads, head_dim]``."""
     swap = module.__dict__.get("_sinkattn")
     if swap is None:
-        raise RuntimeError(f"attn_implementation {NAME!r} is set by sinkattn.enable(model), not by hand")
+        raise RuntimeError(
+            f"attn_implementation {NAME!r} is set by sinkattn.enable(model), not by hand; a model that shares its "
+            "config object with an enabled one needs a copy of its own"
+        )
     if dropout:
         raise RuntimeError(f"dropout: sinkattn is for inference, call model.eval(); got {dropout}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -250,15 +297,32 @@ AttentionInterface.register(NAME, _attention_forward)
 AttentionMaskInterface.register(NAME, no_mask)
 
 
-def _generate(self: PreTrainedModel, *args, **kwargs):
+def _generate(model: PreTrainedModel, *args, **kwargs):
     """`generate` of an enabled model: as its class has it, with a `SinkCache` unless one is passed."""
     if kwargs.get("use_cache") is False:
         raise ValueError("use_cache: an enabled model generates from its SinkCache, got False")
+    if kwargs.get("cache_implementation") is not None:
+        raise ValueError(
+            "cache_implementation: an enabled model generates from its SinkCache, got "
+            f"{kwargs['cache_implementation']!r}"
+        )
     if kwargs.get("past_key_values") is None:
-        kwargs["past_key_values"] = SinkCache(self)
+        kwargs["past_key_values"] = SinkCache(model)
     # A saved configuration may say otherwise; then every step would bring all tokens anew.
     kwargs["use_cache"] = True
-    return type(self).generate(self, *args, **kwargs)
+    return type(model).generate(model, *args, **kwargs)
+
+
+@contextmanager
+def _unexpected_means_unsupported(model: PreTrainedModel) -> Iterator[None]:
+    try:
+        yield
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: could not be tried out: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _check_model(model: PreTrainedModel, layout: ops.RingLayout) -> None:
@@ -269,6 +333,8 @@ def _check_model(model: PreTrainedModel, layout: ops.RingLayout) -> None:
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) != 1 or "meta" in devices:
         raise UnsupportedModelError(f"{name}: expected all parameters on one device, loaded, got {sorted(devices)}")
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+        raise UnsupportedModelError(f"{name}: longrope models drop their cache in generate; not supported yet")
     trained = trained_length(model)
     if trained is not None and layout.num_sinks + layout.window > trained:
         raise UnsupportedModelError(
@@ -277,15 +343,32 @@ def _check_model(model: PreTrainedModel, layout: ops.RingLayout) -> None:
         )
 
 
-def _check_mask(attention_mask: Any, tokens: int) -> None:
+def _readable(x: Tensor, tokens: int) -> bool:
+    # Reading a tensor would stop a GPU at every step, so there only prompts are read.
+    return x.is_cpu or tokens > 1
+
+
+def _check_mask(attention_mask: Any, batch: int, seen: int, tokens: int) -> None:
     if attention_mask is None:
         return
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+    shapes = ((batch, tokens), (batch, seen + tokens))
+    if not isinstance(attention_mask, Tensor) or tuple(attention_mask.shape) not in shapes:
         got = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-        raise ValueError(f"attention_mask: expected [batch, length] or None, got {got}")
-    if not attention_mask[:, -tokens:].all():
+        raise ValueError(f"attention_mask: expected {list(shapes[1])}, or None, got {got}")
+    if _readable(attention_mask, tokens) and not attention_mask.all():
         raise ValueError(
             "attention_mask: padding is not supported yet, expected ones; run rows of equal length, or one by one"
+        )
+
+
+def _check_positions(position_ids: Any, positions: Tensor) -> None:
+    if position_ids is None:
+        return
+    if position_ids.ndim > 2 or position_ids.shape[-1] != len(positions):
+        raise ValueError(f"position_ids: expected [batch, {len(positions)}], or None, got {list(position_ids.shape)}")
+    if _readable(position_ids, len(positions)) and not (position_ids == positions).all():
+        raise ValueError(
+            f"position_ids: expected those of the stream, from {int(positions[0])} on, or None; a stream has no gaps"
         )
 
 
@@ -300,7 +383,7 @@ def _check_equal(model: PreTrainedModel, before: Tensor, after: Tensor) -> None:
     spread = (before - before.mean(dim=-1, keepdim=True)).square().mean().sqrt()
     error = float((after - before).square().mean().sqrt() / spread)
     # Far above rounding through a whole model, far below what a wrong mask or position does.
-    budget = max(1e-3, 16 * torch.finfo(model.dtype).eps)
+    budget = max(1e-3, 8 * torch.finfo(model.dtype).eps)
     if not error <= budget:
         raise UnsupportedModelError(
             f"{type(model).__name__}: on a short input the swapped model differs from the original by {error:.1e} "

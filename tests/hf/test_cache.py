@@ -153,3 +153,45 @@ def test_a_stream_begun_in_inference_mode_goes_on_outside():
         model(ids[:, :50], past_key_values=cache)
     got = feed(model, cache, ids[:, 50:])
     torch.testing.assert_close(got, feed(model, sinkattn.SinkCache(model), ids)[:, 50:])
+
+
+def test_what_an_interrupted_forward_wrote_limits_a_rollback():
+    model = sinkattn.enable(build("llama"), S, W, headroom=4)
+    cache, ids = sinkattn.SinkCache(model), random_ids(1, 120)
+    feed(model, cache, ids[:, :100])
+    handle = model.model.layers[1].register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        feed(model, cache, ids[:, :3])
+    handle.remove()
+    with pytest.raises(RuntimeError, match="can go back 1 tokens more"):
+        cache.crop(-2)
+    cache.crop(torch.tensor(-1))
+    whole = feed(model, sinkattn.SinkCache(model), ids)
+    torch.testing.assert_close(feed(model, cache, ids[:, 99:]), whole[:, 99:])
+
+
+def test_a_failed_first_forward_does_not_fix_the_batch():
+    model = sinkattn.enable(build("llama"), S, W)
+    cache, ids = sinkattn.SinkCache(model), random_ids(2, 20)
+    handle = model.model.layers[1].register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        feed(model, cache, ids)
+    handle.remove()
+    assert cache.nbytes == 0
+    assert torch.equal(feed(model, cache, ids[:1]), feed(model, sinkattn.SinkCache(model), ids[:1]))
+
+
+def test_a_cache_works_in_its_model_only():
+    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 20)
+    cache = sinkattn.SinkCache(model)
+    feed(model, cache, ids)
+    with pytest.raises(TypeError, match=r"copy\.deepcopy makes an independent fork"):
+        copy.copy(cache)
+    with pytest.raises(RuntimeError, match=r"works only in the model that sinkattn\.enable prepared"):
+        feed(build("llama"), cache, ids)
+    sinkattn.disable(model)
+    with pytest.raises(RuntimeError, match=r"works only in the model that sinkattn\.enable prepared"):
+        feed(model, cache, ids)
+    sinkattn.enable(model, S, W)
+    with pytest.raises(ValueError, match="before the last enable"):
+        feed(model, cache, ids)

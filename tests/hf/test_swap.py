@@ -1,12 +1,24 @@
 """enable and disable: the numbers of an enabled model, and a model that is restored exactly."""
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
 from hf_models import build, random_ids
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    HunYuanDenseV1Config,
+    HunYuanDenseV1ForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import sinkattn
 from sinkattn.hf import UnsupportedModelError
@@ -160,7 +172,7 @@ def test_a_deep_copy_streams_by_itself():
     twin = copy.deepcopy(model)
     sinkattn.disable(model)
     assert torch.equal(twin(ids).logits, want)
-    assert twin.generate.__self__ is twin
+    assert twin.generate.args == (twin,)
     sinkattn.disable(twin)
     assert torch.equal(twin(ids).logits, model(ids).logits)
 
@@ -226,7 +238,14 @@ def test_calls_that_would_be_wrong_are_refused():
         ({"output_attentions": True}, ValueError, "output_attentions"),
         ({"past_key_values": DynamicCache()}, TypeError, "expected a sinkattn.SinkCache or None, got DynamicCache"),
         ({"attention_mask": padded}, ValueError, "padding is not supported yet"),
-        ({"attention_mask": torch.ones(2, 1, 10, 10)}, ValueError, r"expected \[batch, length\] or None"),
+        (
+            {"attention_mask": torch.ones(2, 1, 10, 10)},
+            ValueError,
+            r"expected \[2, 10\], or None, got \[2, 1, 10, 10\]",
+        ),
+        ({"attention_mask": torch.ones(2, 3)}, ValueError, r"expected \[2, 10\], or None, got \[2, 3\]"),
+        ({"position_ids": torch.arange(5, 15)[None]}, ValueError, "position_ids: expected those of the stream, from 0"),
+        ({"position_ids": torch.zeros(3, 2, 10)}, ValueError, r"position_ids: expected \[batch, 10\]"),
     ]:
         with pytest.raises(error, match=message):
             model(ids, **kwargs)
@@ -262,24 +281,107 @@ def test_enable_keeps_every_module_in_its_mode():
 
 
 @torch.no_grad()
-def test_two_threads_in_one_model_are_refused():
-    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 5)
-    errors, results, inside, leave = [], [], threading.Event(), threading.Event()
+def test_a_mask_over_the_past_is_read_whole():
+    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 8)
+    cache = sinkattn.SinkCache(model)
+    model(ids[:, :6], past_key_values=cache)
+    with pytest.raises(ValueError, match="padding is not supported yet"):
+        model(ids[:, 6:7], past_key_values=cache, attention_mask=torch.tensor([[1, 1, 0, 0, 0, 1, 1]]))
+    model(ids[:, 6:7], past_key_values=cache, attention_mask=torch.ones(1, 7), position_ids=torch.tensor([[6]]))
+    assert cache.get_seq_length() == 7
 
-    def wait(*args):
-        inside.set()
-        leave.wait(10)
 
-    handle = model.model.layers[0].register_forward_hook(wait)
-    first = threading.Thread(target=lambda: results.append(torch.no_grad()(model)(ids).logits))
-    first.start()
+@torch.no_grad()
+def test_threads_and_nested_forwards_keep_apart():
+    model, ids, other = sinkattn.enable(build("llama"), S, W), random_ids(1, 40), random_ids(1, 7, seed=3)
+    want, want_other = model(ids).logits, model(other).logits
+    cache, inside, leave, nested = sinkattn.SinkCache(model), threading.Event(), threading.Event(), []
+
+    def pause(*args):
+        if threading.current_thread() is worker:
+            inside.set()
+            leave.wait(10)
+        elif not nested:
+            nested.append(None)
+            nested[0] = model(other).logits
+
+    results = []
+    worker = threading.Thread(target=lambda: results.append(torch.no_grad()(model)(ids, past_key_values=cache).logits))
+    handle = model.model.layers[0].register_forward_hook(pause)
+    worker.start()
     inside.wait(10)
-    try:
-        model(ids)
-    except RuntimeError as error:
-        errors.append(str(error))
+    assert torch.equal(model(other).logits, want_other)
+    with pytest.raises(RuntimeError, match="in the middle of a forward already"):
+        model(ids, past_key_values=cache)
     leave.set()
-    first.join()
+    worker.join()
     handle.remove()
-    assert errors == ["an enabled model runs one forward at a time; another thread is in the middle of one"]
-    assert torch.equal(results[0], model(ids).logits)
+    assert torch.equal(results[0], want)
+    assert torch.equal(nested[0], want_other)
+    assert cache.get_seq_length() == 40
+
+
+@torch.no_grad()
+def test_models_can_be_saved_whole_and_do_not_keep_caches_alive(tmp_path):
+    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 60)
+    want = model.generate(ids, max_new_tokens=40, do_sample=False)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded.generate(ids, max_new_tokens=40, do_sample=False), want)
+    gc.collect()
+    gc.disable()
+    try:
+        cache = sinkattn.SinkCache(model)
+        model(ids, past_key_values=cache)
+        alive = weakref.ref(cache.layers[0].keys)
+        del cache
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
+def test_a_generate_of_the_instance_comes_back():
+    model = build("llama")
+    own = model.generate = lambda: None
+    sinkattn.disable(sinkattn.enable(model, S, W))
+    assert model.generate is own
+
+
+def test_an_interrupted_enable_leaves_nothing_behind(monkeypatch):
+    model = build("llama")
+    keys = [sorted(module.__dict__) for module in model.modules()]
+    set_implementation = type(model).set_attn_implementation
+
+    def interrupt(self, name):
+        if name == "sinkattn":
+            raise KeyboardInterrupt
+        set_implementation(self, name)
+
+    monkeypatch.setattr("transformers.PreTrainedModel.set_attn_implementation", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sinkattn.enable(model, S, W)
+    assert [sorted(module.__dict__) for module in model.modules()] == keys
+    assert not model.model.rotary_emb._forward_hooks
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spread_of_weights", [0.05, 0.15])
+def test_weighted_norms_after_the_rotation_are_refused_in_any_dtype(dtype, spread_of_weights):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    config = HunYuanDenseV1Config(**sizes, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    model = HunYuanDenseV1ForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += torch.randn_like(parameter) * spread_of_weights
+    with pytest.raises(UnsupportedModelError, match="in a way that is no known rotary embedding"):
+        sinkattn.enable(model.to(dtype), 4, 12)
+
+
+def test_a_sliding_window_in_the_mask_alone_is_refused():
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = PhimoeConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=10, pad_token_id=0)
+    with pytest.raises(UnsupportedModelError, match="sliding_window=10, which its layers do not pass on"):
+        sinkattn.enable(PhimoeForCausalLM(config).eval(), 4, 12)
