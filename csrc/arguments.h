@@ -76,7 +76,7 @@ inline void check_append(
 inline void check_linearise(const Tensor& keys, const Tensor& values, int64_t num_sinks, int64_t window) {
   check_cache(keys, values);
   require(
-      num_sinks >= 0 && window >= 1 && num_sinks + window <= keys.size(2), "num_sinks, window: expected to fit ",
+      num_sinks >= 0 && window >= 1 && window <= keys.size(2) && num_sinks <= keys.size(2) - window, "num_sinks, window: expected to fit ",
       keys.size(2), " slots");
 }
 

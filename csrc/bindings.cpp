@@ -3,11 +3,11 @@
 
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "ring.h"
 
 namespace py = pybind11;
+using sinkattn::kMaxTokens;
 using sinkattn::RingLayout;
 using sinkattn::Run;
 
@@ -18,7 +18,7 @@ void require(bool ok, const char* name, const char* expected, int64_t got) {
 }
 
 int64_t token_number(int64_t token) {
-  require(token >= 0, "token", "0 or more", token);
+  require(token >= 0 && token <= kMaxTokens, "token", "0 to 2^61", token);
   return token;
 }
 
@@ -62,7 +62,7 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "age",
           [](const RingLayout& layout, int64_t token, int64_t slot) {
-            require(token >= layout.num_sinks, "token", "a token that is no sink", token);
+            require(token_number(token) >= layout.num_sinks, "token", "a token that is no sink", token);
             require(slot >= layout.num_sinks && slot < layout.slots(), "slot", "a slot of the ring", slot);
             return layout.age(token, slot);
           },
@@ -84,12 +84,12 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "write_runs",
           [](const RingLayout& layout, int64_t seen, int64_t count) {
-            require(seen >= 0, "seen", "0 or more", seen);
-            require(count >= 0, "count", "0 or more", count);
+            require(seen >= 0 && seen <= kMaxTokens, "seen", "0 to 2^61", seen);
+            require(count >= 0 && count <= kMaxTokens, "count", "0 to 2^61", count);
             Run runs[RingLayout::kMaxRuns];
             const int n = layout.write_runs(seen, count, runs);
-            std::vector<py::tuple> out;
-            for (int i = 0; i < n; ++i) out.push_back(py::make_tuple(runs[i].token, runs[i].slot, runs[i].count));
+            py::list out;
+            for (int i = 0; i < n; ++i) out.append(py::make_tuple(runs[i].token, runs[i].slot, runs[i].count));
             return out;
           },
           py::arg("seen"), py::arg("count"), "Runs (token, slot, count) written when `count` tokens are appended.")

@@ -15,6 +15,9 @@
 
 namespace sinkattn {
 
+// Counts stay below this, so that no sum of two of them overflows.
+constexpr int64_t kMaxTokens = int64_t{1} << 61;
+
 // `count` consecutive new tokens, the first of them number `token` of the call, going to consecutive slots.
 struct Run {
   int64_t token;

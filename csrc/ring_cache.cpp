@@ -81,7 +81,9 @@ void append_(
   const int64_t* length_data = lengths ? counters(*lengths, batch, keys, "lengths") : nullptr;
   // Before the parallel loop: an exception inside it loses its text.
   for (int64_t row = 0; row < batch; ++row) {
-    require(seen_data[row] >= 0, "seen: expected 0 or more, got ", seen_data[row], " in row ", row);
+    require(
+        seen_data[row] >= 0 && seen_data[row] <= kMaxTokens, "seen: expected 0 to 2^61, got ", seen_data[row],
+        " in row ", row);
     require(
         !length_data || (length_data[row] >= 0 && length_data[row] <= tokens), "lengths: expected 0 to ", tokens,
         ", got ", length_data ? length_data[row] : 0, " in row ", row);

@@ -2,7 +2,7 @@
 //
 // Everything is queued on the current stream and the host waits for nothing, rollback_ excepted. So what the CPU
 // refuses for the content of a device tensor is here made harmless on the device: `lengths` are clamped to
-// 0..tokens, a negative `seen` counts as 0, a row number out of range in `source` or `rows` is left out.
+// 0..tokens, `seen` to 0..2^61, a row number out of range in `source` or `rows` is left out.
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -108,7 +108,7 @@ __global__ void append_kernel(
     int64_t i = item % written;
     const int64_t vector = item / written;
     const int64_t row = vector / sizes.heads, head = vector % sizes.heads;
-    const int64_t before = seen[row] < 0 ? 0 : seen[row];
+    const int64_t before = clamp(seen[row], 0, kMaxTokens);
     const int64_t count = lengths ? clamp(lengths[row], 0, sizes.tokens) : sizes.tokens;
     Run runs[RingLayout::kMaxRuns];
     const int n = layout.write_runs(before, count, runs);

@@ -5,6 +5,7 @@ Softmax does not care for the order of keys, so slots are read as they lie; a sl
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -72,12 +73,15 @@ def attend(
     def by_head(x: Tensor) -> Tensor:  # [heads] -> [1, kv_heads, groups, 1, 1]
         return x.to(compute).view(1, kv_heads, groups, 1, 1)
 
+    # A power of two goes into the query, exactly, before the product: fp16 scores would overflow without it.
+    mantissa, exponent = math.frexp(scale)
     scores = []
     for query, keys, _, distance in sections:
         # All heads of a group in one product, so that keys are read once and never repeated; keys on the left, where
         # a low-precision product takes them as they lie.
-        score = (keys @ query.reshape(batch, kv_heads, groups * tokens, query.shape[-1]).mT).mT
-        score = score.to(compute).view(batch, kv_heads, groups, tokens, keys.shape[2]) * scale
+        query = query.reshape(batch, kv_heads, groups * tokens, query.shape[-1]) * 2.0**exponent
+        score = (keys @ query.mT).mT
+        score = score.to(compute).view(batch, kv_heads, groups, tokens, keys.shape[2]) * mantissa
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
         if distance is not None:

@@ -6,6 +6,7 @@ Functions that end in an underscore write to their first arguments; the schemas 
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Literal
@@ -236,6 +237,10 @@ def sink_attention_(
         raise ValueError(f"query: expected heads to be a multiple of kv_heads ({keys.shape[1]}), got {heads}")
     if torch.is_grad_enabled() and query.requires_grad:
         raise RuntimeError("sinkattn computes no gradients: call it under torch.no_grad() or torch.inference_mode()")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected more than 0, or None, got {softcap}")
     for name, x in (("sink_logits", sink_logits), ("alibi_slopes", alibi_slopes)):
         if x is not None and x.shape != (heads,):
             raise ValueError(f"{name}: expected shape [{heads}], got {list(x.shape)}")

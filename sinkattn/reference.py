@@ -58,6 +58,12 @@ def attention_weights(
     return weights[:, :-1] if sink_logits is not None else weights
 
 
+def _split(scale: float) -> tuple[float, float]:
+    # A power of two goes into the query, exactly, before the product: fp16 scores would overflow without it.
+    mantissa, exponent = math.frexp(scale)
+    return mantissa, 2.0**exponent
+
+
 def _token_counts(lengths: Tensor | None, batch: int, tokens: int) -> list[int]:
     return [tokens] * batch if lengths is None else lengths.tolist()
 
@@ -84,7 +90,7 @@ def streaming_attention(
     """
     batch, heads, tokens, head_dim = query.shape
     groups = heads // key.shape[1]
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    mantissa, power = _split(1 / math.sqrt(head_dim) if scale is None else scale)
     out = query.new_zeros(batch, heads, tokens, value.shape[-1])
     for row, count in enumerate(_token_counts(lengths, batch, tokens)):
         for token in range(count):
@@ -97,7 +103,7 @@ def streaming_attention(
                 k = rotate(k, cos, sin, interleaved=rope.interleaved)
             k, v = k.repeat_interleave(groups, dim=0), v.repeat_interleave(groups, dim=0)
             weights = attention_weights(
-                (q @ k.mT)[:, 0] * scale,
+                (q * power @ k.mT)[:, 0] * mantissa,
                 positions[-1] - positions,
                 sink_logits=sink_logits,
                 softcap=softcap,
@@ -133,6 +139,7 @@ def sink_attention_(
     batch, heads, tokens, _ = query.shape
     groups = heads // keys.shape[1]
     ring = keys.shape[2] - num_sinks
+    mantissa, power = _split(scale)
     out = query.new_zeros(batch, heads, tokens, values.shape[-1])
     for row, count in enumerate(_token_counts(lengths, batch, tokens)):
         for i in range(count):
@@ -152,9 +159,10 @@ def sink_attention_(
             sinks = min(num_sinks, token + 1)
             k = keys[row][:, slots].repeat_interleave(groups, dim=0)
             v = values[row][:, slots].repeat_interleave(groups, dim=0)
+            q_sink, q_window = q_sink * power, q_window * power
             scores = torch.cat((k[:, :sinks] @ q_sink[:, :, None], k[:, sinks:] @ q_window[:, :, None]), dim=1)
             weights = attention_weights(
-                scores[..., 0] * scale,
+                scores[..., 0] * mantissa,
                 torch.arange(len(tokens_seen) - 1, -1, -1, device=keys.device),
                 sink_logits=sink_logits,
                 softcap=softcap,

@@ -354,7 +354,7 @@ NEW_TOKENS = [
     ("value", lambda x: x.clone().requires_grad_(), RuntimeError, r"computes no gradients"),
     ("seen", lambda x: x[:1], ValueError, r"seen: expected shape \[2\], got \[1\]"),
     ("seen", lambda x: x.int(), TypeError, r"seen: expected dtype torch.int64, got torch.int32"),
-    ("seen", lambda x: x - 9, RuntimeError, r"seen: expected 0 or more, got -6 in row 0"),
+    ("seen", lambda x: x - 9, RuntimeError, r"seen: expected 0 to 2\^61, got -6 in row 0"),
     ("lengths", lambda x: x[:1], ValueError, r"lengths: expected shape \[2\], got \[1\]"),
     ("lengths", lambda x: x.int(), TypeError, r"lengths: expected dtype torch.int64, got torch.int32"),
     *LENGTHS,
@@ -467,3 +467,36 @@ def test_fresh_memory_is_poisoned():
     assert eval("torch.empty_like(torch.zeros(3)).isnan().all()", package)
     assert eval("torch.empty(3, dtype=torch.int64).dtype", package) == torch.int64
     assert not randn(3).isnan().any()
+
+
+def test_fp16_scores_do_not_overflow():
+    x = torch.full((1, 1, 3, 128), 30.0, dtype=torch.float16)
+    for backend in ("cpu", "reference"):
+        ring = RingKVCache(1, 1, 128, num_sinks=1, window=4, dtype=torch.float16)
+        assert torch.equal(sink_attention(x, x, x, ring, backend=backend), x)
+
+
+def test_token_counts_have_a_bound():
+    ring = RingKVCache(1, 1, 2, num_sinks=1, window=4)
+    one = torch.ones(1, 1, 9, 2)
+    ring.seen.fill_(2**63 - 4)
+    with pytest.raises(RuntimeError, match=r"seen: expected 0 to 2\^61, got 9223372036854775804 in row 0"):
+        ring.append(one, one)
+    ring.seen.fill_(2**60)
+    ring.append(one, one)
+    assert ring.seen.item() == 2**60 + 9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": float("nan")}, "scale: expected a finite number, got nan"),
+        ({"softcap": 0.0}, "softcap: expected more than 0, or None, got 0.0"),
+        ({"softcap": -3.0}, "softcap: expected more than 0, or None, got -3.0"),
+    ],
+)
+def test_bad_score_options_are_refused(options, message):
+    ring, one = RingKVCache(1, 1, 2, num_sinks=1, window=4), torch.ones(1, 1, 1, 2)
+    with pytest.raises(ValueError, match=message):
+        sink_attention(one, one, one, ring, **options)
+    assert ring.seen.item() == 0

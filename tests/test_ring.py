@@ -126,3 +126,12 @@ def test_layout_is_a_value():
     assert layout != (4, 1020, 8)
     with pytest.raises(AttributeError):
         layout.window = 3
+
+
+def test_write_runs_from_python():
+    layout = RingLayout(2, 4, 1)
+    assert layout.write_runs(0, 9) == [(0, 0, 2), (4, 4, 3), (7, 2, 2)]
+    assert layout.write_runs(7, 0) == []
+    for seen, count in ((-1, 1), (1, -1), (2**62, 1)):
+        with pytest.raises(ValueError, match="expected 0 to 2"):
+            layout.write_runs(seen, count)
