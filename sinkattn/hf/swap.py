@@ -149,7 +149,7 @@ class Swap:
         config = self.findings.decoder.config
         for option in ("sliding_window", "attention_chunk_size"):
             size = getattr(config, option, None)
-            if isinstance(size, int) and size < seen_tokens and size not in windows.values():
+            if isinstance(size, int) and 0 < size < seen_tokens and size not in windows.values():
                 raise UnsupportedModelError(
                     f"{name}: its configuration has {option}={size}, which its layers do not pass on; num_sinks + "
                     f"window must not exceed it, got {seen_tokens}"
