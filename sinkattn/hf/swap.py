@@ -1,7 +1,7 @@
 """Swapping sinkattn into the attention of a loaded transformers model, and out again.
 
-Only transformers' own extension points are used: an attention function, a mask function, a cache, and hooks on this
-one model. No forward is copied and no class is touched.
+Only transformers' own extension points are used: an attention function, a mask function and a cache; on this one
+model, a hook on the rotary module and a wrapper around the decoder's forward. No forward is copied, no class touched.
 """
 
 from __future__ import annotations
