@@ -24,6 +24,7 @@ from sinkattn.recorder import Recorder, sample_positions
 from sinkattn.text import TokenStream
 
 CHUNK = 256
+TURNS = 1_000
 DENSE_SECONDS = 60.0
 
 
@@ -73,12 +74,28 @@ class Method:
     """Why it stopped before the end."""
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Time per token of a long stream and a young one, in turns, so that other work on the machine slows both."""
+
+    rounds: int
+    young_seen: int
+    """Tokens that the young stream had seen when the turns began; its window was full."""
+    old_seen: int
+    young: float
+    """Median, in seconds."""
+    old: float
+    change: float
+    """Median over the rounds of old / young - 1."""
+
+
 @dataclass
 class Result:
     """What a demonstration found."""
 
     settings: Settings
     methods: dict[str, Method] = field(default_factory=dict)
+    turns: Turns | None = None
 
 
 Watch = Callable[[str, Recorder, int], None]
@@ -116,6 +133,8 @@ def run(model: Any, stream: TokenStream, settings: Settings, watch: Watch, resid
             cache = SinkCache(model)
             _token_by_token(model, cache, iter(stream), tokens, *begin("sinkattn", tokens), resident)
             result.methods["sinkattn"].cache_bytes = kv_bytes(cache)
+            rounds = min(TURNS, max(1, tokens // 10))
+            result.turns = _in_turns(model, cache, list(islice(stream, size + rounds)), rounds)
         with enabled(model, 0, size):
             cache = SinkCache(model)
             _in_chunks(model, cache, iter(stream), tokens, *begin("window", tokens))
@@ -171,6 +190,23 @@ def _token_by_token(
             watch()
     watch()
     return cache
+
+
+def _in_turns(model, old_cache, ids: list[int], rounds: int) -> Turns:
+    """Time the next tokens of a stream against those of a new one whose window is just full."""
+    size = len(ids) - rounds
+    young_cache = SinkCache(model)
+    model(input_ids=torch.tensor([ids[:size]], device=model.device), past_key_values=young_cache, use_cache=True)
+    old_seen = old_cache.tokens_seen
+    times = np.zeros((rounds, 2))
+    for turn, token in enumerate(ids[size:]):
+        fed = torch.tensor([[token]], device=model.device)
+        for which in (0, 1) if turn % 2 else (1, 0):
+            began = time.perf_counter()
+            model(input_ids=fed, past_key_values=(young_cache, old_cache)[which], use_cache=True).logits.sum().item()
+            times[turn, which] = time.perf_counter() - began
+    young, old = np.median(times, axis=0)
+    return Turns(rounds, size, old_seen, float(young), float(old), float(np.median(times[:, 1] / times[:, 0])) - 1)
 
 
 def _in_chunks(model, cache, ids: Iterator[int], tokens: int, recorder: Recorder, watch) -> None:

@@ -74,6 +74,7 @@ def as_dict(result: Result, about: dict[str, Any]) -> dict[str, Any]:
             "resident_bytes_when_window_full": sink.resident_when_full,
             "resident_growth_bytes": sink.resident_growth,
             "median_seconds_change": time_change(result),
+            "in_turns": result.turns and asdict(result.turns),
         },
         "methods": {name: _method_dict(result, name, label) for name, label in labels(result).items()},
     }
@@ -176,7 +177,7 @@ def remarks(result: Result, about: dict[str, Any]) -> list[str]:
     """What a reader of the table has to know, line by line."""
     sink = result.methods["sinkattn"].recorder
     first, last, change = sink.first_span(), sink.last_span(), time_change(result)
-    size = result.settings.cache_tokens
+    turns, size = result.turns, result.settings.cache_tokens
     start = "start token" if about["text"]["start_token"] else "first token"
     why = ", which is the sink of this model" if about["model"]["shipped"] else ""
     samples = " + ".join(f"{_score(result.methods['recompute'], *part)['samples']:,}" for part in parts(result))
@@ -190,6 +191,9 @@ def remarks(result: Result, about: dict[str, Any]) -> list[str]:
         f"sinkattn, resident memory: {size_text(sink.resident_when_full)} when the window was full, at most "
         f"{size_text(sink.resident_growth)} more after.",
         f"sinkattn, median time per token: {_span_text(first)}; {_span_text(last)}; {change:+.1%}.",
+        f"In turns with a new stream, so that other work on the machine slows both ({turns.rounds:,} tokens each): "
+        f"{turns.young * 1e3:.3f} ms from token {turns.young_seen:,} on, {turns.old * 1e3:.3f} ms from token "
+        f"{turns.old_seen:,} on; {turns.change:+.1%}.",
     ]
     if laps := about["text"]["started_over"]:
         lines.append(f"The text was shorter than the stream: it was started over {laps} time{'s' if laps > 1 else ''}.")

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+import time
 from itertools import islice
 
 import numpy as np
@@ -125,6 +126,22 @@ def test_caches(result, model):
         "recompute": None,
     }
     assert "_sinkattn" not in model.__dict__, "the model is given back as it came"
+
+
+def test_turns_tell_a_stream_that_slows_down(result, model):
+    assert (result.turns.rounds, result.turns.young_seen, result.turns.old_seen) == (9, SIZE, SETTINGS.tokens)
+
+    def slow(module, args, kwargs):
+        if (cache := kwargs.get("past_key_values")) is not None and cache.get_seq_length() >= SETTINGS.tokens:
+            time.sleep(0.02)
+
+    handle = model.register_forward_pre_hook(slow, with_kwargs=True)
+    try:
+        turns = demo.run(model, make_stream(), SETTINGS, lambda *progress: None, lambda: 0).turns
+    finally:
+        handle.remove()
+    assert turns.change > 1
+    assert turns.old - turns.young > 0.01
 
 
 def test_dense_stops_when_its_time_is_over(model, monkeypatch):
