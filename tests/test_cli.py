@@ -22,6 +22,8 @@ SMALL += ["--samples", "10"]
 
 def start(*arguments, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    # A job that a shell runs in the background ignores Ctrl-C, and so do its children.
+    options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options}
     return subprocess.Popen(
         [sys.executable, "-m", "sinkattn", *arguments],
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, **options},
@@ -164,11 +166,12 @@ def test_generate_ends_with_ctrl_c():
     process = start("generate", "--device", "cpu", "--num-sinks", "4", "--window", "28", stdin=subprocess.PIPE)
     process.stdin.write("def f():")
     process.stdin.close()
+    process.stdin = None  # or communicate() would write to it
     text = process.stdout.read(200)
     process.send_signal(signal.SIGINT)
-    text += process.stdout.read()
-    error = process.stderr.read()
-    assert process.wait(timeout=60) == 0, error
+    rest, error = process.communicate(timeout=60)
+    text += rest
+    assert process.returncode == 0, error
     assert len(text) >= 200
     summary = error.strip().splitlines()[-1]
     assert int(summary.split()[0].replace(",", "")) > 28, "the ring has wrapped"
@@ -192,8 +195,8 @@ def test_demo_interrupted():
     assert "ships with sinkattn" in process.stdout.readline()
     assert "standard library" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    error = process.stderr.read()
-    assert process.wait(timeout=60) == 130, error
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
     assert error.strip().endswith("sinkattn demo: interrupted")
     assert "Traceback" not in error
 
