@@ -70,7 +70,7 @@ check-cpp: $(READY)
 	done
 
 bench: $(READY)  ## run the benchmarks
-	@$(PY) -m pytest bench $(ARGS)
+	@$(PY) -m pytest $(wildcard bench/bench_*.py) $(ARGS)
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info sinkattn/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks $(READY)
@@ -89,5 +89,5 @@ $(STAMPS)/torch: | $(ENVIRONMENT)
 
 $(READY): setup.py pyproject.toml $(wildcard csrc/*) | $(STAMPS)/torch
 	@echo "==> sinkattn: dependencies and extension"
-	@$(PIP) install --no-build-isolation -e ".[dev]"
+	@$(PIP) install --no-build-isolation --config-settings editable_mode=compat -e ".[dev]"
 	@mkdir -p $(@D) && touch $@

@@ -103,7 +103,9 @@ class Develop(Command):
     def finalize_options(self) -> None: ...
 
     def run(self) -> None:
-        verb = ["uninstall", "-y", "sinkattn"] if self.uninstall else ["install", "--no-build-isolation", "-e", "."]
+        # In compat mode a clone's folder that is called sinkattn cannot hide the package from a script beside it.
+        install = ["install", "--no-build-isolation", "--config-settings", "editable_mode=compat", "-e", "."]
+        verb = ["uninstall", "-y", "sinkattn"] if self.uninstall else install
         subprocess.run([sys.executable, "-m", "pip", *verb], check=True)
 
 

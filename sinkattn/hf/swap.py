@@ -193,6 +193,11 @@ class Swap:
         if inputs is None:
             return run(**kwargs)  # which says what is missing
         batch, tokens = inputs.shape[:2]
+        if tokens == 0:
+            raise ValueError(
+                "input_ids: expected at least one token that the cache has not seen; generate takes the whole sequence "
+                "so far, sinkattn.hf.stream_tokens the new tokens alone"
+            )
         if kwargs.get("output_attentions") or decoder.config.output_attentions:
             raise ValueError("output_attentions: attention weights are never formed by sinkattn, got True")
         cache = kwargs.get("past_key_values")

@@ -234,6 +234,8 @@ def test_calls_that_would_be_wrong_are_refused():
     model, ids = sinkattn.enable(build("llama"), S, W), random_ids(2, 10)
     padded = torch.ones(2, 10, dtype=torch.long)
     padded[1, :3] = 0
+    with pytest.raises(ValueError, match="expected at least one token that the cache has not seen"):
+        model(ids[:, :0])
     for kwargs, error, message in [
         ({"output_attentions": True}, ValueError, "output_attentions"),
         ({"past_key_values": DynamicCache()}, TypeError, "expected a sinkattn.SinkCache or None, got DynamicCache"),
