@@ -54,7 +54,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
     constant = report["sinkattn_constant"]
     change, growth = constant["in_turns"]["change"], size_text(constant["resident_growth_bytes"])
-    loss.set_ylabel("nats per token, moving average")
+    loss.set_ylabel("nats per token, means of 100 or more")
     seconds.set_ylabel("milliseconds")
     memory.set_ylabel("MiB")
     seconds.set_ylim(bottom=0)

@@ -167,7 +167,7 @@ def _note(result: Result, name: str) -> str:
     if name == "sinkattn":
         return f"ran all {method.recorder.end:,} tokens"
     if name == "window":
-        return "same kernel and cache size [1]"
+        return "same code and cache size [1]"
     if name == "dense":
         return f"stopped at {method.recorder.end:,}: {method.stopped}" if method.stopped else "ran all tokens"
     return f"{method.recorder.recorded:,} sampled tokens [2]"
