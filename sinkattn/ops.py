@@ -305,15 +305,16 @@ def _attend_block(
     batch, _, tokens, _ = query.shape
     ring = keys.shape[2] - num_sinks
     alibi_slopes = score_options["alibi_slopes"]
-    rotary = {}
+    key_cos = key_sin = None
     query_window = query_sink = query
     if cos is not None:
-        rotary = {"cos": cos[0], "sin": sin[0], "interleaved": interleaved}
+        key_cos, key_sin = cos[0], sin[0]
         both = rotate(query.expand(2, *query.shape), cos.unsqueeze(2), sin.unsqueeze(2), interleaved=interleaved)
         query_window, query_sink = both
 
     def append(counts: Tensor | None) -> None:
-        append_(keys, values, key, value, seen, num_sinks=num_sinks, lengths=counts, **rotary)
+        # The operator itself: the arguments were checked at the boundary, once.
+        torch.ops.sinkattn.append_(keys, values, key, value, seen, counts, key_cos, key_sin, num_sinks, interleaved)
 
     fewest, most = (int(x) for x in seen.aminmax()) if batch else (0, 0)
     # Slots that no token can have reached yet are left out.
