@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "check.h"
+#include "ring.h"
 
 namespace sinkattn {
 
@@ -41,9 +42,18 @@ inline const int64_t* counters(const Tensor& tensor, int64_t count, const Tensor
   return static_cast<const int64_t*>(tensor.const_data_ptr());
 }
 
-inline void check_append(
-    const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, const std::optional<Tensor>& cos,
-    const std::optional<Tensor>& sin, int64_t num_sinks) {
+// What a CPU op reads of its counters, for every row, before it starts: an exception in a parallel loop loses its text.
+inline void check_counts(const int64_t* seen, const int64_t* lengths, int64_t batch, int64_t tokens) {
+  for (int64_t row = 0; row < batch; ++row) {
+    require(seen[row] >= 0 && seen[row] <= kMaxTokens, "seen: expected 0 to 2^61, got ", seen[row], " in row ", row);
+    require(
+        !lengths || (lengths[row] >= 0 && lengths[row] <= tokens), "lengths: expected 0 to ", tokens, ", got ",
+        lengths ? lengths[row] : 0, " in row ", row);
+  }
+}
+
+inline void check_new_tokens(
+    const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, int64_t num_sinks) {
   check_cache(keys, values);
   check_device(key, keys, "key");
   check_device(value, keys, "value");
@@ -57,27 +67,68 @@ inline void check_append(
       key.scalar_type() == keys.scalar_type() && value.scalar_type() == keys.scalar_type(),
       "key, value: expected the dtype of the cache");
   require(num_sinks >= 0 && num_sinks < keys.size(2), "num_sinks: expected fewer than there are slots");
+}
+
+inline ScalarType table_type(const Tensor& keys) {
+  return keys.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Rotary tables of `leading` dimensions, then [batch, tokens, pairs].
+inline void check_tables(
+    const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, const Tensor& key, const Tensor& keys,
+    int64_t leading) {
   require(cos.has_value() == sin.has_value(), "cos, sin: expected both or none");
   if (!cos) return;
   check_device(*cos, keys, "cos");
   check_device(*sin, keys, "sin");
-  const ScalarType table = keys.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const int64_t dims = leading + 3;
   require(
-      cos->dim() == 3 && sin->dim() == 3 && cos->size(0) == batch && cos->size(1) == tokens &&
-          2 * cos->size(2) <= keys.size(3) && cos->scalar_type() == table && sin->scalar_type() == table,
-      "cos, sin: expected [batch, tokens, pairs] in fp32 (fp64 for an fp64 cache)");
-  for (int64_t dim = 0; dim < 3; ++dim) {
+      cos->dim() == dims && sin->dim() == dims && (leading == 0 || cos->size(0) == 2) &&
+          cos->size(leading) == key.size(0) && cos->size(leading + 1) == key.size(2) &&
+          2 * cos->size(leading + 2) <= keys.size(3) && cos->scalar_type() == table_type(keys) &&
+          sin->scalar_type() == table_type(keys),
+      "cos, sin: expected ", leading ? "[2, batch, tokens, pairs]" : "[batch, tokens, pairs]",
+      " in fp32 (fp64 for an fp64 cache)");
+  for (int64_t dim = 0; dim < dims; ++dim) {
     require(
         cos->size(dim) == sin->size(dim) && cos->stride(dim) == sin->stride(dim),
         "cos, sin: expected equal sizes and strides");
   }
 }
 
-inline void check_linearise(const Tensor& keys, const Tensor& values, int64_t num_sinks, int64_t window) {
+inline void check_append(
+    const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, const std::optional<Tensor>& cos,
+    const std::optional<Tensor>& sin, int64_t num_sinks) {
+  check_new_tokens(keys, values, key, value, num_sinks);
+  check_tables(cos, sin, key, keys, 0);
+}
+
+inline void check_query(const Tensor& query, const Tensor& key, const Tensor& keys) {
+  check_device(query, keys, "query");
+  require(
+      query.dim() == 4 && query.size(0) == keys.size(0) && query.size(2) == key.size(2) &&
+          query.size(3) == keys.size(3) && keys.size(1) > 0 && query.size(1) % keys.size(1) == 0,
+      "query: expected the batch, tokens and head_dim of key and a multiple of its heads");
+  require(query.scalar_type() == keys.scalar_type(), "query: expected the dtype of the cache");
+}
+
+// One number for each query head; null if there are none.
+inline const void* head_option(
+    const std::optional<Tensor>& option, const Tensor& query, const Tensor& keys, const char* name) {
+  if (!option) return nullptr;
+  check_device(*option, keys, name);
+  require(
+      option->dim() == 1 && option->size(0) == query.size(1) && option->scalar_type() == table_type(keys) &&
+          option->is_contiguous(),
+      name, ": expected a contiguous tensor of ", query.size(1), " elements in fp32 (fp64 for an fp64 cache)");
+  return option->const_data_ptr();
+}
+
+inline void check_layout(const Tensor& keys, const Tensor& values, int64_t num_sinks, int64_t window) {
   check_cache(keys, values);
   require(
-      num_sinks >= 0 && window >= 1 && window <= keys.size(2) && num_sinks <= keys.size(2) - window, "num_sinks, window: expected to fit ",
-      keys.size(2), " slots");
+      num_sinks >= 0 && window >= 1 && window <= keys.size(2) && num_sinks <= keys.size(2) - window,
+      "num_sinks, window: expected to fit ", keys.size(2), " slots");
 }
 
 }  // namespace sinkattn

@@ -30,6 +30,12 @@ RingLayout make_layout(int64_t num_sinks, int64_t window, int64_t headroom) {
   return RingLayout{num_sinks, window, headroom};
 }
 
+py::list as_list(const Run* runs, int count) {
+  py::list out;
+  for (int i = 0; i < count; ++i) out.append(py::make_tuple(runs[i].token, runs[i].slot, runs[i].count));
+  return out;
+}
+
 py::dict build_info() {
   py::dict info;
 #ifdef SINKATTN_WITH_CUDA
@@ -87,12 +93,17 @@ PYBIND11_MODULE(_C, m) {
             require(seen >= 0 && seen <= kMaxTokens, "seen", "0 to 2^61", seen);
             require(count >= 0 && count <= kMaxTokens, "count", "0 to 2^61", count);
             Run runs[RingLayout::kMaxRuns];
-            const int n = layout.write_runs(seen, count, runs);
-            py::list out;
-            for (int i = 0; i < n; ++i) out.append(py::make_tuple(runs[i].token, runs[i].slot, runs[i].count));
-            return out;
+            return as_list(runs, layout.write_runs(seen, count, runs));
           },
           py::arg("seen"), py::arg("count"), "Runs (token, slot, count) written when `count` tokens are appended.")
+      .def(
+          "held_runs",
+          [](const RingLayout& layout, int64_t end) {
+            require(end >= 0 && end <= kMaxTokens, "end", "0 to 2^61", end);
+            Run runs[RingLayout::kMaxRuns];
+            return as_list(runs, layout.held_runs(end, runs));
+          },
+          py::arg("end"), "Runs (token, slot, count) that the slots hold once `end` tokens have come.")
       .def(
           "__eq__",
           [](const RingLayout& a, const RingLayout& b) {

@@ -1,6 +1,7 @@
-// Schemas of the `sinkattn::` operators. Kernels live beside the data they touch: ring_cache.cpp, ring_cache_cuda.cu.
+// Schemas of the `sinkattn::` operators. Kernels: ring_cache.cpp, ring_cache_cuda.cu, attention.cpp.
 // Shapes: keys, values [batch, kv_heads, slots, head_dim]; key, value [batch, kv_heads, tokens, head_dim];
-// cos, sin [batch, tokens, pairs]; seen, peak, lengths, counts [batch] int64.
+// cos, sin [batch, tokens, pairs], for sink_attention_ [2, batch, tokens, pairs]; query and what it returns [batch,
+// heads, tokens, head_dim]; sink_logits, alibi_slopes [heads]; seen, peak, lengths, counts [batch] int64.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sinkattn, m) {
@@ -11,4 +12,9 @@ STABLE_TORCH_LIBRARY(sinkattn, m) {
   m.def("reorder_(Tensor(a!) keys, Tensor(b!) values, Tensor source) -> ()");
   m.def("reset_(Tensor(a!) keys, Tensor(b!) values, Tensor rows) -> ()");
   m.def("linearise(Tensor keys, Tensor values, Tensor seen, int num_sinks, int window) -> (Tensor, Tensor)");
+  m.def(
+      "sink_attention_(Tensor(a!) keys, Tensor(b!) values, Tensor query, Tensor key, Tensor value, Tensor seen, "
+      "Tensor? lengths, Tensor? cos, Tensor? sin, int num_sinks, int window, float scale, bool interleaved, "
+      "Tensor? sink_logits, float? softcap, Tensor? alibi_slopes) -> Tensor");
+  m.def("cpu_capability() -> str");
 }

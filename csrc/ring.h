@@ -18,7 +18,7 @@ namespace sinkattn {
 // Counts stay below this, so that no sum of two of them overflows.
 constexpr int64_t kMaxTokens = int64_t{1} << 61;
 
-// `count` consecutive new tokens, the first of them number `token` of the call, going to consecutive slots.
+// `count` consecutive tokens, from `token` on, in consecutive slots.
 struct Run {
   int64_t token;
   int64_t slot;
@@ -30,7 +30,7 @@ struct RingLayout {
   int64_t window;
   int64_t headroom;
 
-  // Appending any number of tokens writes at most this many runs: sinks, ring up to its end, ring from its start.
+  // Sinks and two parts of the ring: appending any number of tokens writes no more runs, and slots hold no more.
   static constexpr int kMaxRuns = 3;
 
   SINKATTN_HOST_DEVICE constexpr int64_t ring() const { return window + headroom; }
@@ -67,8 +67,22 @@ struct RingLayout {
     return token < last ? token : last;
   }
 
-  // Where `count` tokens appended after `seen` are written. Tokens that the same call would overwrite are left out.
-  // Fills `runs` and returns how many there are; no slot is named twice.
+  // What the slots hold once `end` tokens have come, in the order of the slots: runs of consecutive tokens, `token`
+  // counted from the start of the stream. Fills `runs` and returns how many there are.
+  SINKATTN_HOST_DEVICE constexpr int held_runs(int64_t end, Run* runs) const {
+    int n = 0;
+    if (end > 0 && num_sinks > 0) runs[n++] = Run{0, 0, end < num_sinks ? end : num_sinks};
+    if (end <= num_sinks) return n;
+    const int64_t newest = end - 1;
+    const int64_t newer = slot(newest) - num_sinks + 1;  // from the start of the ring up to the newest token
+    runs[n++] = Run{newest - newer + 1, num_sinks, newer};
+    const int64_t older = ring() - newer;
+    if (end - num_sinks > newer && older > 0) runs[n++] = Run{newest - ring() + 1, num_sinks + newer, older};
+    return n;
+  }
+
+  // Where `count` tokens appended after `seen` are written, `token` counted from the first of them. Tokens that the
+  // same call would overwrite are left out. Fills `runs` and returns how many there are; no slot is named twice.
   SINKATTN_HOST_DEVICE constexpr int write_runs(int64_t seen, int64_t count, Run* runs) const {
     int n = 0;
     const int64_t end = seen + count;

@@ -79,15 +79,7 @@ void append_(
   const int64_t batch = keys.size(0), tokens = key.size(2);
   const int64_t* seen_data = counters(seen, batch, keys, "seen");
   const int64_t* length_data = lengths ? counters(*lengths, batch, keys, "lengths") : nullptr;
-  // Before the parallel loop: an exception inside it loses its text.
-  for (int64_t row = 0; row < batch; ++row) {
-    require(
-        seen_data[row] >= 0 && seen_data[row] <= kMaxTokens, "seen: expected 0 to 2^61, got ", seen_data[row],
-        " in row ", row);
-    require(
-        !length_data || (length_data[row] >= 0 && length_data[row] <= tokens), "lengths: expected 0 to ", tokens,
-        ", got ", length_data ? length_data[row] : 0, " in row ", row);
-  }
+  check_counts(seen_data, length_data, batch, tokens);
   const RingLayout layout{num_sinks, keys.size(2) - num_sinks, 0};
   THO_DISPATCH_V2(
       keys.scalar_type(), "append_", AT_WRAP([&] {
@@ -167,7 +159,7 @@ void reset_(const Tensor& keys, const Tensor& values, const Tensor& rows) {
 
 std::tuple<Tensor, Tensor> linearise(
     const Tensor& keys, const Tensor& values, const Tensor& seen, int64_t num_sinks, int64_t window) {
-  check_linearise(keys, values, num_sinks, window);
+  check_layout(keys, values, num_sinks, window);
   const int64_t batch = keys.size(0), heads = keys.size(1), slots = keys.size(2);
   const int64_t* seen_data = counters(seen, batch, keys, "seen");
   const RingLayout layout{num_sinks, window, slots - num_sinks - window};

@@ -325,7 +325,7 @@ void linearise_rows(const Tensor& out, const Tensor& cache, const int64_t* seen,
 
 std::tuple<Tensor, Tensor> linearise(
     const Tensor& keys, const Tensor& values, const Tensor& seen, int64_t num_sinks, int64_t window) {
-  check_linearise(keys, values, num_sinks, window);
+  check_layout(keys, values, num_sinks, window);
   const int64_t batch = keys.size(0), heads = keys.size(1), slots = keys.size(2);
   const int64_t* seen_data = counters(seen, batch, keys, "seen");
   const DeviceGuard guard(keys.get_device_index());

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sinkattn import attention, reference
-from sinkattn.rope import rotate, table_dtype
+from sinkattn import reference
+from sinkattn.rope import table_dtype
 
 try:
     from sinkattn._C import RingLayout, build_info
@@ -42,9 +42,6 @@ __all__ = [
 Backend = Literal["auto", "cpu", "reference"]
 BACKENDS: tuple[Backend, ...] = ("auto", "cpu", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-# Queries that attend at once when a call brings more tokens than can be appended first; bounds the score matrix.
-QUERY_BLOCK = 256
 
 
 def select_backend(device: torch.device, requested: Backend = "auto") -> Backend:
@@ -187,6 +184,17 @@ def _(keys, values, seen, num_sinks, window) -> tuple[Tensor, Tensor]:
     return keys.new_empty(*shape, head_dim), values.new_empty(*shape, values.shape[3])
 
 
+@torch.library.register_fake("sinkattn::sink_attention_")
+def _(keys, values, query, key, value, seen, lengths, cos, sin, *options) -> Tensor:
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, heads, values.shape[3]).transpose(1, 2)
+
+
+def cpu_capability() -> str:
+    """Instruction set that the fused CPU kernel uses here: as `torch.backends.cpu.get_cpu_capability`, lower case."""
+    return torch.ops.sinkattn.cpu_capability()
+
+
 def sink_attention_(
     keys: Tensor,
     values: Tensor,
@@ -254,7 +262,6 @@ def sink_attention_(
             raise ValueError(
                 f"cos: expected at most {head_dim // 2} pairs for head_dim {head_dim}, got {cos.shape[-1]}"
             )
-    score_options = {"scale": scale, "sink_logits": sink_logits, "softcap": softcap, "alibi_slopes": alibi_slopes}
     if select_backend(keys.device, backend) == "reference":
         return reference.sink_attention_(
             keys,
@@ -269,91 +276,31 @@ def sink_attention_(
             window=window,
             interleaved=interleaved,
             lengths=lengths,
-            **score_options,
+            scale=scale,
+            sink_logits=sink_logits,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
         )
+    if sink_logits is not None:
+        sink_logits = sink_logits.to(keys.device, table_dtype(keys.dtype)).contiguous()
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.to(keys.device, table_dtype(keys.dtype)).contiguous()
 
-    # As many tokens can be appended before they attend without overwriting what the first of them sees.
-    append_first = keys.shape[2] - num_sinks - window + 1
-    block = tokens if tokens <= append_first else max(QUERY_BLOCK, append_first)
-
-    def attend_block(start: int) -> Tensor:
-        part = slice(start, start + block)
-        return _attend_block(
-            keys,
-            values,
-            query[:, :, part],
-            key[:, :, part],
-            value[:, :, part],
-            seen + start,
-            None if cos is None else cos[:, :, part],
-            None if sin is None else sin[:, :, part],
-            lengths=None if lengths is None else (lengths - start).clamp(0, min(block, tokens - start)),
-            num_sinks=num_sinks,
-            window=window,
-            interleaved=interleaved,
-            score_options=score_options,
-        )
-
-    if tokens <= block:
-        return attend_block(0)
-    return torch.cat([attend_block(start) for start in range(0, tokens, block)], dim=2)
-
-
-def _attend_block(
-    keys, values, query, key, value, seen, cos, sin, *, lengths, num_sinks, window, interleaved, score_options
-) -> Tensor:
-    batch, _, tokens, _ = query.shape
-    ring = keys.shape[2] - num_sinks
-    alibi_slopes = score_options["alibi_slopes"]
-    key_cos = key_sin = None
-    query_window = query_sink = query
-    if cos is not None:
-        key_cos, key_sin = cos[0], sin[0]
-        both = rotate(query.expand(2, *query.shape), cos.unsqueeze(2), sin.unsqueeze(2), interleaved=interleaved)
-        query_window, query_sink = both
-
-    def append(counts: Tensor | None) -> None:
-        # The operator itself: the arguments were checked at the boundary, once.
-        torch.ops.sinkattn.append_(keys, values, key, value, seen, counts, key_cos, key_sin, num_sinks, interleaved)
-
-    fewest, most = (int(x) for x in seen.aminmax()) if batch else (0, 0)
-    # Slots that no token can have reached yet are left out.
-    slots = min(ring, max(0, most + tokens - num_sinks))
-    sink_keys, sink_values = (x[:, :, :num_sinks] for x in (keys, values))
-    ring_keys, ring_values = (x[:, :, num_sinks : num_sinks + slots] for x in (keys, values))
-    # The usual step: full windows, one token each, so that every slot is visible.
-    if tokens == 1 and ring == window and fewest >= num_sinks + window - 1 and lengths is alibi_slopes is None:
-        append(None)
-        sections = [
-            attention.Section(query_sink, sink_keys, sink_values),
-            attention.Section(query_window, ring_keys, ring_values),
-        ]
-        return attention.attend(sections, **score_options)
-
-    token = seen.unsqueeze(-1) + torch.arange(tokens, device=seen.device)
-    sink_distances = attention.sink_distances(token, num_sinks, window)
-    sinks = attention.Section(query_sink, sink_keys, sink_values, sink_distances)
-    geometry = {"num_sinks": num_sinks, "window": window, "ring": ring}
-    if tokens <= ring - window + 1:
-        append(lengths)
-        distance = attention.ring_distances(token, token, slots, **geometry)
-        sections = [sinks, attention.Section(query_window, ring_keys, ring_values, distance)]
-        out = attention.attend(sections, **score_options)
-    else:
-        # Sinks are never evicted, so they can be written before the old ring is read.
-        counts = torch.full_like(seen, tokens) if lengths is None else lengths
-        append(torch.minimum(counts, (num_sinks - seen).clamp(min=0)))
-        old = attention.ring_distances(token, seen.unsqueeze(-1) - 1, slots, **geometry)
-        new_key = key if cos is None else rotate(key, cos[0][:, None], sin[0][:, None], interleaved=interleaved)
-        new = attention.chunk_distances(token, num_sinks=num_sinks, window=window)
-        sections = [
-            sinks,
-            attention.Section(query_window, ring_keys, ring_values, old),
-            attention.Section(query_window, new_key, value, new),
-        ]
-        out = attention.attend(sections, **score_options)
-        append(lengths)
-    if lengths is not None:
-        padding = torch.arange(tokens, device=seen.device) >= lengths.unsqueeze(-1)
-        out = out.masked_fill(padding[:, None, :, None], 0)
-    return out
+    return torch.ops.sinkattn.sink_attention_(
+        keys,
+        values,
+        query,
+        key,
+        value,
+        seen,
+        lengths,
+        cos,
+        sin,
+        num_sinks,
+        window,
+        scale,
+        interleaved,
+        sink_logits,
+        softcap,
+        alibi_slopes,
+    )

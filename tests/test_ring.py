@@ -7,10 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 from sinkattn import RingLayout
-from sinkattn.attention import chunk_distances, ring_distances, sink_distances
 from sinkattn.reference import slot_of, visible
 
 ROOT = Path(__file__).parents[1]
@@ -46,55 +44,17 @@ def test_layout_agrees_with_reference(layout):
         assert [layout.age(token, layout.slot(seen)) for seen in in_window] == [token - seen for seen in in_window]
 
 
-def expected_distances(token, layout):
-    """Cache-relative distance of every token that the query of ``token`` sees."""
-    tokens_seen = visible(token, layout.num_sinks, layout.window)
-    return {seen: len(tokens_seen) - 1 - rank for rank, seen in enumerate(tokens_seen)}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)
 @pytest.mark.parametrize("start", [0, 10**9])
-def test_appended_ring_distances_agree_with_reference(layout, start):
-    sinks, geometry = layout.num_sinks, {"num_sinks": layout.num_sinks, "window": layout.window}
-    token = start + torch.arange(3 * layout.slots).unsqueeze(0)
-    to_sinks = sink_distances(token, **geometry)
-    to_ring = ring_distances(token, token, layout.ring, ring=layout.ring, **geometry)
-    by_slot = torch.cat((to_sinks, to_ring), dim=-1)[0].tolist()
-    for query, distances in zip(token[0].tolist(), by_slot, strict=True):
-        found = {slot: distance for slot, distance in enumerate(distances) if distance >= 0}
-        expected = expected_distances(query, layout)
-        assert found == {slot_of(seen, sinks, layout.ring): distance for seen, distance in expected.items()}
-        assert list(found) == [slot for slot in range(layout.slots) if layout.visible(query, slot)]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_IDS)
-@pytest.mark.parametrize("start", [0, 10**9])
-def test_sinks_old_ring_and_chunk_make_up_what_is_visible(layout, start):
-    sinks, geometry = layout.num_sinks, {"num_sinks": layout.num_sinks, "window": layout.window}
+def test_held_runs_are_what_was_written_last(layout, start):
     held = {}
-    for earlier in range(max(0, start - 2 * layout.slots), start + 2 * layout.slots):
-        if earlier < start:
-            held[slot_of(earlier, sinks, layout.ring)] = earlier
-            continue
-        token = earlier + torch.arange(layout.slots + 2).unsqueeze(0)
-        newest = torch.tensor([[earlier - 1]])
-        sections = (
-            (range(sinks), sink_distances(token, **geometry)),
-            (
-                [held.get(slot) for slot in range(sinks, layout.slots)],
-                ring_distances(token, newest, layout.ring, ring=layout.ring, **geometry),
-            ),
-            (token[0].tolist(), chunk_distances(token, **geometry)),
-        )
-        for i, query in enumerate(token[0].tolist()):
-            pairs = [
-                (key, distance)
-                for keys, table in sections
-                for key, distance in zip(keys, table[0, i].tolist(), strict=True)
-                if distance >= 0
-            ]
-            assert sorted(pairs) == sorted(expected_distances(query, layout).items())
-        held[slot_of(earlier, sinks, layout.ring)] = earlier
+    for token in range(max(0, start - 2 * layout.slots), start + 3 * layout.slots):
+        if token >= start:
+            runs = layout.held_runs(token)
+            by_slot = {slot + i: first + i for first, slot, count in runs for i in range(count)}
+            assert list(by_slot) == sorted(by_slot)
+            assert by_slot == {**{sink: sink for sink in range(min(token, layout.num_sinks))}, **held}
+        held[slot_of(token, layout.num_sinks, layout.ring)] = token
 
 
 @pytest.mark.parametrize(
@@ -135,3 +95,11 @@ def test_write_runs_from_python():
     for seen, count in ((-1, 1), (1, -1), (2**62, 1)):
         with pytest.raises(ValueError, match="expected 0 to 2"):
             layout.write_runs(seen, count)
+
+
+def test_held_runs_from_python():
+    layout = RingLayout(2, 4, 1)
+    assert layout.held_runs(0) == []
+    assert layout.held_runs(9) == [(0, 0, 2), (7, 2, 2), (4, 4, 3)]
+    with pytest.raises(ValueError, match="expected 0 to 2"):
+        layout.held_runs(-1)

@@ -1,0 +1,131 @@
+// The operator of streaming attention on the CPU: checks, memory and threads for the kernel (attention_kernel.h).
+#include "attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "arguments.h"
+#include "check.h"
+
+namespace sinkattn {
+namespace {
+
+// Torch's own threads, and memory that the calling thread keeps from call to call.
+class TorchWorkers final : public Workers {
+ public:
+  int64_t count() const override { return torch::stable::get_num_threads(); }
+
+  void run(int64_t workers, void (*work)(void* context, int64_t worker), void* context) override {
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker) work(context, worker);
+    });
+  }
+
+  char* workspace(int64_t bytes) override {
+    thread_local std::unique_ptr<char, decltype(&std::free)> memory{nullptr, &std::free};
+    thread_local int64_t size = 0;
+    if (bytes > size) {
+      const int64_t wanted = (bytes + 4095) / 4096 * 4096;
+      memory.reset(static_cast<char*>(std::aligned_alloc(64, wanted)));
+      size = memory ? wanted : 0;
+      require(memory != nullptr, "attention: could not allocate a workspace of ", wanted, " bytes");
+    }
+    return memory.get();
+  }
+};
+
+// The best that this processor has and ATEN_CPU_CAPABILITY, which limits torch itself, allows.
+const InstructionSet& instruction_set() {
+  static const InstructionSet& chosen = [&]() -> const InstructionSet& {
+    const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
+    int first = 0;
+    for (int i = 0; limit && i < kInstructionSetCount; ++i) {
+      if (std::string(limit) == kInstructionSets[i].name) first = i;
+    }
+    while (!kInstructionSets[first].available()) ++first;
+    return kInstructionSets[first];
+  }();
+  return chosen;
+}
+
+Strided strided(const Tensor& tensor) {
+  Strided out;
+  out.data = tensor.const_data_ptr();
+  for (int64_t dim = 0; dim < 4; ++dim) out.stride[dim] = tensor.stride(dim);
+  return out;
+}
+
+CacheType cache_type(const Tensor& keys) {
+  switch (keys.scalar_type()) {
+    case ScalarType::Float: return CacheType::kFloat;
+    case ScalarType::Double: return CacheType::kDouble;
+    case ScalarType::Half: return CacheType::kHalf;
+    case ScalarType::BFloat16: return CacheType::kBFloat16;
+    default: require(false, "keys, values: expected float32, float64, float16 or bfloat16");
+  }
+  return {};
+}
+
+Tensor sink_attention_(
+    const Tensor& keys, const Tensor& values, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& seen, const std::optional<Tensor>& lengths, const std::optional<Tensor>& cos,
+    const std::optional<Tensor>& sin, int64_t num_sinks, int64_t window, double scale, bool interleaved,
+    const std::optional<Tensor>& sink_logits, std::optional<double> softcap,
+    const std::optional<Tensor>& alibi_slopes) {
+  check_new_tokens(keys, values, key, value, num_sinks);
+  check_layout(keys, values, num_sinks, window);
+  check_query(query, key, keys);
+  check_tables(cos, sin, key, keys, 1);
+  const int64_t tokens = query.size(2);
+  AttentionCall call;
+  call.type = cache_type(keys);
+  call.layout = RingLayout{num_sinks, window, keys.size(2) - num_sinks - window};
+  call.batch = keys.size(0);
+  call.heads = query.size(1);
+  call.kv_heads = keys.size(1);
+  call.tokens = tokens;
+  call.head_dim = keys.size(3);
+  call.value_dim = values.size(3);
+  call.keys = keys.mutable_data_ptr();
+  call.values = values.mutable_data_ptr();
+  call.query = strided(query);
+  call.key = strided(key);
+  call.value = strided(value);
+  call.seen = counters(seen, call.batch, keys, "seen");
+  call.lengths = lengths ? counters(*lengths, call.batch, keys, "lengths") : nullptr;
+  check_counts(call.seen, call.lengths, call.batch, tokens);
+  call.pairs = cos ? cos->size(3) : 0;
+  if (cos) call.cos = strided(*cos);
+  if (sin) call.sin = strided(*sin);
+  call.interleaved = interleaved;
+  call.scale = scale;
+  call.softcap = softcap.value_or(0);
+  call.sink_logits = head_option(sink_logits, query, keys, "sink_logits");
+  call.alibi_slopes = head_option(alibi_slopes, query, keys, "alibi_slopes");
+  // In the order in which models want it: no copy when heads are joined.
+  Tensor out = torch::stable::new_empty(query, {call.batch, tokens, call.heads, call.value_dim});
+  call.out = out.mutable_data_ptr();
+  if (out.numel() > 0) {
+    TorchWorkers workers;
+    instruction_set().attend(call, workers);
+  }
+  return torch::stable::transpose(out, 1, 2);
+}
+
+std::string cpu_capability() { return instruction_set().name; }
+
+}  // namespace
+}  // namespace sinkattn
+
+STABLE_TORCH_LIBRARY_IMPL(sinkattn, CPU, m) { m.impl("sink_attention_", TORCH_BOX(&sinkattn::sink_attention_)); }
+
+STABLE_TORCH_LIBRARY_IMPL(sinkattn, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&sinkattn::cpu_capability));
+}

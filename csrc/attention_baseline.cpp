@@ -1,0 +1,8 @@
+// The fused kernel for any processor (SSE2 on x86-64, NEON on arm64: what every such processor has).
+#include "attention_kernel.h"
+
+namespace sinkattn {
+
+void attend_baseline(const AttentionCall& call, Workers& workers) { baseline::attend(call, workers); }
+
+}  // namespace sinkattn

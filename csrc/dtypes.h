@@ -1,0 +1,54 @@
+// Half-precision numbers as they lie in memory, without torch. Conversions are exact, and round to nearest even on
+// the way back, as torch's do.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace sinkattn {
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+struct BFloat16 {
+  uint16_t bits;
+
+  BFloat16() = default;
+  explicit BFloat16(float x) {
+    const uint32_t in = bits_of(x);
+    const uint32_t rounded = (in + 0x7fff + ((in >> 16) & 1)) >> 16;
+    bits = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
+  }
+  explicit operator float() const { return float_of(static_cast<uint32_t>(bits) << 16); }
+};
+
+struct Half {
+  uint16_t bits;
+
+  Half() = default;
+  explicit Half(float x) {
+    const uint32_t in = bits_of(x), sign = (in >> 16) & 0x8000, magnitude = in & 0x7fffffff;
+    // Below 2^-14 the result is subnormal: adding 1/2 leaves its digits at the end of the sum, rounded.
+    const uint32_t small = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+    const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const uint32_t finite = magnitude < 0x38800000 ? small : magnitude < 0x47800000 ? normal : 0x7c00;
+    bits = static_cast<uint16_t>(sign | (magnitude > 0x7f800000 ? 0x7e00 : finite));
+  }
+  explicit operator float() const {
+    const uint32_t sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7fffu) << 13;
+    // The exponent's bias differs by 112; the product also brings subnormals into their place.
+    const uint32_t finite = bits_of(float_of(magnitude) * 0x1p112f);
+    return float_of(sign | ((bits & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : finite));
+  }
+};
+
+}  // namespace sinkattn

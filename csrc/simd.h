@@ -1,0 +1,226 @@
+// Vectors of one instruction set, on the vector extensions of GCC and Clang. The including file chooses the set by
+// defining SINKATTN_AVX512, SINKATTN_AVX2 or neither (SSE2 on x86-64, NEON on arm64). All that depends on it lives in a
+// namespace of that name, so that one library can hold several and choose when it runs.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "dtypes.h"
+
+#if defined(SINKATTN_AVX512) || defined(SINKATTN_AVX2)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+// From here on code is compiled for the set; headers that are not ours must have been included before.
+#if defined(SINKATTN_AVX512)
+#define SINKATTN_ISA avx512
+#define SINKATTN_VECTOR_BYTES 64
+#define SINKATTN_VECTOR_REGISTERS 32
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2")
+#endif
+#elif defined(SINKATTN_AVX2)
+#define SINKATTN_ISA avx2
+#define SINKATTN_VECTOR_BYTES 32
+#define SINKATTN_VECTOR_REGISTERS 16
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2")
+#endif
+#else
+#define SINKATTN_ISA baseline
+#define SINKATTN_VECTOR_BYTES 16
+#if defined(__aarch64__)
+#define SINKATTN_VECTOR_REGISTERS 32
+#else
+#define SINKATTN_VECTOR_REGISTERS 16
+#endif
+#endif
+
+#define SINKATTN_INLINE inline __attribute__((always_inline))
+
+namespace sinkattn {
+namespace SINKATTN_ISA {
+
+template <typename T, int Bytes = SINKATTN_VECTOR_BYTES>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(Bytes)));
+};
+
+template <typename acc_t>
+using Vec = typename VectorOf<acc_t>::type;
+
+template <typename acc_t>
+constexpr int kLanes = SINKATTN_VECTOR_BYTES / sizeof(acc_t);
+
+using IntVec = VectorOf<int32_t>::type;
+
+// The same bytes under another type.
+template <typename To, typename From>
+SINKATTN_INLINE To as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <typename acc_t>
+SINKATTN_INLINE Vec<acc_t> broadcast(acc_t x) {
+  return x - Vec<acc_t>{};
+}
+
+// a * b + c, rounded once where the instruction set can.
+template <typename V>
+SINKATTN_INLINE V multiply_add(V a, V b, V c) {
+#if defined(SINKATTN_AVX512)
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  else return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(SINKATTN_AVX2)
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  else return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+  if constexpr (sizeof(a[0]) == 4) return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+  else return (V)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+// Consecutive elements in memory, widened to the type of accumulation.
+template <typename scalar_t>
+struct Memory {  // float, double
+  static SINKATTN_INLINE Vec<scalar_t> load(const scalar_t* from) {
+    Vec<scalar_t> x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+  }
+};
+
+using HalfBits = VectorOf<uint16_t, SINKATTN_VECTOR_BYTES / 2>::type;
+using WideBits = VectorOf<uint32_t>::type;
+
+template <>
+struct Memory<BFloat16> {
+  static SINKATTN_INLINE Vec<float> load(const BFloat16* from) {
+#if defined(SINKATTN_AVX512)
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return as<Vec<float>>(as<WideBits>(_mm512_maskz_cvtepu16_epi32(0xffff, x)) << 16);
+#elif defined(SINKATTN_AVX2)
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return as<Vec<float>>(as<WideBits>(_mm256_cvtepu16_epi32(x)) << 16);
+#else
+    HalfBits x;
+    std::memcpy(&x, from, sizeof x);
+    return as<Vec<float>>(__builtin_convertvector(x, WideBits) << 16);
+#endif
+  }
+};
+
+template <>
+struct Memory<Half> {
+  static SINKATTN_INLINE Vec<float> load(const Half* from) {
+#if defined(SINKATTN_AVX512)
+    return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(SINKATTN_AVX2)
+    return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+    HalfBits x;
+    std::memcpy(&x, from, sizeof x);
+    const WideBits wide = __builtin_convertvector(x, WideBits);
+    const WideBits magnitude = (wide & 0x7fff) << 13;
+    const WideBits finite = as<WideBits>(as<Vec<float>>(magnitude) * 0x1p112f);
+    const WideBits special = as<WideBits>((wide & 0x7c00) == 0x7c00);
+    return as<Vec<float>>(((wide & 0x8000) << 16) | (special & (magnitude | 0x7f800000)) | (~special & finite));
+#endif
+  }
+};
+
+template <typename scalar_t>
+SINKATTN_INLINE auto load(const scalar_t* from) {
+  return Memory<scalar_t>::load(from);
+}
+
+// The first `count` elements, and zeros.
+template <typename scalar_t>
+SINKATTN_INLINE auto load_first(const scalar_t* from, int64_t count) {
+  using V = decltype(load(from));
+  scalar_t padded[sizeof(V) / sizeof(V{}[0])] = {};
+  std::memcpy(padded, from, count * sizeof(scalar_t));
+  return load(padded);
+}
+
+template <typename V, typename acc_t>
+SINKATTN_INLINE void store(acc_t* to, V x) {
+  std::memcpy(to, &x, sizeof x);
+}
+
+// Sets of lanes. `low`: lane i of `a` where bit `Step` of i is clear, else lane i - Step of `b`; `high`: lane
+// i + Step of `a` where it is clear, else lane i of `b`.
+template <typename V>
+struct Pair {
+  V low, high;
+};
+
+template <int Step, typename V, int... I>
+SINKATTN_INLINE Pair<V> exchange(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int lanes = sizeof...(I);
+#if defined(__clang__) || __GNUC__ >= 12
+  return {
+      __builtin_shufflevector(a, b, (I & Step ? lanes + I - Step : I)...),
+      __builtin_shufflevector(a, b, (I & Step ? lanes + I : I + Step)...)};
+#else
+  using Index = typename VectorOf<std::conditional_t<sizeof(a[0]) == 4, int32_t, int64_t>>::type;
+  return {
+      __builtin_shuffle(a, b, Index{(I & Step ? lanes + I - Step : I)...}),
+      __builtin_shuffle(a, b, Index{(I & Step ? lanes + I : I + Step)...})};
+#endif
+}
+
+template <int Step, typename V>
+SINKATTN_INLINE Pair<V> exchange(V a, V b) {
+  return exchange<Step>(a, b, std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])>{});
+}
+
+// Lane i of the result is the sum over all lanes of x[i], for as many x as there are lanes; x is overwritten.
+template <int Count, typename V>
+SINKATTN_INLINE V sums(V* x) {
+  if constexpr (Count > 1) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Count / 2; ++i) {
+      const Pair<V> pair = exchange<Count / 2>(x[i], x[i + Count / 2]);
+      x[i] = pair.low + pair.high;
+    }
+    return sums<Count / 2>(x);
+  } else {
+    return x[0];
+  }
+}
+
+// Turns a square of lanes over its diagonal: lane i of x[j] becomes lane j of x[i].
+template <int Step = 1, typename V>
+SINKATTN_INLINE void transpose(V* x) {
+  constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
+  if constexpr (Step < lanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if (i & Step) continue;
+      const Pair<V> pair = exchange<Step>(x[i], x[i + Step]);
+      x[i] = pair.low;
+      x[i + Step] = pair.high;
+    }
+    transpose<2 * Step>(x);
+  }
+}
+
+}  // namespace SINKATTN_ISA
+}  // namespace sinkattn

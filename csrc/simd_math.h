@@ -1,0 +1,78 @@
+// Reductions and elementary functions on vectors.
+#pragma once
+
+#include <cmath>
+
+#include "simd.h"
+
+namespace sinkattn {
+namespace SINKATTN_ISA {
+
+template <typename V>
+SINKATTN_INLINE V maximum(V a, V b) {
+  return b > a ? b : a;
+}
+
+template <typename V>
+SINKATTN_INLINE auto largest(V x) {
+  auto top = x[0];
+  for (unsigned i = 1; i < sizeof(V) / sizeof(x[0]); ++i) top = x[i] > top ? x[i] : top;
+  return top;
+}
+
+template <typename V>
+SINKATTN_INLINE auto sum(V x) {
+  constexpr int lanes = sizeof(V) / sizeof(x[0]);
+  for (int step = lanes / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) x[i] += x[i + step];
+  }
+  return x[0];
+}
+
+// exp(x) for x <= 0; what would be subnormal is zero.
+SINKATTN_INLINE Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  constexpr float lowest = -87.336544f;  // log(2^-126)
+  const V bounded = x < lowest ? broadcast(lowest) : x;
+  // x = n log 2 + r, |r| <= log(2) / 2: adding 1.5 * 2^23 rounds to an integer and leaves it in the last bits.
+  const V shifted = multiply_add(bounded, broadcast(1.44269504f), broadcast(12582912.0f));
+  const V n = shifted - 12582912.0f;
+  V r = multiply_add(n, broadcast(-0.693359375f), bounded);
+  r = multiply_add(n, broadcast(2.12194440e-4f), r);
+  // exp(r) = 1 + r + r^2 p(r); p is the minimax polynomial, relative error 3e-9.
+  V p = multiply_add(broadcast(1.38145986e-3f), r, broadcast(8.36871688e-3f));
+  p = multiply_add(p, r, broadcast(4.16683880e-2f));
+  p = multiply_add(p, r, broadcast(1.66665206e-1f));
+  p = multiply_add(p, r, broadcast(4.99999934e-1f));
+  const V mantissa = multiply_add(p, r * r, r) + 1.0f;
+  const V power = as<V>((as<IntVec>(shifted) << 23) + (127 << 23));
+  return x < lowest ? V{} : mantissa * power;
+}
+
+SINKATTN_INLINE Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+SINKATTN_INLINE Vec<float> tanh(Vec<float> x) {
+  using V = Vec<float>;
+  const V magnitude = x < 0.0f ? -x : x;
+  const V e = exp(-2.0f * magnitude);
+  const V far = (1.0f - e) / (1.0f + e);
+  // Near zero that would lose digits: x + x^3 p(x^2), relative error 4e-9 up to 0.625.
+  const V z = x * x;
+  V p = multiply_add(broadcast(-5.70498699e-3f), z, broadcast(2.06390872e-2f));
+  p = multiply_add(p, z, broadcast(-5.37397151e-2f));
+  p = multiply_add(p, z, broadcast(1.33314422e-1f));
+  p = multiply_add(p, z, broadcast(-3.33332819e-1f));
+  const V near = multiply_add(x * z, p, x);
+  return magnitude < 0.625f ? near : x < 0.0f ? -far : far;
+}
+
+SINKATTN_INLINE Vec<double> tanh(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::tanh(x[i]);
+  return x;
+}
+
+}  // namespace SINKATTN_ISA
+}  // namespace sinkattn
