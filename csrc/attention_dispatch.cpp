@@ -1,12 +1,21 @@
 // Which instruction sets this library holds a kernel for, and which of them this processor has.
 #include "attention.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace sinkattn {
 
 void attend_baseline(const AttentionCall& call, Workers& workers);
 #if defined(__x86_64__)
 void attend_avx2(const AttentionCall& call, Workers& workers);
 void attend_avx512(const AttentionCall& call, Workers& workers);
+void attend_amx(const AttentionCall& call, Workers& workers);
 #endif
 
 namespace {
@@ -15,13 +24,29 @@ bool has_baseline() { return true; }
 
 #if defined(__x86_64__)
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+  return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2");
 }
 
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+bool has_amx() {
+#if defined(__linux__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!has_avx512() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  const bool tiles = (edx >> 24 & 1) && (edx >> 22 & 1);  // AMX-TILE, AMX-BF16
+  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return false;
+  if (!tiles || !(eax >> 5 & 1)) return false;  // AVX512-BF16
+  // A process has to ask the kernel for the tile registers (ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA).
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -30,6 +55,7 @@ bool has_avx512() {
 // Names as in torch.backends.cpu.get_cpu_capability(), in lower case.
 const InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__)
+    {"amx", has_amx, attend_amx},
     {"avx512", has_avx512, attend_avx512},
     {"avx2", has_avx2, attend_avx2},
 #endif

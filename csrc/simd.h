@@ -1,6 +1,6 @@
 // Vectors of one instruction set, on the vector extensions of GCC and Clang. The including file chooses the set by
-// defining SINKATTN_AVX512, SINKATTN_AVX2 or neither (SSE2 on x86-64, NEON on arm64). All that depends on it lives in a
-// namespace of that name, so that one library can hold several and choose when it runs.
+// defining SINKATTN_AMX, SINKATTN_AVX512, SINKATTN_AVX2 or none (SSE2 on x86-64, NEON on arm64). All that depends on it
+// lives in a namespace of that name, so that one library can hold several and choose when it runs.
 #pragma once
 
 #include <cmath>
@@ -11,6 +11,9 @@
 
 #include "dtypes.h"
 
+#if defined(SINKATTN_AMX)
+#define SINKATTN_AVX512
+#endif
 #if defined(SINKATTN_AVX512) || defined(SINKATTN_AVX2)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -19,14 +22,25 @@
 
 // From here on code is compiled for the set; headers that are not ours must have been included before.
 #if defined(SINKATTN_AVX512)
-#define SINKATTN_ISA avx512
 #define SINKATTN_VECTOR_BYTES 64
 #define SINKATTN_VECTOR_REGISTERS 32
+#if defined(SINKATTN_AMX)
+#define SINKATTN_ISA amx
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2"))), \
+    apply_to = function)
+#else
+#pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2")
+#endif
+#else
+#define SINKATTN_ISA avx512
 #if defined(__clang__)
 #pragma clang attribute push( \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2")
+#endif
 #endif
 #elif defined(SINKATTN_AVX2)
 #define SINKATTN_ISA avx2
@@ -65,6 +79,8 @@ constexpr int kLanes = SINKATTN_VECTOR_BYTES / sizeof(acc_t);
 
 using IntVec = VectorOf<int32_t>::type;
 
+constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
 // The same bytes under another type.
 template <typename To, typename From>
 SINKATTN_INLINE To as(const From& from) {
@@ -96,7 +112,7 @@ SINKATTN_INLINE V multiply_add(V a, V b, V c) {
 #endif
 }
 
-// Consecutive elements in memory, widened to the type of accumulation.
+// Consecutive elements in memory, widened to the type of accumulation, and rounded back from it.
 template <typename scalar_t>
 struct Memory {  // float, double
   static SINKATTN_INLINE Vec<scalar_t> load(const scalar_t* from) {
@@ -104,6 +120,7 @@ struct Memory {  // float, double
     std::memcpy(&x, from, sizeof x);
     return x;
   }
+  static SINKATTN_INLINE void store(scalar_t* to, Vec<scalar_t> x) { std::memcpy(to, &x, sizeof x); }
 };
 
 using HalfBits = VectorOf<uint16_t, SINKATTN_VECTOR_BYTES / 2>::type;
@@ -124,6 +141,12 @@ struct Memory<BFloat16> {
     return as<Vec<float>>(__builtin_convertvector(x, WideBits) << 16);
 #endif
   }
+  static SINKATTN_INLINE void store(BFloat16* to, Vec<float> x) {
+    const WideBits in = as<WideBits>(x), number = as<WideBits>(x == x);
+    const WideBits rounded = (in + 0x7fff + ((in >> 16) & 1)) >> 16;
+    const HalfBits bits = __builtin_convertvector((number & rounded) | (~number & 0x7fc0), HalfBits);
+    std::memcpy(to, &bits, sizeof bits);
+  }
 };
 
 template <>
@@ -143,6 +166,16 @@ struct Memory<Half> {
     return as<Vec<float>>(((wide & 0x8000) << 16) | (special & (magnitude | 0x7f800000)) | (~special & finite));
 #endif
   }
+  static SINKATTN_INLINE void store(Half* to, Vec<float> x) {
+#if defined(SINKATTN_AVX512)
+    const __m256i bits = _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+#elif defined(SINKATTN_AVX2)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < kLanes<float>; ++i) to[i] = Half(x[i]);
+#endif
+  }
 };
 
 template <typename scalar_t>
@@ -159,13 +192,36 @@ SINKATTN_INLINE auto load_first(const scalar_t* from, int64_t count) {
   return load(padded);
 }
 
-template <typename V, typename acc_t>
-SINKATTN_INLINE void store(acc_t* to, V x) {
-  std::memcpy(to, &x, sizeof x);
+template <typename scalar_t, typename V>
+SINKATTN_INLINE void store(scalar_t* to, V x) {
+  Memory<scalar_t>::store(to, x);
 }
 
-// Sets of lanes. `low`: lane i of `a` where bit `Step` of i is clear, else lane i - Step of `b`; `high`: lane
-// i + Step of `a` where it is clear, else lane i of `b`.
+// Lane i of the result is lane Index of `a`, or of `b` from the number of lanes on.
+template <typename V, int... Index>
+SINKATTN_INLINE V shuffle(V a, V b, std::integer_sequence<int, Index...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, Index...);
+#else
+  using Int = std::conditional_t<sizeof(a[0]) == 4, int32_t, int64_t>;
+  return __builtin_shuffle(a, b, typename VectorOf<Int>::type{Index...});
+#endif
+}
+
+template <typename V>
+using LaneNumbers = std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])>;
+
+template <int Step, typename V, int... I>
+SINKATTN_INLINE V swap_lanes(V x, std::integer_sequence<int, I...>) {
+  return shuffle(x, x, std::integer_sequence<int, (I ^ Step)...>{});
+}
+
+// Lane i of the result is lane i ^ Step.
+template <int Step, typename V>
+SINKATTN_INLINE V swap_lanes(V x) {
+  return swap_lanes<Step>(x, LaneNumbers<V>{});
+}
+
 template <typename V>
 struct Pair {
   V low, high;
@@ -174,21 +230,16 @@ struct Pair {
 template <int Step, typename V, int... I>
 SINKATTN_INLINE Pair<V> exchange(V a, V b, std::integer_sequence<int, I...>) {
   constexpr int lanes = sizeof...(I);
-#if defined(__clang__) || __GNUC__ >= 12
   return {
-      __builtin_shufflevector(a, b, (I & Step ? lanes + I - Step : I)...),
-      __builtin_shufflevector(a, b, (I & Step ? lanes + I : I + Step)...)};
-#else
-  using Index = typename VectorOf<std::conditional_t<sizeof(a[0]) == 4, int32_t, int64_t>>::type;
-  return {
-      __builtin_shuffle(a, b, Index{(I & Step ? lanes + I - Step : I)...}),
-      __builtin_shuffle(a, b, Index{(I & Step ? lanes + I : I + Step)...})};
-#endif
+      shuffle(a, b, std::integer_sequence<int, (I & Step ? lanes + I - Step : I)...>{}),
+      shuffle(a, b, std::integer_sequence<int, (I & Step ? lanes + I : I + Step)...>{})};
 }
 
+// `low`: lane i of `a` where bit `Step` of i is clear, else lane i - Step of `b`; `high`: lane i + Step of `a` where it
+// is clear, else lane i of `b`.
 template <int Step, typename V>
 SINKATTN_INLINE Pair<V> exchange(V a, V b) {
-  return exchange<Step>(a, b, std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])>{});
+  return exchange<Step>(a, b, LaneNumbers<V>{});
 }
 
 // Lane i of the result is the sum over all lanes of x[i], for as many x as there are lanes; x is overwritten.

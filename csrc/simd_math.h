@@ -13,20 +13,28 @@ SINKATTN_INLINE V maximum(V a, V b) {
   return b > a ? b : a;
 }
 
+template <int Step, typename V>
+SINKATTN_INLINE V largest_of_all(V x) {
+  x = maximum(x, swap_lanes<Step>(x));
+  if constexpr (Step > 1) x = largest_of_all<Step / 2>(x);
+  return x;
+}
+
+template <int Step, typename V>
+SINKATTN_INLINE V sum_of_all(V x) {
+  x += swap_lanes<Step>(x);
+  if constexpr (Step > 1) x = sum_of_all<Step / 2>(x);
+  return x;
+}
+
 template <typename V>
 SINKATTN_INLINE auto largest(V x) {
-  auto top = x[0];
-  for (unsigned i = 1; i < sizeof(V) / sizeof(x[0]); ++i) top = x[i] > top ? x[i] : top;
-  return top;
+  return largest_of_all<sizeof(V) / sizeof(x[0]) / 2>(x)[0];
 }
 
 template <typename V>
 SINKATTN_INLINE auto sum(V x) {
-  constexpr int lanes = sizeof(V) / sizeof(x[0]);
-  for (int step = lanes / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) x[i] += x[i + step];
-  }
-  return x[0];
+  return sum_of_all<sizeof(V) / sizeof(x[0]) / 2>(x)[0];
 }
 
 // exp(x) for x <= 0; what would be subnormal is zero.
