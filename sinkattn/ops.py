@@ -25,6 +25,7 @@ except ImportError as error:
         "(or: python setup.py build_ext --inplace)"
     ) from error
 torch.ops.load_library(Path(__file__).with_name("_ops.abi3.so"))
+_sink_attention = torch.ops.sinkattn.sink_attention_.default
 
 __all__ = [
     "Backend",
@@ -51,8 +52,8 @@ def select_backend(device: torch.device, requested: Backend = "auto") -> Backend
         ValueError: for an unknown name.
         RuntimeError: for a backend that cannot run there, saying why.
     """
-    source = "SINKATTN_BACKEND" if os.environ.get("SINKATTN_BACKEND") else "backend"
-    wanted = os.environ.get("SINKATTN_BACKEND") or requested
+    override = os.environ.get("SINKATTN_BACKEND")
+    source, wanted = ("SINKATTN_BACKEND", override) if override else ("backend", requested)
     if wanted not in BACKENDS:
         raise ValueError(f"{source}: expected one of {BACKENDS}, got {wanted!r}")
     if wanted == "auto":
@@ -89,8 +90,7 @@ def check_new_tokens(
             for row, count in enumerate(lengths.tolist()):
                 if not 0 <= count <= tokens:
                     raise RuntimeError(f"lengths: expected 0 to {tokens}, got {count} in row {row}")
-    if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
-        raise RuntimeError("sinkattn computes no gradients: call it under torch.no_grad() or torch.inference_mode()")
+    check_no_gradients(key, value)
 
 
 def check_layout(keys: Tensor, num_sinks: int, window: int) -> None:
@@ -100,6 +100,60 @@ def check_layout(keys: Tensor, num_sinks: int, window: int) -> None:
         raise ValueError(f"num_sinks: expected 0 to {slots - 1}, got {num_sinks}")
     if not 1 <= window <= slots - num_sinks:
         raise ValueError(f"window: expected 1 to {slots - num_sinks}, got {window}")
+
+
+def check_attention(
+    keys: Tensor,
+    values: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    lengths: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_sinks: int,
+    window: int,
+) -> None:
+    """Check the tensors of `sink_attention_` against each other."""
+    if query.ndim != 4:
+        raise ValueError(f"query: expected [batch, heads, tokens, head_dim], got {list(query.shape)}")
+    check_new_tokens(keys, values, key, value, seen, lengths)
+    check_layout(keys, num_sinks, window)
+    batch, heads, tokens, head_dim = query.shape
+    check_tensor("query", query, (keys.shape[0], heads, key.shape[2], keys.shape[3]), keys.dtype, keys.device)
+    if heads % keys.shape[1]:
+        raise ValueError(f"query: expected heads to be a multiple of kv_heads ({keys.shape[1]}), got {heads}")
+    check_no_gradients(query, key, value)
+    if (cos is None) != (sin is None):
+        raise ValueError("cos, sin: expected both or none")
+    if cos is not None:
+        shape = (2, batch, tokens, cos.shape[-1])
+        for name, x in (("cos", cos), ("sin", sin)):
+            check_tensor(name, x, shape, table_dtype(keys.dtype), keys.device)
+        if 2 * cos.shape[-1] > head_dim:
+            raise ValueError(
+                f"cos: expected at most {head_dim // 2} pairs for head_dim {head_dim}, got {cos.shape[-1]}"
+            )
+
+
+def check_score_options(
+    query: Tensor, scale: float, softcap: float | None, sink_logits: Tensor | None, alibi_slopes: Tensor | None
+) -> None:
+    """Check what `sink_attention_` does to the scores."""
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected more than 0, or None, got {softcap}")
+    for name, x in (("sink_logits", sink_logits), ("alibi_slopes", alibi_slopes)):
+        if x is not None and x.shape != query.shape[1:2]:
+            raise ValueError(f"{name}: expected shape {list(query.shape[1:2])}, got {list(x.shape)}")
+
+
+def check_no_gradients(*inputs: Tensor) -> None:
+    """Refuse inputs that gradients are wanted of."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        raise RuntimeError("sinkattn computes no gradients: call it under torch.no_grad() or torch.inference_mode()")
 
 
 def append_(
@@ -186,6 +240,10 @@ def _(keys, values, seen, num_sinks, window) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("sinkattn::sink_attention_")
 def _(keys, values, query, key, value, seen, lengths, cos, sin, *options) -> Tensor:
+    # One meta tensor among others is enough to bring a call here.
+    for name, x in (("values", values), ("query", query), ("key", key), ("value", value), ("seen", seen)):
+        if x.device != keys.device:
+            raise TypeError(f"{name}: expected device {keys.device}, got {x.device}")
     batch, heads, tokens, _ = query.shape
     return query.new_empty(batch, tokens, heads, values.shape[3]).transpose(1, 2)
 
@@ -235,34 +293,9 @@ def sink_attention_(
         ValueError, TypeError: shape, dtype or device of an argument.
         RuntimeError: a backend that cannot run here, or gradients wanted.
     """
-    if query.ndim != 4:
-        raise ValueError(f"query: expected [batch, heads, tokens, head_dim], got {list(query.shape)}")
-    check_new_tokens(keys, values, key, value, seen, lengths)
-    check_layout(keys, num_sinks, window)
-    batch, heads, tokens, head_dim = query.shape
-    check_tensor("query", query, (keys.shape[0], heads, key.shape[2], keys.shape[3]), keys.dtype, keys.device)
-    if heads % keys.shape[1]:
-        raise ValueError(f"query: expected heads to be a multiple of kv_heads ({keys.shape[1]}), got {heads}")
-    if torch.is_grad_enabled() and query.requires_grad:
-        raise RuntimeError("sinkattn computes no gradients: call it under torch.no_grad() or torch.inference_mode()")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected more than 0, or None, got {softcap}")
-    for name, x in (("sink_logits", sink_logits), ("alibi_slopes", alibi_slopes)):
-        if x is not None and x.shape != (heads,):
-            raise ValueError(f"{name}: expected shape [{heads}], got {list(x.shape)}")
-    if (cos is None) != (sin is None):
-        raise ValueError("cos, sin: expected both or none")
-    if cos is not None:
-        shape = (2, batch, tokens, cos.shape[-1])
-        for name, x in (("cos", cos), ("sin", sin)):
-            check_tensor(name, x, shape, table_dtype(keys.dtype), keys.device)
-        if 2 * cos.shape[-1] > head_dim:
-            raise ValueError(
-                f"cos: expected at most {head_dim // 2} pairs for head_dim {head_dim}, got {cos.shape[-1]}"
-            )
     if select_backend(keys.device, backend) == "reference":
+        check_attention(keys, values, query, key, value, seen, lengths, cos, sin, num_sinks, window)
+        check_score_options(query, scale, softcap, sink_logits, alibi_slopes)
         return reference.sink_attention_(
             keys,
             values,
@@ -281,26 +314,32 @@ def sink_attention_(
             softcap=softcap,
             alibi_slopes=alibi_slopes,
         )
+    check_no_gradients(query, key, value)
+    check_score_options(query, scale, softcap, sink_logits, alibi_slopes)
     if sink_logits is not None:
         sink_logits = sink_logits.to(keys.device, table_dtype(keys.dtype)).contiguous()
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.to(keys.device, table_dtype(keys.dtype)).contiguous()
-
-    return torch.ops.sinkattn.sink_attention_(
-        keys,
-        values,
-        query,
-        key,
-        value,
-        seen,
-        lengths,
-        cos,
-        sin,
-        num_sinks,
-        window,
-        scale,
-        interleaved,
-        sink_logits,
-        softcap,
-        alibi_slopes,
-    )
+    try:
+        return _sink_attention(
+            keys,
+            values,
+            query,
+            key,
+            value,
+            seen,
+            lengths,
+            cos,
+            sin,
+            num_sinks,
+            window,
+            scale,
+            interleaved,
+            sink_logits,
+            softcap,
+            alibi_slopes,
+        )
+    except RuntimeError:
+        # The operator refuses all that these do, in fewer words and a tenth of the time.
+        check_attention(keys, values, query, key, value, seen, lengths, cos, sin, num_sinks, window)
+        raise
