@@ -25,7 +25,7 @@ class Chunk : AttentionRows<scalar_t> {
   using Base = AttentionRows<scalar_t>;
   using typename Base::acc_t, typename Base::Interval;
   using Base::call_, Base::layout_, Base::threads_, Base::pairs_, Base::group_, Base::query_stride_,
-      Base::sums_stride_;
+      Base::sums_stride_, Base::scale_;
   using Matrix = Packed<scalar_t>;
   using element = typename Matrix::element;
 
@@ -131,8 +131,8 @@ class Chunk : AttentionRows<scalar_t> {
       this->rotate_query(
           window, sink, sink + query_stride_, row, this->kv_head_of(pair) * group_ + q % group_,
           start_ + first + q / group_);
-      Matrix::pack_query(memory.window_query + q * size, window, call_.head_dim);
-      Matrix::pack_query(memory.sink_query + q * size, sink, call_.head_dim);
+      Matrix::pack_query(memory.window_query + q * size, window, call_.head_dim, scale_);
+      Matrix::pack_query(memory.sink_query + q * size, sink, call_.head_dim, scale_);
     }
     // What fills up the last tile sees nothing.
     std::fill(memory.window_query + rows * size, memory.window_query + padded * size, element{});
@@ -205,7 +205,7 @@ class Chunk : AttentionRows<scalar_t> {
     if (!any) return;
     const int count = static_cast<int>(block.count);
     const element* query = (sinks ? memory.sink_query : memory.window_query) + q * Matrix::query_size(call_.head_dim);
-    Matrix::scores(memory.scores, query, memory.keys, call_.head_dim, count);
+    Matrix::scores(memory.scores, scale_, query, memory.keys, call_.head_dim, count);
     acc_t factor[Matrix::kRows];
     for (int r = 0; r < Matrix::kRows; ++r) {
       acc_t* scores = memory.scores + r * Matrix::kKeys;

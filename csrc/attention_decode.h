@@ -23,7 +23,7 @@ class Decode : AttentionRows<scalar_t> {
   using Base = AttentionRows<scalar_t>;
   using typename Base::acc_t, typename Base::Interval;
   using Base::call_, Base::layout_, Base::threads_, Base::pairs_, Base::group_, Base::query_stride_,
-      Base::sums_stride_;
+      Base::sums_stride_, Base::scale_;
 
  public:
   // Needs call.tokens <= headroom + 1, so that appending first overwrites nothing that a query sees.
@@ -155,7 +155,7 @@ class Decode : AttentionRows<scalar_t> {
     const int count = static_cast<int>(block.count);
     const scalar_t* keys = this->keys_of(pair) + block.slot * call_.head_dim;
     const scalar_t* values = this->values_of(pair) + block.slot * call_.value_dim;
-    direct_scores<kRows>(scores, query, query_stride_, keys, call_.head_dim, count, values, call_.value_dim);
+    direct_scores<kRows>(scores, scale_, query, query_stride_, keys, call_.head_dim, count, values, call_.value_dim);
     acc_t factor[kRows];
     for (int r = 0; r < kRows; ++r) {
       acc_t* own = scores + r * kDirectBlock;

@@ -17,11 +17,11 @@ constexpr int kDirectBlock = 32;  // keys whose scores are held at once: with th
 template <typename acc_t>
 constexpr int kDirectRows = kLanes<acc_t> < 4 ? kLanes<acc_t> : 4;
 
-// Scores of kRows queries against up to kDirectBlock keys as they lie in the cache; `ahead` is memory to be read next, of
+// Scaled scores of kRows queries against up to kDirectBlock keys as they lie in the cache; `ahead` is memory to be read next, of
 // as many rows.
 template <int kRows, typename scalar_t, typename acc_t>
 SINKATTN_INLINE void direct_scores(
-    acc_t* scores, const acc_t* query, int64_t query_stride, const scalar_t* keys, int64_t dim, int count,
+    acc_t* scores, acc_t scale, const acc_t* query, int64_t query_stride, const scalar_t* keys, int64_t dim, int count,
     const scalar_t* ahead, int64_t ahead_stride) {
   using V = Vec<acc_t>;
   constexpr int lanes = kLanes<acc_t>;
@@ -53,7 +53,7 @@ SINKATTN_INLINE void direct_scores(
       }
     }
     acc_t all[lanes];
-    store(all, sums<lanes>(partial));
+    store(all, sums<lanes>(partial) * scale);
     for (int r = 0; r < kRows; ++r) std::memcpy(scores + r * kDirectBlock + j, all + r * step, step * sizeof(acc_t));
   }
 }

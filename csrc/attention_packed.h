@@ -83,7 +83,8 @@ struct Packed {
   static int64_t keys_size(int64_t dim) { return kKeys * round_up(dim, kLanesOf); }
   static int64_t values_size(int64_t dim) { return kKeys * round_up(dim, kLanesOf); }
 
-  static void pack_query(element* packed, const acc_t* query, int64_t dim) {
+  // The scale is for those who round queries: they have to take it in before.
+  static void pack_query(element* packed, const acc_t* query, int64_t dim, acc_t /*scale*/) {
     std::copy(query, query + dim, packed);
     std::fill(packed + dim, packed + query_size(dim), acc_t{0});
   }
@@ -117,10 +118,14 @@ struct Packed {
     return sum(spoiled) == 0;
   }
 
-  // scores[r * kKeys + j] of query r and key j, for kRows queries and `count` keys.
-  static void scores(acc_t* scores, const element* queries, const element* keys, int64_t dim, int count) {
+  // scores[r * kKeys + j] of query r and key j, scaled, for kRows queries and `count` keys.
+  static void scores(acc_t* scores, acc_t scale, const element* queries, const element* keys, int64_t dim, int count) {
+    const int64_t columns = round_up(count, kLanesOf);
     multiply<kPackedVectors, acc_t>(
-        scores, kKeys, nullptr, queries, query_size(dim), keys, kKeys, dim, round_up(count, kLanesOf));
+        scores, kKeys, nullptr, queries, query_size(dim), keys, kKeys, dim, columns);
+    for (int r = 0; r < kRows; ++r) {
+      for (acc_t* x = scores + r * kKeys; x < scores + r * kKeys + columns; x += kLanesOf) store(x, load(x) * scale);
+    }
   }
 
   // sums = factor * sums + weights times values, for kRows rows of weights[r * kKeys + j]; beyond `count` they are zero

@@ -41,10 +41,10 @@ struct Packed<BFloat16> {
   static int64_t keys_size(int64_t dim) { return kKeys * round_up(dim, kTileDepth); }
   static int64_t values_size(int64_t dim) { return kKeys * round_up(dim, kTileRows); }
 
-  static void pack_query(element* packed, const float* query, int64_t dim) {
+  static void pack_query(element* packed, const float* query, int64_t dim, float scale) {
     int64_t d = 0;
-    for (; d + kTileRows <= dim; d += kTileRows) store(packed + d, load(query + d));
-    for (; d < dim; ++d) packed[d] = BFloat16(query[d]);
+    for (; d + kTileRows <= dim; d += kTileRows) store(packed + d, load(query + d) * scale);
+    for (; d < dim; ++d) packed[d] = BFloat16(query[d] * scale);
     std::fill(packed + dim, packed + query_size(dim), BFloat16(0.0f));
   }
 
@@ -85,7 +85,8 @@ struct Packed<BFloat16> {
     return sum(spoiled) == 0;
   }
 
-  static void scores(float* scores, const element* queries, const element* keys, int64_t dim, int count) {
+  static void scores(
+      float* scores, float /*scale*/, const element* queries, const element* keys, int64_t dim, int count) {
     multiply_tiles(
         scores, kKeys, false, queries, query_size(dim), keys, kKeys, query_size(dim), round_up(count, kTileRows));
   }

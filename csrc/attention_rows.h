@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -65,7 +66,11 @@ class AttentionRows {
         pairs_(call.batch * call.kv_heads),
         group_(call.heads / call.kv_heads),
         query_stride_(round_up(call.head_dim, kLanes<acc_t>)),
-        sums_stride_(round_up(call.value_dim, kLanes<acc_t>)) {}
+        sums_stride_(round_up(call.value_dim, kLanes<acc_t>)) {
+    int exponent = 0;
+    scale_ = static_cast<acc_t>(std::frexp(call.scale, &exponent));
+    power_ = static_cast<acc_t>(std::ldexp(1.0, exponent));
+  }
 
   int64_t row_of(int64_t pair) const { return pair / call_.kv_heads; }
   int64_t kv_head_of(int64_t pair) const { return pair % call_.kv_heads; }
@@ -103,15 +108,15 @@ class AttentionRows {
     }
   }
 
-  // The query of one head, scaled, as window keys and as sink keys see it, in whole vectors; `plain` is memory for one.
+  // The query of one head, as window keys and as sink keys see it, in whole vectors; `plain` is memory for one.
+  // It takes in the power of two of the scale, which is exact and keeps sums in range.
   void rotate_query(acc_t* window, acc_t* sink, acc_t* plain, int64_t row, int64_t head, int64_t token) const {
     const scalar_t* from = call_.query.at<scalar_t>(row, head, token);
     const int64_t stride = call_.query.stride[3];
-    const acc_t scale = static_cast<acc_t>(call_.scale);
     constexpr int lanes = kLanes<acc_t>;
     int64_t d = 0;
-    for (; stride == 1 && d + lanes <= call_.head_dim; d += lanes) store(plain + d, load(from + d) * scale);
-    for (; d < call_.head_dim; ++d) plain[d] = static_cast<acc_t>(from[d * stride]) * scale;
+    for (; stride == 1 && d + lanes <= call_.head_dim; d += lanes) store(plain + d, load(from + d) * power_);
+    for (; d < call_.head_dim; ++d) plain[d] = static_cast<acc_t>(from[d * stride]) * power_;
     rotate(window, plain, 1, 0, row, token);
     rotate(sink, plain, 1, 1, row, token);
     std::fill(window + call_.head_dim, window + query_stride_, acc_t{0});
@@ -176,6 +181,8 @@ class AttentionRows {
   const int64_t group_;         // query heads per key head
   const int64_t query_stride_;  // head_dim in whole vectors
   const int64_t sums_stride_;   // value_dim in whole vectors
+  acc_t scale_;                 // factor on the scores that is left...
+  acc_t power_;                 // ...once queries have taken in a power of two
 
  private:
   scalar_t* out_of(int64_t row, int64_t token, int64_t head) const {

@@ -1,0 +1,146 @@
+"""The fused CPU kernel on shapes that models have: every head size and grouping, both of its ways, any threads."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from factories import assert_within_budget, make_qkv, make_rope, max_error, run
+
+from sinkattn import RingKVCache, ops, sink_attention
+from sinkattn.reference import streaming_attention
+
+LOW_PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DECODE = [1] * 6
+# Longer than the window of 70, whose ring wraps within; then single tokens, then one that no long call is left of.
+CALLS = [90, *DECODE, 33, *DECODE]
+LAYOUT = (4, 70, 0)
+
+
+def both(layout, heads, calls, dtype, rope=None, **options):
+    """The kernel, the reference backend in the same dtype and the fp64 oracle on the same streams."""
+    q, k, v = make_qkv(sum(calls), **heads, dtype=dtype)
+    results = []
+    for backend in ("cpu", "reference"):
+        ring = RingKVCache(*k.shape[:2], k.shape[3], *layout, value_dim=v.shape[3], dtype=dtype)
+        results.append(run(sink_attention, ring, q, k, v, calls, rope=rope, backend=backend, **options))
+    q, k, v = (x.double() for x in (q, k, v))
+    oracle = streaming_attention(q, k, v, num_sinks=layout[0], window=layout[1], rope=rope, **options)
+    return *results, oracle
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION.values(), ids=LOW_PRECISION.keys())
+@pytest.mark.parametrize("head_dim", [1, 7, 33, 64, 80, 128, 256], ids=lambda head_dim: f"dim{head_dim}")
+def test_head_sizes_within_budget(head_dim, dtype):
+    rope = make_rope(head_dim // 2 * 2) if head_dim > 1 else None
+    heads = {"batch": 1, "heads": 2, "kv_heads": 1, "head_dim": head_dim, "value_dim": 2 * head_dim - 1}
+    assert_within_budget(*both(LAYOUT, heads, CALLS, dtype, rope))
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION.values(), ids=LOW_PRECISION.keys())
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), [(3, 3), (4, 2), (9, 3), (4, 1), (5, 1), (14, 2), (8, 1), (71, 1)], ids=str
+)
+def test_head_groups_within_budget(heads, kv_heads, dtype):
+    shape = {"batch": 1, "heads": heads, "kv_heads": kv_heads, "head_dim": 32}
+    assert_within_budget(*both(LAYOUT, shape, [80, *DECODE], dtype, make_rope(32)))
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION.values(), ids=LOW_PRECISION.keys())
+@pytest.mark.parametrize("option", ["softcap", "sink_logits", "alibi_slopes"])
+def test_score_options_on_both_ways(option, dtype):
+    values = {"softcap": 2.0, "sink_logits": torch.linspace(-2, 2, 4), "alibi_slopes": 2.0 ** -torch.arange(1.0, 5)}
+    options = {option: values[option]}
+    heads = {"batch": 1, "heads": 4, "kv_heads": 2, "head_dim": 64}
+    assert_within_budget(*both(LAYOUT, heads, CALLS, dtype, make_rope(64), **options))
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION.values(), ids=LOW_PRECISION.keys())
+@pytest.mark.parametrize("headroom", [0, 40], ids=lambda headroom: f"headroom{headroom}")
+def test_windows_of_several_stretches(headroom, dtype):
+    """300 slots are read in two stretches, and 600 tokens at once come in two parts."""
+    layout, heads = (5, 295, headroom), {"batch": 1, "heads": 2, "kv_heads": 1, "head_dim": 32}
+    assert_within_budget(*both(layout, heads, [600, *DECODE, 3, 5, 37, 2, *DECODE], dtype, make_rope(32)))
+
+
+def test_double_precision():
+    out, _, oracle = both(LAYOUT, {"head_dim": 24}, CALLS, torch.float64, make_rope(24), softcap=3.0)
+    assert max_error(out, oracle) < 1e-13
+
+
+def step(ring, query, key, value, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return sink_attention(query, key, value, ring, rope=make_rope(64))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("tokens", [1, 300], ids=["decode", "chunk"])
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("dtype", LOW_PRECISION.values(), ids=LOW_PRECISION.keys())
+def test_results_do_not_depend_on_threads(tokens, batch, dtype):
+    shape = {"batch": batch, "heads": 8, "kv_heads": 4, "head_dim": 64, "dtype": dtype}
+    history, new = make_qkv(900, **shape), make_qkv(tokens, **shape)
+    results = []
+    for threads in (1, 2, 3):
+        ring = RingKVCache(batch, 4, 64, 4, 700, dtype=dtype)
+        step(ring, *history, threads)
+        out = step(ring, *new, threads)
+        results.append((out, ring.keys, ring.values))
+    for result in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
+
+
+def test_every_output_is_written():
+    """Fresh memory is filled with NaN by torch itself here."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all(), "the filling is on"
+        ring = RingKVCache(2, 2, 16, 2, 40)
+        for tokens, lengths in ((1, [1, 0]), (50, [50, 7]), (33, [0, 0]), (1, [0, 1])):
+            q, k, v = make_qkv(tokens)
+            assert sink_attention(q, k, v, ring, lengths=torch.tensor(lengths)).isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("tokens", [1, 40], ids=["decode", "chunk"])
+def test_a_call_allocates_its_output_alone(tokens):
+    ring = RingKVCache(2, 2, 64, 4, 300)
+    q, k, v = make_qkv(tokens, head_dim=64)
+    tables = make_rope(64).stream_tables(ring.seen, tokens, num_sinks=4, window=300)
+
+    def attend():
+        return ops.sink_attention_(
+            ring.keys, ring.values, q, k, v, ring.seen, *tables, num_sinks=4, window=300, scale=1
+        )
+
+    out = attend()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for _ in range(3):
+            out = attend()
+    allocated = [event.self_cpu_memory_usage for event in profile.events()]
+    assert [size for size in allocated if size > 0] == [out.nbytes] * 3
+
+
+def test_the_output_joins_heads_without_a_copy():
+    q, k, v = make_qkv(5)
+    out = sink_attention(q, k, v, RingKVCache(2, 2, 16, 2, 4))
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="runs within itself")
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set(capability):
+    """Tests of both ways again, with a lesser instruction set than the processor's best."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    asked = "from sinkattn import ops; print(ops.cpu_capability())"
+    runs = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, env=environment, check=True)
+    if runs.stdout.strip() != capability or ops.cpu_capability() == capability:
+        pytest.skip("not on this processor, or its best anyway")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "head_sizes or options", __file__]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stdout[-4000:]
