@@ -20,6 +20,7 @@ def collect() -> dict[str, Any]:
         "versions": versions(),
         "build": build_info(),
         "machine": machine(),
+        "cpu_capability": ops.cpu_capability(),
         "SINKATTN_BACKEND": os.environ.get("SINKATTN_BACKEND"),
         "devices": [_device(device) for device in devices],
     }
@@ -52,6 +53,7 @@ def lines(info: dict[str, Any]) -> Iterator[str]:
     yield "  ".join(f"{name} {version}" for name, version in info["versions"].items())
     yield "built: " + ", ".join(f"{name} {value}" for name, value in info["build"].items())
     yield f"machine: {info['machine']['processor']}, {info['machine']['threads']} threads"
+    yield f"CPU kernel: {info['cpu_capability']}"
     yield f"SINKATTN_BACKEND: {info['SINKATTN_BACKEND'] or 'not set'}"
     for device in info["devices"]:
         runs = device["runs"] or "nothing"

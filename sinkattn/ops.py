@@ -32,6 +32,7 @@ __all__ = [
     "RingLayout",
     "append_",
     "build_info",
+    "cpu_capability",
     "linearise",
     "reorder_",
     "reset_",
@@ -249,7 +250,10 @@ def _(keys, values, query, key, value, seen, lengths, cos, sin, *options) -> Ten
 
 
 def cpu_capability() -> str:
-    """Instruction set that the fused CPU kernel uses here: as `torch.backends.cpu.get_cpu_capability`, lower case."""
+    """Instruction set that the CPU kernel uses: amx, avx512, avx2, or default (SSE2 or NEON).
+
+    The best that the processor has; the environment variable ATEN_CPU_CAPABILITY, which limits torch, limits it too.
+    """
     return torch.ops.sinkattn.cpu_capability()
 
 

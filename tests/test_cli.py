@@ -207,6 +207,7 @@ def test_info(capsys, monkeypatch):
     facts = json.loads(capsys.readouterr().out)
     assert facts["versions"]["sinkattn"] == sinkattn.__version__
     assert facts["build"] == sinkattn.build_info()
+    assert facts["cpu_capability"] in ("amx", "avx512", "avx2", "default")
     assert facts["SINKATTN_BACKEND"] is None
     cpu = facts["devices"][0]
     assert (cpu["device"], cpu["runs"]) == ("cpu", "cpu")
