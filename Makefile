@@ -31,7 +31,6 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 READY := $(STAMPS)/sinkattn
 
 STRICT := -std=c++17 -Wall -Wextra -Werror
-SANITIZE := -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
 
 .PHONY: help setup demo test check check-python check-cpp bench clean
 
@@ -53,7 +52,7 @@ check-python: $(READY)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 
-# The headers are free of torch, so their tests run alone, under sanitizers.
+# Headers and kernel are free of torch, so their tests run alone, under sanitizers.
 check-cpp: $(READY)
 	@echo "==> C++: warnings are errors"
 	@set -e; includes=$$($(PY) -c "import pybind11, sysconfig; from torch.utils.cpp_extension import include_paths; \
@@ -64,10 +63,22 @@ check-cpp: $(READY)
 	    -DSINKATTN_TORCH_ABI='""' -DSINKATTN_COMPILER=__VERSION__ $$includes $$source; \
 	done
 	@echo "==> C++: tests under sanitizers"
-	@set -e; mkdir -p build/tests; for source in tests/csrc/*.cpp; do \
-	  echo "$$source"; program=build/tests/$$(basename $$source .cpp); \
-	  $(CXX) $(STRICT) $(SANITIZE) -Icsrc $$source -o $$program; $$program; \
-	done
+	@rm -rf build/tests
+	@$(MAKE) --no-print-directory -j $$(getconf _NPROCESSORS_ONLN) $(SANITIZED)
+	@set -e; for program in $(SANITIZED); do echo "$$program"; $$program; done
+
+KERNEL := $(patsubst csrc/%.cpp,%.o,$(wildcard csrc/attention_*.cpp))
+SANITIZED := $(patsubst tests/csrc/%.cpp,build/tests/address/%,$(wildcard tests/csrc/*.cpp)) build/tests/thread/attention_test
+build/tests/address/%: SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
+build/tests/thread/%: SANITIZE := -fsanitize=thread
+vpath %.cpp csrc tests/csrc
+
+COMPILE = @mkdir -p $(@D) && $(CXX) $(STRICT) -g -O1 -ffp-contract=off $(SANITIZE) -Icsrc -c $< -o $@
+build/tests/address/%.o: %.cpp ; $(COMPILE)
+build/tests/thread/%.o: %.cpp ; $(COMPILE)
+$(SANITIZED): %: %.o ; @$(CXX) $(SANITIZE) -pthread $^ -o $@
+build/tests/address/attention_test: $(KERNEL:%=build/tests/address/%)
+build/tests/thread/attention_test: $(KERNEL:%=build/tests/thread/%)
 
 bench: $(READY)  ## run the benchmarks
 	@$(PY) -m pytest $(wildcard bench/bench_*.py) $(ARGS)

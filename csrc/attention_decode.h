@@ -15,7 +15,7 @@
 namespace sinkattn {
 namespace SINKATTN_ISA {
 
-constexpr int64_t kStretch = 256;   // slots dealt out at once...
+constexpr int64_t kStretch = 512;   // slots dealt out at once...
 constexpr int64_t kMaxItems = 256;  // ...unless that makes more items
 
 template <typename scalar_t>
@@ -163,8 +163,7 @@ class Decode : AttentionRows<scalar_t> {
       factor[r] = update(partial.state[r], own, count);
     }
     direct_sum<kRows>(
-        partial.sums, sums_stride_, factor, scores, values, call_.value_dim, count, keys + count * call_.head_dim,
-        call_.head_dim);
+        partial.sums, sums_stride_, factor, scores, values, call_.value_dim, count, keys + count * call_.head_dim);
   }
 
   void combine(int64_t pair, const Partial& partial) const {

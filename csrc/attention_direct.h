@@ -11,14 +11,14 @@
 namespace sinkattn {
 namespace SINKATTN_ISA {
 
-constexpr int kDirectBlock = 32;  // keys whose scores are held at once: with their values, in half of an L1
+constexpr int kDirectBlock = 64;  // keys whose scores are held at once; their values are fetched meanwhile
 
 // Queries that go through the registers together, at most.
 template <typename acc_t>
 constexpr int kDirectRows = kLanes<acc_t> < 4 ? kLanes<acc_t> : 4;
 
-// Scaled scores of kRows queries against up to kDirectBlock keys as they lie in the cache; `ahead` is memory to be read next, of
-// as many rows.
+// Scaled scores of kRows queries against up to kDirectBlock keys as they lie in the cache; `ahead` is memory to be
+// read next, as many rows.
 template <int kRows, typename scalar_t, typename acc_t>
 SINKATTN_INLINE void direct_scores(
     acc_t* scores, acc_t scale, const acc_t* query, int64_t query_stride, const scalar_t* keys, int64_t dim, int count,
@@ -39,7 +39,9 @@ SINKATTN_INLINE void direct_scores(
 #pragma GCC unroll 16
       for (int c = 0; c < step; ++c) {
         const V k = load(key[c] + d);
-        if (d * sizeof(scalar_t) % 64 == 0) __builtin_prefetch(ahead + (j + c) * ahead_stride + d);
+        // Line by line as they lie, which is what the processor's own prefetching follows.
+        const int64_t next = d * step + c * lanes;
+        if (next * sizeof(scalar_t) % 64 == 0) __builtin_prefetch(ahead + j * ahead_stride + next, 0, 2);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) partial[r * step + c] = multiply_add(q[r], k, partial[r * step + c]);
       }
@@ -63,7 +65,7 @@ SINKATTN_INLINE void direct_scores(
 template <int kRows, int kVectors, typename scalar_t, typename acc_t>
 SINKATTN_INLINE void direct_sum_vectors(
     acc_t* sums, int64_t sums_stride, const acc_t* factor, const acc_t* weights, const scalar_t* values, int64_t dim,
-    int count, const scalar_t* ahead, int64_t ahead_stride, int64_t part = 0) {
+    int count, const scalar_t* ahead, int64_t part = 0) {
   using V = Vec<acc_t>;
   constexpr int lanes = kLanes<acc_t>;
   V x[kRows][kVectors];
@@ -74,7 +76,7 @@ SINKATTN_INLINE void direct_sum_vectors(
   }
   for (int j = 0; j < count; ++j) {
     for (unsigned d = 0; d < kVectors * lanes; d += 64 / sizeof(scalar_t)) {
-      __builtin_prefetch(ahead + j * ahead_stride + d);
+      __builtin_prefetch(ahead + j * kVectors * lanes + d, 0, 2);
     }
     V v[kVectors];
 #pragma GCC unroll 8
@@ -99,22 +101,22 @@ SINKATTN_INLINE void direct_sum_vectors(
 template <int kRows, typename scalar_t, typename acc_t>
 SINKATTN_INLINE void direct_sum(
     acc_t* sums, int64_t sums_stride, const acc_t* factor, const acc_t* weights, const scalar_t* values, int64_t dim,
-    int count, const scalar_t* ahead, int64_t ahead_stride) {
+    int count, const scalar_t* ahead) {
   constexpr int lanes = kLanes<acc_t>;
   constexpr int fitting = SINKATTN_VECTOR_REGISTERS / 2 / (kRows == 3 ? 4 : kRows);
   constexpr int vectors = fitting > 8 ? 8 : fitting;
   int64_t d = 0;
   for (; d + vectors * lanes <= dim; d += vectors * lanes) {
     direct_sum_vectors<kRows, vectors>(
-        sums + d, sums_stride, factor, weights, values + d, dim, count, ahead + d, ahead_stride);
+        sums + d, sums_stride, factor, weights, values + d, dim, count, ahead + d * count);
   }
   for (; d + lanes <= dim; d += lanes) {
     direct_sum_vectors<kRows, 1>(
-        sums + d, sums_stride, factor, weights, values + d, dim, count, ahead + d, ahead_stride);
+        sums + d, sums_stride, factor, weights, values + d, dim, count, ahead + d * count);
   }
   if (d < dim) {
     direct_sum_vectors<kRows, 1>(
-        sums + d, sums_stride, factor, weights, values + d, dim, count, ahead + d, ahead_stride, dim - d);
+        sums + d, sums_stride, factor, weights, values + d, dim, count, ahead + d * count, dim - d);
   }
 }
 

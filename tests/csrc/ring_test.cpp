@@ -1,19 +1,11 @@
 // ring.h and row_moves.h against plain arrays replayed token by token, on every small layout.
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <vector>
 
 #include "ring.h"
 #include "row_moves.h"
-
-#define CHECK(condition)                                                       \
-  do {                                                                         \
-    if (!(condition)) {                                                        \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);     \
-      std::exit(1);                                                            \
-    }                                                                          \
-  } while (false)
+#include "testing.h"
 
 using sinkattn::RingLayout;
 using sinkattn::Run;

@@ -1,0 +1,258 @@
+// What attention must put out, in plain fp64: for each query its keys are gathered and rotated anew, at their ranks.
+// Knows neither a ring nor rotations at stream positions.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <map>
+#include <utility>
+#include <vector>
+
+#include "attention.h"
+#include "dtypes.h"
+#include "rotary.h"
+
+namespace reference {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// `rounding` is the largest relative error of rounding to it.
+struct Type {
+  sinkattn::CacheType type;
+  const char* name;
+  double rounding;
+};
+template <typename scalar_t>
+constexpr Type kType{};
+template <>
+constexpr Type kType<float>{sinkattn::CacheType::kFloat, "fp32", 0x1p-24};
+template <>
+constexpr Type kType<double>{sinkattn::CacheType::kDouble, "fp64", 0x1p-53};
+template <>
+constexpr Type kType<sinkattn::Half>{sinkattn::CacheType::kHalf, "fp16", 0x1p-11};
+template <>
+constexpr Type kType<sinkattn::BFloat16>{sinkattn::CacheType::kBFloat16, "bf16", 0x1p-8};
+
+// Type of accumulation.
+template <typename scalar_t>
+using Acc = typename sinkattn::Accumulate<scalar_t>::type;
+
+template <typename scalar_t>
+scalar_t rounded(double x) {
+  return static_cast<scalar_t>(static_cast<Acc<scalar_t>>(x));
+}
+
+template <typename scalar_t>
+double widened(scalar_t x) {
+  return static_cast<double>(static_cast<Acc<scalar_t>>(x));
+}
+
+enum Option {
+  kInterleaved = 1,
+  kSoftcap = 2,
+  kAlibi = 4,
+  kSinkLogits = 8,
+  kGaps = 16,       // inputs lie in another order, with NaN between all elements
+  kSpoiled = 32,    // some inputs are NaN or infinite
+  kAllNumbers = 64  // values run through all numbers of a 16-bit type
+};
+
+using Call = std::vector<int64_t>;  // tokens of each row; a single number is that of all rows
+
+struct Case {
+  const char* name;
+  sinkattn::RingLayout layout;
+  int64_t heads, kv_heads, head_dim, value_dim, pairs;
+  std::vector<int64_t> seen;  // by each row, before the first call
+  std::vector<Call> calls;
+  int options = 0;
+
+  bool has(Option option) const { return options & option; }
+  int64_t batch() const { return static_cast<int64_t>(seen.size()); }
+  double scale() const { return 3.7 / std::sqrt(head_dim); }  // makes scores of about 1
+  double softcap() const { return has(kSoftcap) ? 1.5 : 0; }
+};
+
+// Uniform in [-1, 1), and the same for the same arguments.
+inline double noise(std::initializer_list<int64_t> arguments) {
+  uint64_t x = 0;
+  for (const int64_t argument : arguments) {
+    x = (x ^ static_cast<uint64_t>(argument)) * 0x9e3779b97f4a7c15u + 1;
+    x ^= x >> 29;
+  }
+  return static_cast<double>((x * 0xbf58476d1ce4e5b9u) >> 11) * 0x1p-52 - 1;
+}
+
+inline double sink_logit(int64_t head) { return head % 3 == 1 ? -kInfinity : 1 + noise({head}); }
+inline double alibi_slope(int64_t head) { return 0.4 * std::pow(0.25, head); }
+
+// So few digits that the angle is exact at any position here.
+inline double frequency(int64_t pair, int64_t pairs) {
+  return std::round(std::pow(1e4, -static_cast<double>(pair) / pairs) * 0x1p16) * 0x1p-16;
+}
+
+// Cosines and sines of all pairs at a position.
+struct Turns {
+  std::vector<double> cos, sin;
+};
+
+enum Kind { kQuery, kKey, kValue };
+
+// A way of being wrong: tokens added to the window, positions added to the sinks.
+struct Mistake {
+  int64_t window, sinks;
+};
+
+// What a call must put out, as AttentionCall::out has it, and how far from it the kernel may be.
+struct Expected {
+  std::vector<double> out, tolerance;
+};
+
+// The streams of a case, rounded to the type of the cache, and what attention makes of them.
+template <typename scalar_t>
+class Streams {
+ public:
+  explicit Streams(const Case& c) : c_(c), end_(c.seen) {
+    for (const Call& call : c.calls) {
+      for (int64_t row = 0; row < c.batch(); ++row) end_[row] += call.size() == 1 ? call[0] : call[row];
+    }
+    for (int64_t row = 0; row < c.batch(); ++row) {
+      // One token more than the first query sees, for the mistake of looking too far.
+      skipped_.push_back(std::max<int64_t>(0, c.seen[row] - c.layout.window - c.layout.num_sinks));
+      for (const Kind kind : {kQuery, kKey, kValue}) {
+        std::vector<double> numbers;
+        numbers.reserve((end_[row] - skipped_[row]) * heads(kind) * dim(kind));
+        for (int64_t i = 0; i < end_[row] - skipped_[row]; ++i) {
+          const int64_t token = i < c.layout.num_sinks ? i : i + skipped_[row];
+          for (int64_t head = 0; head < heads(kind); ++head) {
+            for (int64_t d = 0; d < dim(kind); ++d) numbers.push_back(number(kind, row, head, token, d));
+          }
+        }
+        numbers_.push_back(std::move(numbers));
+      }
+    }
+  }
+
+  int64_t heads(Kind kind) const { return kind == kQuery ? c_.heads : c_.kv_heads; }
+  int64_t dim(Kind kind) const { return kind == kValue ? c_.value_dim : c_.head_dim; }
+
+  // Tokens of each row after all calls.
+  const std::vector<int64_t>& end() const { return end_; }
+
+  // One head of one token, not rotated.
+  const double* at(Kind kind, int64_t row, int64_t head, int64_t token) const {
+    const int64_t i = token < c_.layout.num_sinks ? token : token - skipped_[row];
+    return &numbers_[3 * row + kind][(i * heads(kind) + head) * dim(kind)];
+  }
+
+  const Turns& turns(int64_t position) {
+    Turns& turns = turns_[position];
+    for (int64_t i = static_cast<int64_t>(turns.cos.size()); i < c_.pairs; ++i) {
+      const double angle = static_cast<double>(position) * frequency(i, c_.pairs);
+      turns.cos.push_back(std::cos(angle));
+      turns.sin.push_back(std::sin(angle));
+    }
+    return turns;
+  }
+
+  void rotate(double* out, const double* in, int64_t position) {
+    std::copy(in, in + c_.head_dim, out);
+    const Turns& by = turns(position);
+    for (int64_t i = 0; i < c_.pairs; ++i) {
+      const int64_t a = c_.has(kInterleaved) ? 2 * i : i, b = c_.has(kInterleaved) ? a + 1 : i + c_.pairs;
+      out[a] = in[a] * by.cos[i] - in[b] * by.sin[i];
+      out[b] = in[a] * by.sin[i] + in[b] * by.cos[i];
+    }
+  }
+
+  // For a call of `tokens` tokens, of which a row brings as many as `lengths` says, after `seen`.
+  Expected attend(
+      const std::vector<int64_t>& seen, const std::vector<int64_t>& lengths, int64_t tokens,
+      const Mistake& mistake = {0, 0}) {
+    Expected expected;
+    expected.out.resize(c_.batch() * tokens * c_.heads * c_.value_dim);  // padding gives zeros, and exactly
+    expected.tolerance.resize(expected.out.size());
+    for (int64_t row = 0; row < c_.batch(); ++row) {
+      for (int64_t i = 0; i < lengths[row]; ++i) {
+        const int64_t at = (row * tokens + i) * c_.heads * c_.value_dim;
+        attend_one(&expected.out[at], &expected.tolerance[at], row, seen[row] + i, mistake);
+      }
+    }
+    return expected;
+  }
+
+ private:
+  double number(Kind kind, int64_t row, int64_t head, int64_t token, int64_t d) const {
+    const int64_t since = token - c_.seen[row];
+    if (c_.has(kSpoiled)) {
+      if (kind == kValue && since == 9) return -kInfinity;
+      if (since == (kind == kValue ? 5 : kind == kQuery ? 13 : 30)) return kNaN;
+    }
+    if constexpr (sizeof(scalar_t) == 2) {
+      if (c_.has(kAllNumbers) && kind == kValue) {
+        scalar_t x;
+        x.bits = static_cast<uint16_t>((token * c_.kv_heads + head) * c_.value_dim + d);
+        return widened(x);
+      }
+    }
+    return widened(rounded<scalar_t>(noise({kind, row, head, token, d})));
+  }
+
+  // All heads of one token.
+  void attend_one(double* out, double* tolerance, int64_t row, int64_t token, const Mistake& mistake) {
+    const int64_t sinks = c_.layout.num_sinks, window = c_.layout.window + mistake.window;
+    std::vector<int64_t> visible;
+    for (int64_t u = 0; u < std::min(sinks, token + 1); ++u) visible.push_back(u);
+    for (int64_t u = std::max(sinks, token - window + 1); u <= token; ++u) visible.push_back(u);
+    const int64_t count = static_cast<int64_t>(visible.size()), group = c_.heads / c_.kv_heads;
+    const auto position = [&](int64_t rank) { return rank + (visible[rank] < sinks ? mistake.sinks : 0); };
+    std::vector<double> keys(count * c_.head_dim), query(c_.head_dim), weights(count);
+    for (int64_t head = 0; head < c_.heads; ++head, out += c_.value_dim, tolerance += c_.value_dim) {
+      for (int64_t j = 0; j < count && head % group == 0; ++j) {
+        rotate(&keys[j * c_.head_dim], at(kKey, row, head / group, visible[j]), position(j));
+      }
+      rotate(query.data(), at(kQuery, row, head, token), count - 1);
+      double top = c_.has(kSinkLogits) ? sink_logit(head) : -kInfinity;
+      for (int64_t j = 0; j < count; ++j) {
+        const double *q = query.data(), *key = &keys[j * c_.head_dim];
+        double score = 0;
+        for (int64_t d = 0; d < c_.head_dim; ++d) score += q[d] * key[d];
+        score *= c_.scale();
+        if (c_.has(kSoftcap)) score = c_.softcap() * std::tanh(score / c_.softcap());
+        if (c_.has(kAlibi)) score -= alibi_slope(head) * static_cast<double>(count - 1 - position(j));
+        weights[j] = score;
+        top = std::max(top, score);
+      }
+      double total = c_.has(kSinkLogits) ? std::exp(sink_logit(head) - top) : 0, squares = 0;
+      for (double& weight : weights) {
+        weight = std::exp(weight - top);
+        total += weight;
+        squares += weight * weight;
+      }
+      for (int64_t j = 0; j < count; ++j) {
+        const double *value = at(kValue, row, head / group, visible[j]), weight = weights[j] / total;
+        for (int64_t d = 0; d < c_.value_dim; ++d) out[d] += weight * value[d];
+      }
+      for (int64_t d = 0; d < c_.value_dim; ++d) {
+        // The output is rounded once. Every key has been rounded, which moves its score, and so its weight, by about
+        // half a rounding, independently of the others: hence the squares, and five times as much to be safe. Sums of
+        // some hundred numbers of size 1 add a few roundings in the type of accumulation. The value of a key that is
+        // seen alone comes out as it is.
+        tolerance[d] = kType<scalar_t>.rounding * (std::abs(out[d]) + 2.5 * std::sqrt(squares) / total) +
+                       32 * kType<Acc<scalar_t>>.rounding;
+        if (count == 1 && !c_.has(kSinkLogits)) tolerance[d] = 0;
+      }
+    }
+  }
+
+  const Case& c_;
+  std::vector<int64_t> end_, skipped_;        // skipped: tokens between sinks and window that nobody asks for
+  std::vector<std::vector<double>> numbers_;  // [row, kind][token, head, element]
+  std::map<int64_t, Turns> turns_;
+};
+
+}  // namespace reference
