@@ -107,7 +107,7 @@ inline void check_query(const Tensor& query, const Tensor& key, const Tensor& ke
   check_device(query, keys, "query");
   require(
       query.dim() == 4 && query.size(0) == keys.size(0) && query.size(2) == key.size(2) &&
-          query.size(3) == keys.size(3) && keys.size(1) > 0 && query.size(1) % keys.size(1) == 0,
+          query.size(3) == keys.size(3) && keys.size(1) > 0 && query.size(1) > 0 && query.size(1) % keys.size(1) == 0,
       "query: expected the batch, tokens and head_dim of key and a multiple of its heads");
   require(query.scalar_type() == keys.scalar_type(), "query: expected the dtype of the cache");
 }

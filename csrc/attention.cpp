@@ -82,6 +82,7 @@ Tensor sink_attention_(
   check_new_tokens(keys, values, key, value, num_sinks);
   check_layout(keys, values, num_sinks, window);
   check_query(query, key, keys);
+  require(values.size(3) > 0, "values: expected a head_dim of 1 or more");
   check_tables(cos, sin, key, keys, 1);
   const int64_t tokens = query.size(2);
   AttentionCall call;
@@ -112,7 +113,7 @@ Tensor sink_attention_(
   // In the order in which models want it: no copy when heads are joined.
   Tensor out = torch::stable::new_empty(query, {call.batch, tokens, call.heads, call.value_dim});
   call.out = out.mutable_data_ptr();
-  if (out.numel() > 0) {
+  if (call.batch > 0 && tokens > 0) {
     TorchWorkers workers;
     instruction_set().attend(call, workers);
   }

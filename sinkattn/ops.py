@@ -123,9 +123,8 @@ def check_attention(
     check_layout(keys, num_sinks, window)
     batch, heads, tokens, head_dim = query.shape
     check_tensor("query", query, (keys.shape[0], heads, key.shape[2], keys.shape[3]), keys.dtype, keys.device)
-    if heads % keys.shape[1]:
+    if heads % keys.shape[1] or not heads:
         raise ValueError(f"query: expected heads to be a multiple of kv_heads ({keys.shape[1]}), got {heads}")
-    check_no_gradients(query, key, value)
     if (cos is None) != (sin is None):
         raise ValueError("cos, sin: expected both or none")
     if cos is not None:
@@ -151,9 +150,9 @@ def check_score_options(
             raise ValueError(f"{name}: expected shape {list(query.shape[1:2])}, got {list(x.shape)}")
 
 
-def check_no_gradients(*inputs: Tensor) -> None:
+def check_no_gradients(*inputs: Tensor | None) -> None:
     """Refuse inputs that gradients are wanted of."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         raise RuntimeError("sinkattn computes no gradients: call it under torch.no_grad() or torch.inference_mode()")
 
 
@@ -212,9 +211,16 @@ def linearise(keys: Tensor, values: Tensor, seen: Tensor, *, num_sinks: int, win
     return torch.ops.sinkattn.linearise(keys, values, seen, num_sinks, window)
 
 
+def _check_devices(keys: Tensor, **others: Tensor | None) -> None:
+    # One meta tensor among real ones is enough to bring a call to a fake kernel, which would do nothing in silence.
+    for name, x in others.items():
+        if x is not None and x.device != keys.device:
+            raise TypeError(f"{name}: expected device {keys.device}, got {x.device}")
+
+
 @torch.library.register_fake("sinkattn::append_")
 def _(keys, values, key, value, seen, lengths, cos, sin, num_sinks, interleaved) -> None:
-    return None
+    _check_devices(keys, values=values, key=key, value=value, seen=seen, lengths=lengths, cos=cos, sin=sin)
 
 
 @torch.library.register_fake("sinkattn::rollback_")
@@ -240,11 +246,37 @@ def _(keys, values, seen, num_sinks, window) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("sinkattn::sink_attention_")
-def _(keys, values, query, key, value, seen, lengths, cos, sin, *options) -> Tensor:
-    # One meta tensor among others is enough to bring a call here.
-    for name, x in (("values", values), ("query", query), ("key", key), ("value", value), ("seen", seen)):
-        if x.device != keys.device:
-            raise TypeError(f"{name}: expected device {keys.device}, got {x.device}")
+def _(
+    keys,
+    values,
+    query,
+    key,
+    value,
+    seen,
+    lengths,
+    cos,
+    sin,
+    num_sinks,
+    window,
+    scale,
+    interleaved,
+    sink_logits,
+    softcap,
+    alibi_slopes,
+) -> Tensor:
+    _check_devices(
+        keys,
+        values=values,
+        query=query,
+        key=key,
+        value=value,
+        seen=seen,
+        lengths=lengths,
+        cos=cos,
+        sin=sin,
+        sink_logits=sink_logits,
+        alibi_slopes=alibi_slopes,
+    )
     batch, heads, tokens, _ = query.shape
     return query.new_empty(batch, tokens, heads, values.shape[3]).transpose(1, 2)
 
@@ -297,6 +329,7 @@ def sink_attention_(
         ValueError, TypeError: shape, dtype or device of an argument.
         RuntimeError: a backend that cannot run here, or gradients wanted.
     """
+    check_no_gradients(query, key, value, sink_logits, alibi_slopes)
     if select_backend(keys.device, backend) == "reference":
         check_attention(keys, values, query, key, value, seen, lengths, cos, sin, num_sinks, window)
         check_score_options(query, scale, softcap, sink_logits, alibi_slopes)
@@ -318,7 +351,6 @@ def sink_attention_(
             softcap=softcap,
             alibi_slopes=alibi_slopes,
         )
-    check_no_gradients(query, key, value)
     check_score_options(query, scale, softcap, sink_logits, alibi_slopes)
     if sink_logits is not None:
         sink_logits = sink_logits.to(keys.device, table_dtype(keys.dtype)).contiguous()

@@ -197,6 +197,20 @@ def test_opcheck_covers_every_operator():
     assert registered == {f"sinkattn::{name}" for name, _ in op_calls().values()}
 
 
+def test_compile_sees_through_attention():
+    def step(keys, values, query, key, value, seen, cos, sin):
+        options = {"num_sinks": 2, "window": 5, "scale": 0.25}
+        return ops.sink_attention_(keys, values, query * 2, key, value, seen, cos, sin, **options) + 1
+
+    cache, new, seen = make_cache(), make_qkv(3), torch.tensor([0, 6])
+    tables = make_rope().stream_tables(seen, 3, num_sinks=2, window=5)
+    expected = tuple(x.clone() for x in cache)
+    out = step(*expected, *new, seen, *tables)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*cache, *new, seen, *tables), out)
+    assert all(torch.equal(*pair) for pair in zip(cache, expected, strict=True))
+
+
 def test_compile_sees_through_append():
     def step(keys, values, key, value, seen):
         ops.append_(keys, values, key * 2, value, seen, num_sinks=2)
@@ -363,6 +377,7 @@ NEW_TOKENS = [
     ("seen", lambda x: x.int(), TypeError, r"seen: expected dtype torch.int64, got torch.int32"),
     ("seen", lambda x: x - 9, RuntimeError, r"seen: expected 0 to 2\^61, got -6 in row 0"),
     ("lengths", lambda x: x[:1], ValueError, r"lengths: expected shape \[2\], got \[1\]"),
+    ("lengths", lambda x: x.to("meta"), TypeError, r"lengths: expected device cpu, got meta"),
     ("lengths", lambda x: x.int(), TypeError, r"lengths: expected dtype torch.int64, got torch.int32"),
     *LENGTHS,
     ("num_sinks", lambda _: 7, (ValueError, RuntimeError), r"num_sinks: expected"),
@@ -386,8 +401,12 @@ ATTENTION = [
     ("query", lambda x: x[0], ValueError, r"query: expected \[batch, heads, tokens, head_dim\], got \[4, 3, 16\]"),
     ("query", lambda x: x[:, :, :2], ValueError, r"query: expected shape \[2, 4, 3, 16\], got \[2, 4, 2, 16\]"),
     ("query", lambda x: x[:, :3], ValueError, r"query: expected heads to be a multiple of kv_heads \(2\), got 3"),
+    ("query", lambda x: x[:, :0], ValueError, r"query: expected heads to be a multiple of kv_heads \(2\), got 0"),
     ("query", lambda x: x.double(), TypeError, r"query: expected dtype torch.float32, got torch.float64"),
     ("query", lambda x: x.clone().requires_grad_(), RuntimeError, r"computes no gradients"),
+    ("sink_logits", lambda _: torch.ones(4, requires_grad=True), RuntimeError, r"computes no gradients"),
+    ("alibi_slopes", lambda _: torch.ones(4, requires_grad=True), RuntimeError, r"computes no gradients"),
+    ("cos sin", lambda x: x.to("meta"), TypeError, r"cos: expected device cpu, got meta"),
     ("sink_logits", tensor(1.0, 1.0), ValueError, r"sink_logits: expected shape \[4\], got \[2\]"),
     ("alibi_slopes", lambda _: torch.ones(4, 1), ValueError, r"alibi_slopes: expected shape \[4\], got \[4, 1\]"),
     ("cos", lambda x: x[0], ValueError, r"cos: expected shape \[2, 2, 3, 8\], got \[2, 3, 8\]"),
