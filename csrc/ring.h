@@ -13,6 +13,13 @@
 #define SINKATTN_HOST_DEVICE
 #endif
 
+// For loops that seldom go round twice on a device: unrolled, they would first divide to count their turns.
+#if defined(__CUDA_ARCH__)
+#define SINKATTN_ROLLED _Pragma("unroll 1")
+#else
+#define SINKATTN_ROLLED
+#endif
+
 namespace sinkattn {
 
 // Counts stay below this, so that no sum of two of them overflows.
@@ -100,6 +107,16 @@ struct RingLayout {
       if (before_wrap < total) runs[n++] = Run{begin - seen + before_wrap, num_sinks, total - before_wrap};
     }
     return n;
+  }
+
+  // The i-th token that the same append writes, in the order of its runs, counted as theirs; `count` if it writes fewer.
+  SINKATTN_HOST_DEVICE constexpr int64_t written_token(int64_t seen, int64_t count, int64_t i) const {
+    const int64_t room = seen < num_sinks ? num_sinks - seen : 0;
+    const int64_t sinks = count < room ? count : room;
+    if (i < sinks) return i;
+    const int64_t overwritten = count - sinks - ring();
+    const int64_t token = i + (overwritten > 0 ? overwritten : 0);
+    return token < count ? token : count;
   }
 };
 

@@ -124,7 +124,9 @@ void reorder_(const Tensor& keys, const Tensor& values, const Tensor& source) {
         source_data[row] >= 0 && source_data[row] < batch, "source: expected 0 to ", batch - 1, ", got ",
         source_data[row], " in row ", row);
   }
-  const std::vector<RowMove> moves = plan_row_moves(source_data, batch);
+  std::vector<RowMove> moves(max_row_moves(batch));
+  std::vector<int64_t> readers(batch);
+  moves.resize(plan_row_moves(source_data, batch, readers.data(), moves.data()));
   if (moves.empty()) return;
   for (const Tensor* cache : {&keys, &values}) {
     auto* data = static_cast<char*>(cache->mutable_data_ptr());

@@ -75,6 +75,7 @@ void check_write_runs(const RingLayout& layout, const Replay& before, int64_t co
   CHECK(n >= 0 && n <= RingLayout::kMaxRuns);
   std::vector<int64_t> occupant = before.occupant;
   std::vector<bool> written(layout.slots(), false);
+  int64_t writes = 0;
   for (int r = 0; r < n; ++r) {
     CHECK(runs[r].count > 0);
     for (int64_t i = 0; i < runs[r].count; ++i) {
@@ -83,10 +84,14 @@ void check_write_runs(const RingLayout& layout, const Replay& before, int64_t co
       CHECK(token >= 0 && token < count);
       CHECK(!written[slot]);
       written[slot] = true;
+      CHECK(layout.written_token(before.next_token, count, writes++) == token);
       occupant[slot] = before.next_token + token;
     }
   }
   CHECK(occupant == after.occupant);
+  for (int64_t i = writes; i < layout.slots() + 2; ++i) {
+    CHECK(layout.written_token(before.next_token, count, i) == count);
+  }
 }
 
 void check_layout(const RingLayout& layout) {
@@ -107,14 +112,19 @@ void check_layout(const RingLayout& layout) {
   }
 }
 
+// Entries of `source` that name no row leave theirs as it is.
 void check_row_moves(const std::vector<int64_t>& source) {
   const int64_t count = static_cast<int64_t>(source.size());
-  std::vector<int64_t> rows(count);
+  std::vector<int64_t> rows(count), readers(count, 12345);
   for (int64_t i = 0; i < count; ++i) rows[i] = 100 + i;
+  const std::vector<int64_t> before = rows;
+  std::vector<sinkattn::RowMove> moves(sinkattn::max_row_moves(count));
+  moves.resize(sinkattn::plan_row_moves(source.data(), count, readers.data(), moves.data()));
   int64_t spare = 0, saves = 0, copies = 0;
-  for (const sinkattn::RowMove& move : sinkattn::plan_row_moves(source.data(), count)) {
+  for (const sinkattn::RowMove& move : moves) {
     CHECK(move.to != move.from);
     const int64_t content = move.from == sinkattn::kSpareRow ? spare : rows[move.from];
+    if (move.from != sinkattn::kSpareRow) CHECK(content == before[move.from]);
     if (move.to == sinkattn::kSpareRow) {
       spare = content;
       ++saves;
@@ -125,8 +135,9 @@ void check_row_moves(const std::vector<int64_t>& source) {
   }
   int64_t changed = 0;
   for (int64_t i = 0; i < count; ++i) {
-    CHECK(rows[i] == 100 + source[i]);
-    if (source[i] != i) ++changed;
+    const int64_t from = source[i] >= 0 && source[i] < count ? source[i] : i;
+    CHECK(rows[i] == before[from]);
+    if (from != i) ++changed;
   }
   CHECK(copies == changed);
   CHECK(2 * saves <= changed);
@@ -142,10 +153,10 @@ int main() {
   }
   for (int64_t count = 0; count <= 5; ++count) {
     int64_t maps = 1;
-    for (int64_t i = 0; i < count; ++i) maps *= count;
+    for (int64_t i = 0; i < count; ++i) maps *= count + 2;
     for (int64_t map = 0; map < maps; ++map) {
       std::vector<int64_t> source;
-      for (int64_t i = 0, rest = map; i < count; ++i, rest /= count) source.push_back(rest % count);
+      for (int64_t i = 0, rest = map; i < count; ++i, rest /= count + 2) source.push_back(rest % (count + 2) - 1);
       check_row_moves(source);
     }
   }
