@@ -68,7 +68,8 @@ check-cpp: $(READY)
 	@set -e; for program in $(SANITIZED); do echo "$$program"; $$program; done
 
 KERNEL := $(patsubst csrc/%.cpp,%.o,$(wildcard csrc/attention_*.cpp))
-SANITIZED := $(patsubst tests/csrc/%.cpp,build/tests/address/%,$(wildcard tests/csrc/*.cpp)) build/tests/thread/attention_test
+SANITIZED := $(patsubst tests/csrc/%.cpp,build/tests/address/%,$(wildcard tests/csrc/*.cpp)) \
+  $(addprefix build/tests/thread/,attention_test ring_cache_kernels_test)
 build/tests/address/%: SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 build/tests/thread/%: SANITIZE := -fsanitize=thread
 vpath %.cpp csrc tests/csrc

@@ -77,7 +77,7 @@ def extensions() -> list[Extension]:
     info.append(("SINKATTN_COMPILER", "__VERSION__"))
     operators = {"sources": sources, "define_macros": [("TORCH_TARGET_VERSION", "0x020a000000000000")], **cuda}
     bindings = {"sources": ["csrc/bindings.cpp"], "define_macros": info, "include_dirs": [pybind11.get_include()]}
-    headers = [str(path) for path in sorted(Path("csrc").glob("*.h"))]
+    headers = [str(path) for path in sorted([*Path("csrc").glob("*.h"), *Path("csrc").glob("*.cuh")])]
     common = {"depends": headers, "extra_compile_args": {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}, "language": "c++"}
     return [
         # The operators hold no Python symbol at all, hence the limited API.

@@ -109,7 +109,8 @@ struct RingLayout {
     return n;
   }
 
-  // The i-th token that the same append writes, in the order of its runs, counted as theirs; `count` if it writes fewer.
+  // The i-th token that the same append writes, in the order of its runs and counted as there; `count` if it writes
+  // fewer.
   SINKATTN_HOST_DEVICE constexpr int64_t written_token(int64_t seen, int64_t count, int64_t i) const {
     const int64_t room = seen < num_sinks ? num_sinks - seen : 0;
     const int64_t sinks = count < room ? count : room;
