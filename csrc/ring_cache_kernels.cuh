@@ -253,17 +253,17 @@ __global__ void move_rows_kernel(
     Unit* column = cache + i;
     Unit spare{};
     for (int64_t first = 0; first < count; first += kAhead) {
+      RowMove now[kAhead];
       Unit content[kAhead];
       for (int k = 0; k < kAhead; ++k) {
-        if (first + k >= count) continue;
-        const RowMove move = moves[first + k];
-        content[k] = move.from == kSpareRow ? spare : column[move.from * row_units];
-        if (move.to == kSpareRow) spare = content[k];
+        now[k] = first + k < count ? moves[first + k] : RowMove{kSpareRow, kSpareRow};
       }
       for (int k = 0; k < kAhead; ++k) {
-        if (first + k >= count) continue;
-        const int64_t to = moves[first + k].to;
-        if (to != kSpareRow) column[to * row_units] = content[k];
+        content[k] = now[k].from == kSpareRow ? spare : column[now[k].from * row_units];
+        if (now[k].to == kSpareRow) spare = content[k];
+      }
+      for (int k = 0; k < kAhead; ++k) {
+        if (now[k].to != kSpareRow) column[now[k].to * row_units] = content[k];
       }
     }
   }

@@ -8,8 +8,8 @@
 
 namespace sinkattn {
 
-// One copy of a row; kSpareRow stands for one row of spare memory.
-struct RowMove {
+// One copy of a row; kSpareRow stands for one row of spare memory. A device loads it in one access.
+struct alignas(16) RowMove {
   int64_t to;
   int64_t from;
 };
