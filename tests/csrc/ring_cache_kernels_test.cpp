@@ -389,7 +389,7 @@ void check_reset(const std::vector<int64_t>& rows, int64_t batch, int64_t row_by
 }
 
 void check_resets() {
-  const std::vector<std::vector<int64_t>> lists{{}, {2}, {0, 4, 4, 0}, {5, -1, kSmallest, 1, kLargest}};
+  const std::vector<std::vector<int64_t>> lists{{}, {2}, {0, 4, 4, 0}, {3, 0, 1}, {5, -1, kSmallest, 1, kLargest}};
   for (const int64_t row_bytes : {2, 12, 40, 16 * 500}) {
     for (const int64_t shift : {0, 2, 4, 8}) {
       for (const auto& rows : lists) check_reset(rows, 5, row_bytes, shift);
