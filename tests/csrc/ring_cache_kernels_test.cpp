@@ -83,9 +83,10 @@ void run(unsigned int down, const Kernel& kernel) {
 
 // Tokens seen so far, at every turn of a stream's life and outside of it.
 std::vector<int64_t> all_seen(const RingLayout& layout) {
-  const int64_t sinks = layout.num_sinks, full = layout.slots(), before_sinks = sinks > 0 ? sinks - 1 : 0, one = 1;
-  return {0,       before_sinks, sinks,      sinks + layout.window - 1, full - 1,  full, full + 3, 1000000, 1000000000,
-          one << 31, one << 40,  kSmallest, -1, sinkattn::kMaxTokens - 1, kLargest};
+  const int64_t sinks = layout.num_sinks, full = layout.slots(), one = 1;
+  return {0,         sinks > 0 ? sinks - 1 : 0, sinks,   sinks + layout.window - 1, full - 1,
+          full,      full + 3,                  1000000, 1000000000,                one << 31,
+          one << 40, kSmallest,                 -1,      sinkattn::kMaxTokens - 1,  kLargest};
 }
 
 // append_
