@@ -91,7 +91,9 @@ std::vector<int64_t> all_seen(const RingLayout& layout) {
 
 // append_
 
-enum Order { kContiguous, kTransposed, kFused, kExpanded, kOneNumber, kSpaced, kOddRows, kOddHeads, kOddTokens, kShifted };
+enum Order {
+  kContiguous, kTransposed, kFused, kExpanded, kOneNumber, kSpaced, kOddRows, kOddHeads, kOddTokens, kShifted
+};
 
 // A [n0, n1, n2, n3] tensor; its memory ends with its last element.
 template <typename T>
