@@ -78,7 +78,7 @@ Tensor sink_attention_(
     const Tensor& seen, const std::optional<Tensor>& lengths, const std::optional<Tensor>& cos,
     const std::optional<Tensor>& sin, int64_t num_sinks, int64_t window, double scale, bool interleaved,
     const std::optional<Tensor>& sink_logits, std::optional<double> softcap,
-    const std::optional<Tensor>& alibi_slopes) {
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& /* arrivals: of GPUs alone */) {
   check_new_tokens(keys, values, key, value, num_sinks);
   check_layout(keys, values, num_sinks, window);
   check_query(query, key, keys);

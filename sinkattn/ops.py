@@ -6,8 +6,11 @@ Functions that end in an underscore write to their first arguments; the schemas 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -41,13 +44,20 @@ __all__ = [
     "sink_attention_",
 ]
 
-Backend = Literal["auto", "cpu", "reference"]
-BACKENDS: tuple[Backend, ...] = ("auto", "cpu", "reference")
+Backend = Literal["auto", "cpu", "triton", "reference"]
+BACKENDS: tuple[Backend, ...] = ("auto", "cpu", "triton", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TRITON_DTYPES = DTYPES[:3]
+TRITON_MAX_DIM = 256
 
 
-def select_backend(device: torch.device, requested: Backend = "auto") -> Backend:
+def select_backend(
+    device: torch.device, requested: Backend = "auto", dtype: torch.dtype | None = None
+) -> Literal["cpu", "triton", "reference"]:
     """Backend that will run on ``device``; the environment variable SINKATTN_BACKEND overrides ``requested``.
+
+    "auto" is the C++ kernel on CPU tensors and Triton on CUDA tensors; where Triton cannot run it is plain PyTorch,
+    with a warning that says why. With a ``dtype`` of float64, which Triton does not take, it is plain PyTorch too.
 
     Raises:
         ValueError: for an unknown name.
@@ -58,10 +68,38 @@ def select_backend(device: torch.device, requested: Backend = "auto") -> Backend
     if wanted not in BACKENDS:
         raise ValueError(f"{source}: expected one of {BACKENDS}, got {wanted!r}")
     if wanted == "auto":
-        return "cpu" if device.type == "cpu" else "reference"
+        if device.type == "cpu":
+            return "cpu"
+        if device.type != "cuda" or dtype == torch.float64:
+            return "reference"
+        if obstacle := _triton_obstacle(device):
+            warnings.warn(f"sinkattn: plain PyTorch runs on {device}, slowly: {obstacle}", RuntimeWarning, stacklevel=2)
+            return "reference"
+        return "triton"
     if wanted == "cpu" and device.type != "cpu":
         raise RuntimeError(f"{source}: 'cpu' runs on CPU tensors, got tensors on {device}")
+    if wanted == "triton" and (obstacle := _triton_obstacle(device)):
+        raise RuntimeError(f"{source}: 'triton' cannot run: {obstacle}")
     return wanted
+
+
+@functools.cache
+def _triton_obstacle(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on a device; None if they can."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type == "cpu":
+        # Triton's interpreter, for tests and debugging.
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else "it needs CUDA tensors, or TRITON_INTERPRET=1 set for CPU tensors"
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"it needs CUDA tensors, got tensors on {device}"
+    if not build_info()["cuda"]:
+        return "sinkattn was built without CUDA; build it where nvcc is, with SINKATTN_CUDA=1"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"it needs compute capability 8.0 or later, {device} has {major}.{minor}"
+    return None
 
 
 def check_tensor(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -148,6 +186,35 @@ def check_score_options(
     for name, x in (("sink_logits", sink_logits), ("alibi_slopes", alibi_slopes)):
         if x is not None and x.shape != query.shape[1:2]:
             raise ValueError(f"{name}: expected shape {list(query.shape[1:2])}, got {list(x.shape)}")
+
+
+def check_memory(
+    keys: Tensor,
+    values: Tensor,
+    seen: Tensor,
+    lengths: Tensor | None,
+    sink_logits: Tensor | None,
+    alibi_slopes: Tensor | None,
+    arrivals: Tensor | None,
+) -> None:
+    """Check what the Triton kernels take for granted of tensors whose shapes are right."""
+    check_tensor("values", values, (*keys.shape[:3], values.shape[3]), keys.dtype, keys.device)
+    if keys.dtype not in TRITON_DTYPES:
+        raise TypeError(f"keys: expected one of {TRITON_DTYPES} for the triton backend, got {keys.dtype}")
+    for name, x in (("keys", keys), ("values", values)):
+        if not 1 <= x.shape[3] <= TRITON_MAX_DIM:
+            raise ValueError(
+                f"{name}: expected a head_dim of 1 to {TRITON_MAX_DIM} for the triton backend, got {x.shape[3]}"
+            )
+    for name, x in (("sink_logits", sink_logits), ("alibi_slopes", alibi_slopes)):
+        if x is not None:
+            check_tensor(name, x, tuple(x.shape), torch.float32, keys.device)
+    if arrivals is not None:
+        check_tensor("arrivals", arrivals, tuple(keys.shape[:2]), torch.int32, keys.device)
+    tensors = {"keys": keys, "values": values, "seen": seen, "lengths": lengths, "arrivals": arrivals}
+    for name, x in {**tensors, "sink_logits": sink_logits, "alibi_slopes": alibi_slopes}.items():
+        if x is not None and not x.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous memory, got strides {x.stride()}")
 
 
 def check_no_gradients(*inputs: Tensor | None) -> None:
@@ -263,6 +330,7 @@ def _(
     sink_logits,
     softcap,
     alibi_slopes,
+    arrivals,
 ) -> Tensor:
     _check_devices(
         keys,
@@ -276,9 +344,77 @@ def _(
         sin=sin,
         sink_logits=sink_logits,
         alibi_slopes=alibi_slopes,
+        arrivals=arrivals,
     )
     batch, heads, tokens, _ = query.shape
     return query.new_empty(batch, tokens, heads, values.shape[3]).transpose(1, 2)
+
+
+MAX_CHECKED = 1024
+_checked: set[tuple] = set()
+
+
+def _attend_with_triton(
+    keys: Tensor,
+    values: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    lengths: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_sinks: int,
+    window: int,
+    scale: float,
+    interleaved: bool,
+    sink_logits: Tensor | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    arrivals: Tensor | None,
+) -> Tensor:
+    # Once for each kind of call: all this would take longer than the launch.
+    tensors = (keys, values, query, key, value, seen, lengths, cos, sin, sink_logits, alibi_slopes, arrivals)
+    facts = tuple(None if x is None else (x.dtype, x.device, x.shape, x.stride()) for x in tensors)
+    call = (*facts, num_sinks, window, scale, softcap)
+    if call not in _checked or keys.is_cpu:
+        check_attention(keys, values, query, key, value, seen, lengths, cos, sin, num_sinks, window)
+        check_score_options(query, scale, softcap, sink_logits, alibi_slopes)
+        check_memory(keys, values, seen, lengths, sink_logits, alibi_slopes, arrivals)
+        if len(_checked) >= MAX_CHECKED:
+            _checked.clear()
+        _checked.add(call)
+    for name, x in (("keys", keys), ("values", values)):
+        if x.data_ptr() % 16:
+            raise ValueError(f"{name}: expected memory that starts at a multiple of 16 bytes")
+    from sinkattn.kernels.attention import attend  # and with it Triton, not before
+
+    out, appended = attend(
+        keys,
+        values,
+        query,
+        key,
+        value,
+        seen,
+        lengths,
+        cos,
+        sin,
+        num_sinks,
+        window,
+        scale,
+        interleaved,
+        sink_logits,
+        softcap,
+        alibi_slopes,
+        arrivals,
+    )
+    if not appended:
+        tables = (None, None) if cos is None else (cos[0], sin[0])
+        torch.ops.sinkattn.append_(keys, values, key, value, seen, lengths, *tables, num_sinks, interleaved)
+    return out.transpose(1, 2)
+
+
+torch.library.impl("sinkattn::sink_attention_", "cuda", _attend_with_triton)
 
 
 def cpu_capability() -> str:
@@ -307,6 +443,7 @@ def sink_attention_(
     sink_logits: Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    arrivals: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Append new tokens to the ring and attend; the output for a token depends on the tokens it sees alone.
@@ -320,6 +457,8 @@ def sink_attention_(
         sink_logits: ``[heads]`` learned extra logit of each head, without a value.
         softcap: ``softcap * tanh(scores / softcap)``.
         alibi_slopes: ``[heads]`` bias of minus slope times cache-relative distance.
+        arrivals: int32 ``[batch, kv_heads]`` zeros, and zeros again afterwards: where programs of a GPU count who is
+            last. Not to be shared by calls that may overlap. Made anew for each call when None.
         backend: see `select_backend`.
 
     Returns:
@@ -330,7 +469,8 @@ def sink_attention_(
         RuntimeError: a backend that cannot run here, or gradients wanted.
     """
     check_no_gradients(query, key, value, sink_logits, alibi_slopes)
-    if select_backend(keys.device, backend) == "reference":
+    chosen = select_backend(keys.device, backend, keys.dtype)
+    if chosen == "reference":
         check_attention(keys, values, query, key, value, seen, lengths, cos, sin, num_sinks, window)
         check_score_options(query, scale, softcap, sink_logits, alibi_slopes)
         return reference.sink_attention_(
@@ -356,8 +496,10 @@ def sink_attention_(
         sink_logits = sink_logits.to(keys.device, table_dtype(keys.dtype)).contiguous()
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.to(keys.device, table_dtype(keys.dtype)).contiguous()
+    # On the CPU the operator is the C++ kernel, and Triton is its interpreter.
+    attend = _attend_with_triton if chosen == "triton" and keys.is_cpu else _sink_attention
     try:
-        return _sink_attention(
+        return attend(
             keys,
             values,
             query,
@@ -374,6 +516,7 @@ def sink_attention_(
             sink_logits,
             softcap,
             alibi_slopes,
+            arrivals,
         )
     except RuntimeError:
         # The operator refuses all that these do, in fewer words and a tenth of the time.

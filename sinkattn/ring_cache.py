@@ -32,6 +32,7 @@ class RingKVCache:
     Attributes:
         keys, values: ``[batch, kv_heads, num_sinks + ring, head_dim]``; keys rotated at their stream position.
         seen: int64 ``[batch]`` tokens ever appended to each stream, on the device.
+        arrivals: int32 ``[batch, kv_heads]``, zero between calls: where the programs of a GPU count who is last.
         layout: `RingLayout`, the slot arithmetic.
 
     Raises:
@@ -69,6 +70,7 @@ class RingKVCache:
             # Zeros, not empty memory: an unwritten slot has weight 0, and 0 times NaN is NaN.
             self.keys = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
             self.values = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
+            self.arrivals = torch.zeros(batch_size, kv_heads, dtype=torch.int32, device=device)
             self._owns_seen = share_seen_with is None
             if share_seen_with is None:
                 self.seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -198,7 +200,7 @@ def sink_attention(
         sink_logits: ``[heads]`` learned extra logit per head (gpt-oss).
         softcap: ``softcap * tanh(scores / softcap)`` (Gemma 2).
         alibi_slopes: ``[heads]`` ALiBi slopes, on cache-relative distances.
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"``; the environment variable SINKATTN_BACKEND overrides.
+        backend: "auto", "cpu", "triton" or "reference"; the environment variable SINKATTN_BACKEND overrides.
 
     Returns:
         ``[batch, heads, tokens, value_dim]``; zeros for padding.
@@ -228,6 +230,7 @@ def sink_attention(
         sink_logits=sink_logits,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
+        arrivals=ring.arrivals,
         backend=backend,
     )
     ring.advance(tokens if lengths is None else lengths)

@@ -1,10 +1,15 @@
 """Fixtures of all tests: one seed, and fresh memory that is never quietly zero."""
 
 import functools
+import os
 import sys
 
 import pytest
 import torch
+
+# Triton reads this when it is first imported: where there is no GPU its interpreter runs the kernels, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread costs far more than it brings
 

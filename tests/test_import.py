@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sinkattn"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From bottom to top: a file imports only from further down. Every other file stands above them all.
-LAYERS = [{"rope"}, {"reference"}, {"ops"}, {"ring_cache"}, {"hf"}]
+LAYERS = [{"rope"}, {"reference", "kernels"}, {"ops"}, {"ring_cache"}, {"hf"}]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 
 

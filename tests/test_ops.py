@@ -168,7 +168,7 @@ def op_calls():
     cos, sin = make_rope().tables(seen[:, None] + torch.arange(3))
     lengths = torch.tensor([2, 3])
     query, (both_cos, both_sin) = randn(2, 4, 3, 16), make_rope().stream_tables(seen, 3, num_sinks=2, window=4)
-    slopes = torch.linspace(0.1, 0.4, 4)
+    slopes, arrivals = torch.linspace(0.1, 0.4, 4), torch.zeros(2, 2, dtype=torch.int32)
     attend = (keys, values, query, key, value, seen)
     return {
         "append": ("append_", (keys, values, key, value, seen, None, None, None, 2, False)),
@@ -177,10 +177,10 @@ def op_calls():
         "reorder": ("reorder_", (keys, values, torch.tensor([1, 0]))),
         "reset": ("reset_", (keys, values, torch.tensor([1]))),
         "linearise": ("linearise", (keys, values, seen, 2, 4)),
-        "attend": ("sink_attention_", (*attend, None, None, None, 2, 3, 0.25, False, None, None, None)),
+        "attend": ("sink_attention_", (*attend, None, None, None, 2, 3, 0.25, False, None, None, None, None)),
         "attend-ragged-rotated": (
             "sink_attention_",
-            (*attend, lengths, both_cos, both_sin, 2, 5, 0.25, True, slopes, 3.0, slopes),
+            (*attend, lengths, both_cos, both_sin, 2, 5, 0.25, True, slopes, 3.0, slopes, arrivals),
         ),
     }
 

@@ -55,7 +55,7 @@ def enable(
         num_sinks: tokens at the start of a stream that stay visible for ever.
         window: most recent tokens a query sees, itself included.
         headroom: spare slots; so many tokens can be taken back (assisted decoding).
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"``; the environment variable SINKATTN_BACKEND overrides.
+        backend: "auto", "cpu", "triton" or "reference"; the environment variable SINKATTN_BACKEND overrides.
 
     Returns:
         The same model.
@@ -71,7 +71,7 @@ def enable(
     if find_swap(model) is not None:
         raise ValueError("model: is enabled already; call sinkattn.disable(model) first")
     _check_model(model, layout)
-    backend = ops.select_backend(model.device, backend)
+    backend = ops.select_backend(model.device, backend, model.dtype)
     with _unexpected_means_unsupported(model):
         swap = Swap(model, layout, backend, probe(model))
         swap.check_layers()
@@ -267,6 +267,7 @@ class Swap:
             window=self.layout.window,
             scale=scale,
             interleaved=rope is not None and rope.interleaved,
+            arrivals=ring.arrivals,
             backend=self.backend,
             **options,
         )

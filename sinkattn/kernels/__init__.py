@@ -1,0 +1,1 @@
+"""Attention in Triton, for CUDA tensors. Imported when the first of them comes."""

@@ -1,0 +1,256 @@
+"""From tensors to launches: which kernel runs, with which blocks and arguments."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from sinkattn.kernels.chunk import chunk_kernel, rotate_kernel
+from sinkattn.kernels.configs import Config, block_of, chunk_config, decode_config, fits_decode, splits
+from sinkattn.kernels.decode import decode_kernel
+from sinkattn.kernels.primitives import LOG2_E
+
+# What the decode kernel takes at once when there is more than one new token: tokens, and queries of a key head.
+DECODE_TOKENS = 16
+DECODE_ROWS = 64
+
+
+class Target(NamedTuple):
+    """What kernels are compiled for: compute capability (90 for 9.0) and how many programs run side by side."""
+
+    capability: int
+    processors: int
+
+
+@functools.cache
+def target_of(device: torch.device) -> Target:
+    """Target of a device; of the interpreter, on the CPU, so that small windows are split as well."""
+    if device.type != "cuda":
+        return Target(90, 4)
+    properties = torch.cuda.get_device_properties(device)
+    return Target(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+class Shape(NamedTuple):
+    """All of a call but its tensors: calls of equal shape are launched alike."""
+
+    target: Target
+    dtype: torch.dtype
+    batch: int
+    heads: int
+    kv_heads: int
+    tokens: int
+    head_dim: int
+    value_dim: int
+    slots: int
+    num_sinks: int
+    window: int
+    pairs: int
+    interleaved: bool
+    scale: float
+    softcap: float | None
+    query_strides: tuple[int, ...]
+    key_strides: tuple[int, ...]
+    value_strides: tuple[int, ...]
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def lines(self) -> int:
+        """Key heads of all streams."""
+        return self.batch * self.kv_heads
+
+    @property
+    def block_dim(self) -> int:
+        """Width of the larger of the blocks of keys and of values."""
+        return block_of(max(self.head_dim, self.value_dim))
+
+    @property
+    def runs_decode(self) -> bool:
+        """Whether the decode kernel does a call: one token, or a few whose queries fit a tile."""
+        rows = self.group * self.tokens
+        if self.tokens > self.window or not fits_decode(rows, self.block_dim, self.dtype):
+            return False
+        return self.tokens == 1 or (self.tokens <= DECODE_TOKENS and rows <= DECODE_ROWS)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its grid and all of its arguments but tensors."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    numbers: dict[str, Any]
+
+    def run(self, tensors: dict[str, Tensor | None], *, warmup: bool = False) -> Any:
+        """Queue it on the current stream; with ``warmup`` only compile it."""
+        return self.kernel.run(grid=self.grid, warmup=warmup, **tensors, **self.numbers)
+
+
+def attend(
+    keys: Tensor,
+    values: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    lengths: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_sinks: int,
+    window: int,
+    scale: float,
+    interleaved: bool,
+    sink_logits: Tensor | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    arrivals: Tensor | None,
+) -> tuple[Tensor, bool]:
+    """Output ``[batch, tokens, heads, value_dim]``, and whether the new tokens were appended on the way.
+
+    The arguments are those of the operator, checked.
+    """
+    batch, heads, tokens, head_dim = query.shape
+    _, kv_heads, slots, value_dim = values.shape
+    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    if tokens > 1 and not _in_units(value):
+        value = value.contiguous()  # a copy costs less than reading it in small pieces for every block of queries
+    shape = Shape(
+        target_of(keys.device),
+        keys.dtype,
+        batch,
+        heads,
+        kv_heads,
+        tokens,
+        head_dim,
+        value_dim,
+        slots,
+        num_sinks,
+        window,
+        0 if cos is None else cos.shape[3],
+        interleaved,
+        scale,
+        softcap,
+        query.stride(),
+        key.stride(),
+        value.stride(),
+    )
+    # In the order in which models want it: no copy when heads are joined.
+    out = query.new_empty(batch, tokens, heads, value_dim)
+    if not out.numel():
+        return out, True
+    # Without pairs the tables are never read.
+    tables = {"cos": seen if cos is None else cos.contiguous(), "sin": seen if sin is None else sin.contiguous()}
+    given = {"query": query, "key": key, "value": value, "seen": seen, "lengths": lengths, **tables}
+    given |= {"keys": keys, "values": values, "sink_logits": sink_logits, "alibi_slopes": alibi_slopes, "out": out}
+    # Triton launches on the current device, whatever the tensors are on.
+    with torch.cuda.device_of(keys):
+        for launch, tensors in launches(shape, given, arrivals):
+            launch.run(tensors)
+    return out, tokens == 1 and shape.runs_decode
+
+
+def launches(
+    shape: Shape, given: dict[str, Tensor | None], arrivals: Tensor | None
+) -> Iterator[tuple[Launch, dict[str, Tensor | None]]]:
+    """What a call launches, and with which tensors: those ``given``, and fresh memory in between."""
+    fresh = given["keys"].new_empty
+    if shape.runs_decode:
+        launch = decode_launch(shape)
+        key_heads, parts = launch.grid
+        rows = shape.group * shape.tokens if parts > 1 else 0
+        partials = fresh(key_heads * parts * rows * (shape.value_dim + 2), dtype=torch.float32)
+        if arrivals is None:
+            arrivals = given["seen"].new_zeros(key_heads, dtype=torch.int32)
+        yield launch, {**given, "partials": partials, "arrivals": arrivals}
+        return
+    rotated = fresh(shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)
+    names = ("key", "lengths", "seen", "cos", "sin")
+    yield rotate_launch(shape), {"rotated": rotated, **{name: given[name] for name in names}}
+    rest = {name: x for name, x in given.items() if name != "key"}
+    yield chunk_launch(shape), {"rotated": rotated, **rest}
+
+
+@functools.lru_cache(maxsize=256)
+def decode_launch(shape: Shape) -> Launch:
+    """Launch of the decode kernel."""
+    config = decode_config(shape.group * shape.tokens, shape.block_dim, shape.dtype, shape.target.capability)
+    parts = splits(shape.lines, shape.slots - shape.num_sinks, config.block_n, shape.target.processors)
+    numbers = {
+        **_attention_numbers(shape, config),
+        **_strides("key", shape.key_strides),
+        "APPEND": shape.tokens == 1,
+        "BLOCK_NEW": 16,
+        "UNROLL": 4 if config.block_m * shape.block_dim <= 2048 else 1,
+    }
+    return Launch(decode_kernel, (shape.lines, parts), numbers)
+
+
+@functools.lru_cache(maxsize=256)
+def rotate_launch(shape: Shape) -> Launch:
+    """Launch of the kernel that rotates the new keys of a chunk."""
+    numbers = {
+        **_rotary_numbers(shape, Config(0, 32, warps=4, stages=1)),
+        **_strides("key", shape.key_strides),
+    }
+    return Launch(rotate_kernel, (triton.cdiv(shape.tokens, 32), shape.lines), numbers)
+
+
+@functools.lru_cache(maxsize=256)
+def chunk_launch(shape: Shape) -> Launch:
+    """Launch of the chunk kernel."""
+    config = chunk_config(shape.block_dim, shape.dtype, shape.target.capability)
+    numbers = {**_attention_numbers(shape, config), "BLOCK_SINKS": 16}
+    return Launch(chunk_kernel, (triton.cdiv(shape.tokens * shape.group, config.block_m), shape.lines), numbers)
+
+
+def _in_units(x: Tensor) -> bool:
+    # Whether every vector starts at a multiple of 16 bytes.
+    return x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:3])
+
+
+def _strides(tensor: str, strides: tuple[int, ...]) -> dict[str, int]:
+    return {f"{tensor}_{name}": stride for name, stride in zip(("row", "head", "token"), strides, strict=False)}
+
+
+def _rotary_numbers(shape: Shape, config: Config) -> dict[str, Any]:
+    return {
+        "tokens": shape.tokens,
+        "kv_heads": shape.kv_heads,
+        "HEAD_DIM": shape.head_dim,
+        "PAIRS": shape.pairs,
+        "INTERLEAVED": shape.interleaved,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": block_of(shape.head_dim),
+        "UPCAST": shape.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,  # whatever the default of the version
+    }
+
+
+def _attention_numbers(shape: Shape, config: Config) -> dict[str, Any]:
+    softcap = shape.softcap
+    return {
+        **_rotary_numbers(shape, config),
+        **_strides("query", shape.query_strides),
+        **_strides("value", shape.value_strides),
+        "slots": shape.slots,
+        "window": shape.window,
+        "num_sinks": shape.num_sinks,
+        "scale": shape.scale * LOG2_E if softcap is None else shape.scale / softcap,
+        "cap": None if softcap is None else softcap * LOG2_E,
+        "VALUE_DIM": shape.value_dim,
+        "GROUP": shape.group,
+        "BLOCK_M": config.block_m,
+        "BLOCK_V": block_of(shape.value_dim),
+    }

@@ -1,0 +1,163 @@
+"""Many new tokens per stream at once, each with its own window: [sinks][old ring][new tokens], no copy of the cache.
+
+The new keys are rotated once, into memory of their own; the ring is read as it was before the call. Whoever calls
+appends the new tokens afterwards.
+"""
+
+import triton
+import triton.language as tl
+
+from sinkattn.kernels.primitives import (
+    NO_SCORE,
+    attend,
+    load_block,
+    load_rotated,
+    normalise,
+    store_output,
+    token_counts,
+)
+
+
+@triton.jit(do_not_specialize=["tokens", "kv_heads"])
+def rotate_kernel(
+    key, lengths, seen, cos, sin, rotated, tokens, kv_heads, key_row, key_head, key_token,
+    HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, UPCAST: tl.constexpr
+):  # fmt: skip
+    """Program (block, line) rotates BLOCK_N new keys of a head into ``rotated`` ``[lines, tokens, HEAD_DIM]``."""
+    line = tl.program_id(1)
+    row, head = (line // kv_heads).to(tl.int64), (line % kv_heads).to(tl.int64)
+    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    _, count = token_counts(seen, lengths, row, tokens)
+    tables = (row * tokens + token) * PAIRS
+    keys = key + row * key_row + head * key_head + token.to(tl.int64) * key_token
+    k = load_rotated(keys, cos + tables, sin + tables, token < count, HEAD_DIM, BLOCK_D, PAIRS, INTERLEAVED, UPCAST)
+    d = tl.arange(0, BLOCK_D)
+    to = rotated + (line.to(tl.int64) * tokens + token)[:, None] * HEAD_DIM + d[None, :]
+    tl.store(to, k, mask=(token < tokens)[:, None] & (d < HEAD_DIM)[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens", "kv_heads", "slots", "window", "num_sinks"])
+def chunk_kernel(
+    keys, values, query, rotated, value, seen, lengths, cos, sin, sink_logits, alibi_slopes, out,
+    tokens, kv_heads, slots, window, num_sinks, scale, cap,
+    query_row, query_head, query_token, value_row, value_head, value_token,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_SINKS: tl.constexpr, UPCAST: tl.constexpr
+):  # fmt: skip
+    """Program (block, line) does BLOCK_M consecutive queries of one key head, ``line = row * kv_heads + head``.
+
+    Queries of a key head are numbered ``token * GROUP + query head``, so that a block holds few tokens and the windows
+    of its queries overlap. Blocks of keys that none of them sees are left out; those that all of them see go without
+    a mask.
+    """
+    line = tl.program_id(1)
+    row, head = (line // kv_heads).to(tl.int64), (line % kv_heads).to(tl.int64)
+    first = tl.program_id(0) * BLOCK_M
+    m = first + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    token, query_heads = m // GROUP, head * GROUP + m % GROUP
+    live = token < tokens
+    before, count = token_counts(seen, lengths, row, tokens)
+    heads = kv_heads * GROUP
+    first_token = first // GROUP
+    if first_token >= count:
+        nothing = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        store_output(out, nothing, row, token, count, tokens, heads, query_heads, VALUE_DIM, BLOCK_V, UPCAST)
+        return
+    last_token = tl.minimum((first + BLOCK_M - 1) // GROUP, count - 1)
+
+    query_rows = query + row * query_row + query_heads * query_head + token.to(tl.int64) * query_token
+    batch = tl.num_programs(1) // kv_heads
+    table_rows = (row * tokens + token) * PAIRS
+    sink_table_rows = table_rows + batch.to(tl.int64) * tokens * PAIRS
+    slopes = None
+    if alibi_slopes is not None:
+        slopes = tl.load(alibi_slopes + query_heads, mask=live, other=0.0) * 1.4426950408889634
+    largest = tl.full([BLOCK_M], NO_SCORE, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+
+    first_slot = line.to(tl.int64) * slots
+    new_keys = rotated + line.to(tl.int64) * tokens * HEAD_DIM
+    new_values = value + row * value_row + head * value_head
+
+    # Sinks, in the cache or among the new tokens.
+    q = load_rotated(
+        query_rows, cos + sink_table_rows, sin + sink_table_rows, live, HEAD_DIM, BLOCK_D, PAIRS, INTERLEAVED, UPCAST
+    )
+    held_sinks = tl.minimum(before, num_sinks).to(tl.int32)
+    all_sinks = tl.minimum(before + last_token + 1, num_sinks).to(tl.int32)
+    position = tl.minimum(before + token, num_sinks + window - 1)
+    for start in range(0, all_sinks, BLOCK_SINKS):
+        sink = start + tl.arange(0, BLOCK_SINKS)
+        old, new = sink < held_sinks, (sink >= held_sinks) & (sink < all_sinks)
+        slot, arrived = first_slot + sink, (sink - held_sinks).to(tl.int64)
+        k = load_block(keys + slot * HEAD_DIM, old, HEAD_DIM, BLOCK_D)
+        k = tl.where(new[:, None], load_block(new_keys + arrived * HEAD_DIM, new, HEAD_DIM, BLOCK_D), k)
+        v = load_block(values + slot * VALUE_DIM, old, VALUE_DIM, BLOCK_V)
+        v = tl.where(new[:, None], load_block(new_values + arrived * value_token, new, VALUE_DIM, BLOCK_V), v)
+        distance = position[:, None] - sink[None, :]
+        visible = (sink < all_sinks)[None, :] & (distance >= 0)
+        largest, total, acc = attend(q, k, v, visible, distance, slopes, scale, cap, largest, total, acc, UPCAST)
+
+    q = load_rotated(
+        query_rows, cos + table_rows, sin + table_rows, live, HEAD_DIM, BLOCK_D, PAIRS, INTERLEAVED, UPCAST
+    )
+
+    # What the ring held before: tokens begin to before - 1, in blocks that end with the newest. Column c is token
+    # begin + c; a query sees it from first_column on.
+    ring = slots - num_sinks
+    begin = tl.maximum(before + first_token - window + 1, num_sinks)
+    held = tl.maximum(before - begin, 0).to(tl.int32)
+    blocks = tl.cdiv(held, BLOCK_N)
+    missing = blocks * BLOCK_N - held
+    first_column = (before + token - window + 1 - begin).to(tl.int32)
+    edge = tl.maximum(before + last_token - window + 1 - begin, 0).to(tl.int32)
+    masked_blocks = tl.minimum(tl.cdiv(edge + missing, BLOCK_N), blocks)
+    first_index = (tl.maximum(begin - num_sinks, 0) % ring).to(tl.int32)
+    first_slot += num_sinks
+    for block in tl.range(0, masked_blocks):
+        column = block * BLOCK_N - missing + n
+        present = column >= 0
+        index = first_index + column
+        slot = first_slot + tl.where(index >= ring, index - ring, index)
+        k = load_block(keys + slot * HEAD_DIM, present, HEAD_DIM, BLOCK_D)
+        v = load_block(values + slot * VALUE_DIM, present, VALUE_DIM, BLOCK_V)
+        visible = present[None, :] & (column[None, :] >= first_column[:, None])
+        distance = held - column[None, :] + token[:, None]
+        largest, total, acc = attend(q, k, v, visible, distance, slopes, scale, cap, largest, total, acc, UPCAST)
+    for block in tl.range(masked_blocks, blocks):
+        column = block * BLOCK_N - missing + n
+        index = first_index + column
+        slot = first_slot + tl.where(index >= ring, index - ring, index)
+        k = load_block(keys + slot * HEAD_DIM, None, HEAD_DIM, BLOCK_D)
+        v = load_block(values + slot * VALUE_DIM, None, VALUE_DIM, BLOCK_V)
+        distance = held - column[None, :] + token[:, None]
+        largest, total, acc = attend(q, k, v, None, distance, slopes, scale, cap, largest, total, acc, UPCAST)
+
+    # The new tokens, sinks left out: from `begin_new` to the last of the block's own. All queries see the tokens from
+    # full_begin to full_end; blocks at both ends are masked.
+    begin_new = tl.maximum(tl.maximum(num_sinks - before, 0).to(tl.int32), first_token - window + 1)
+    blocks = tl.cdiv(tl.maximum(last_token + 1 - begin_new, 0), BLOCK_N)
+    full_begin = tl.minimum(tl.cdiv(tl.maximum(last_token - window + 1 - begin_new, 0), BLOCK_N), blocks)
+    full_end = tl.maximum(tl.maximum(first_token + 1 - begin_new, 0) // BLOCK_N, full_begin)
+    for block in tl.range(full_begin, full_end):
+        new = begin_new + block * BLOCK_N + n
+        k = load_block(new_keys + new.to(tl.int64) * HEAD_DIM, None, HEAD_DIM, BLOCK_D)
+        v = load_block(new_values + new.to(tl.int64) * value_token, None, VALUE_DIM, BLOCK_V)
+        distance = token[:, None] - new[None, :]
+        largest, total, acc = attend(q, k, v, None, distance, slopes, scale, cap, largest, total, acc, UPCAST)
+    for masked in tl.range(0, full_begin + blocks - full_end):
+        block = tl.where(masked < full_begin, masked, masked - full_begin + full_end)
+        new = begin_new + block * BLOCK_N + n
+        present = new < count
+        k = load_block(new_keys + new.to(tl.int64) * HEAD_DIM, present, HEAD_DIM, BLOCK_D)
+        v = load_block(new_values + new.to(tl.int64) * value_token, present, VALUE_DIM, BLOCK_V)
+        distance = token[:, None] - new[None, :]
+        visible = present[None, :] & (distance >= 0) & (distance < window)
+        largest, total, acc = attend(q, k, v, visible, distance, slopes, scale, cap, largest, total, acc, UPCAST)
+
+    acc = normalise(acc, largest, total, sink_logits, query_heads, live)
+    store_output(out, acc, row, token, count, tokens, heads, query_heads, VALUE_DIM, BLOCK_V, UPCAST)

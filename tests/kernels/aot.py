@@ -1,0 +1,179 @@
+"""Compiling kernels for GPUs that are not there, and what the machine code takes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from sinkattn.kernels.attention import Launch, Shape, Target, launches
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SPILL = re.compile(r"\b(LDL|STL)\b")
+
+
+class AbsentDriver:
+    """As much of a driver as Triton asks when it compiles: the GPU it compiles for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one compiled kernel: registers and bytes of stack per thread, bytes of shared memory, spill instructions.
+
+    loops: of each loop, from first to last, instructions, spill instructions and matrix instructions.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    spills: int
+    loops: tuple[tuple[int, int, int], ...]
+
+
+def compile_for(launch: Launch, tensors: dict[str, torch.Tensor | None], capability: int) -> Any:
+    """Compile a launch exactly as running it would, with the same specialisation of its arguments."""
+    with patch.object(driver, "_active", AbsentDriver(capability)):
+        kernel = launch.run(tensors, warmup=True)
+        return kernel.result() if hasattr(kernel, "result") else kernel
+
+
+def resources(kernel: Any, cubin: Path) -> Resources:
+    """Of a compiled kernel, whose binary is written to ``cubin``."""
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", _run("cuobjdump", "-res-usage", cubin))
+    blocks = list(_blocks(_run("nvdisasm", "-c", cubin)))
+    loops = []
+    for members in _natural_loops(blocks):
+        lines = [line for i in members for line in blocks[i].lines]
+        loops.append((len(lines), sum(map(_is_spill, lines)), sum("MMA" in line for line in lines)))
+    spills = sum(_is_spill(line) for block in blocks for line in block.lines)
+    return Resources(int(usage[1]), int(usage[2]), kernel.metadata.shared, spills, tuple(loops))
+
+
+def _run(tool: str, *arguments: str | Path) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _is_spill(line: str) -> bool:
+    return SPILL.search(line) is not None
+
+
+@dataclass
+class Block:
+    """Instructions that run one after the other, and the blocks that may come next."""
+
+    label: str | None
+    lines: list[str]
+    following: list[int]
+
+
+def _blocks(text: str) -> Iterator[Block]:
+    found = [Block(None, [], [])]
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            found.append(Block(label[1], [], []))
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            found[-1].lines.append(line)
+            if re.search(r"\b(BRA|EXIT|RET|BREAK)\b", line):
+                found.append(Block(None, [], []))
+    number = {block.label: i for i, block in enumerate(found) if block.label}
+    for i, block in enumerate(found):
+        last = block.lines[-1] if block.lines else ""
+        if target := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", last):
+            block.following.append(number[target[1]])
+        leaves = re.search(r"\b(BRA|EXIT|RET)\b", last) and not re.search(r"@!?U?P\d|BRA\.\w+ !?U?P|BRA U?!?U?P", last)
+        if not leaves and i + 1 < len(found):
+            block.following.append(i + 1)
+    return iter(found)
+
+
+def _natural_loops(blocks: list[Block]) -> Iterator[set[int]]:
+    """Blocks of each loop: an edge back to a block that every way to its source has passed, and what lies between."""
+    reached, waiting = set(), [0]
+    while waiting:
+        if (i := waiting.pop()) not in reached:
+            reached.add(i)
+            waiting += blocks[i].following
+    before = {i: [j for j in reached if i in blocks[j].following] for i in reached}
+    dominators = {i: reached if i else {0} for i in reached}
+    changed = True
+    while changed:
+        changed = False
+        for i in sorted(reached - {0}):
+            new = {i} | set.intersection(*(dominators[j] for j in before[i]))
+            changed |= new != dominators[i]
+            dominators[i] = new
+    for i in sorted(reached):
+        for head in blocks[i].following:
+            if head in dominators[i]:
+                members, waiting = {head}, [i]
+                while waiting:
+                    if (j := waiting.pop()) not in members:
+                        members.add(j)
+                        waiting += before[j]
+                yield members
+
+
+def launches_for(capability: int, call: dict[str, Any]) -> list[tuple[Launch, dict[str, torch.Tensor | None]]]:
+    """What such a call would launch on a GPU with 132 processors; tensors without memory."""
+    batch, tokens, dtype = call.get("batch", 1), call.get("tokens", 1), call.get("dtype", torch.bfloat16)
+    heads, kv_heads = call.get("heads", 8), call.get("kv_heads", 2)
+    head_dim, slots, offset = call.get("head_dim", 128), call.get("slots", 4100), call.get("offset", 0)
+    pairs = call.get("pairs", head_dim // 2)
+
+    def tensor(*sizes: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    def new(heads: int, offset: int = offset) -> torch.Tensor:
+        # An offset makes a pointer that is no multiple of 16 bytes, and strides that are none either.
+        memory = tensor(batch, tokens, heads * head_dim + offset)[..., offset:]
+        return memory.unflatten(2, (heads, head_dim)).transpose(1, 2)
+
+    def per_head(name: str) -> torch.Tensor | None:
+        return tensor(heads, dtype=torch.float32) if call.get(name) else None
+
+    query, key, seen = new(heads), new(kv_heads), tensor(batch, dtype=torch.int64)
+    value = new(kv_heads, offset if tokens == 1 else 0)  # of many, such are copied first
+    tables = tensor(2, batch, tokens, pairs, dtype=torch.float32) if pairs else seen
+    given = {"query": query, "key": key, "value": value, "seen": seen, "cos": tables, "sin": tables}
+    given |= {name: tensor(batch, kv_heads, slots, head_dim) for name in ("keys", "values")}
+    given |= {name: per_head(name) for name in ("sink_logits", "alibi_slopes")}
+    given |= {"lengths": seen if call.get("ragged") else None, "out": tensor(batch, tokens, heads, head_dim)}
+    layout = (slots, 4, slots - 4, pairs, call.get("interleaved", False), 0.1, call.get("softcap"))
+    strides = (query.stride(), key.stride(), value.stride())
+    sizes = (batch, heads, kv_heads, tokens, head_dim, head_dim)
+    return list(launches(Shape(Target(capability, 132), dtype, *sizes, *layout, *strides), given, None))
+
+
+def compile_call(capability: int, call: dict[str, Any]) -> dict[str, Resources]:
+    """Compile all kernels that a call launches: resources by kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {
+            launch.kernel.__name__: resources(compile_for(launch, tensors, capability), Path(folder) / "cubin")
+            for launch, tensors in launches_for(capability, call)
+        }
