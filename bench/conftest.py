@@ -214,7 +214,7 @@ def _gpu() -> str:
 @pytest.fixture(autouse=True)
 def inference_on_few_threads(request):
     before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(1 if request.config.getoption("rehearse") else THREADS)
     # torch.compile sees more of what is done under no_grad.
     with torch.no_grad() if request.path.name.startswith("gpu_") else torch.inference_mode():
         yield

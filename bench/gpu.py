@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: steps captured in CUDA graphs, turns of many steps, and a plain copy to compare with."""
+"""What the GPU benchmarks share: steps captured in CUDA graphs, turns of many steps, and a plain copy as a measure."""
 
 import math
 import time
@@ -12,8 +12,9 @@ from conftest import Bench, Marked, Turns
 from torch import Tensor
 
 # Long enough for what a launch and a wait cost to be nothing beside it.
-TURN_SECONDS = 0.006
-MOST_STEPS = 1_000
+TURN_SECONDS = 0.02
+MOST_LAUNCHES = 1_000
+ROUNDS_REHEARSED = 2
 
 
 def synchronise(device: torch.device) -> None:
@@ -57,7 +58,7 @@ class Repeated:
         self.run()
         once = min(self._seconds() for _ in range(2))
         if self.device.type == "cuda":
-            self.launches = max(1, min(MOST_STEPS, math.ceil(TURN_SECONDS / once)))
+            self.launches = max(1, min(MOST_LAUNCHES, math.ceil(TURN_SECONDS / once)))
         self.run()
 
     def _seconds(self) -> float:
@@ -126,6 +127,7 @@ class Ways:
         return False
 
     def in_turns(self, rounds: int) -> Turns:
+        rounds = rounds if self.device.type == "cuda" else ROUNDS_REHEARSED
         ways = {name: repeated.turn for name, repeated in self.repeated.items()}
         return self.bench.in_turns(ways, rounds, {name: repeated.steps for name, repeated in self.repeated.items()})
 

@@ -29,7 +29,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from bench_attention import HEAD_DIM, HEADS, KV_HEADS, NUM_SINKS, SCALE
@@ -53,7 +52,7 @@ CHUNKS = [(4096, 4096), (4096, 1024)]
 LAYERS_OF_L2 = 8
 # Of the output's root mean square: bfloat16 rounds to 0.2 %, several times. A sink or the new token missing makes more
 # than 10 %, because their values are larger than all others.
-MOST_ERROR = 1e-2
+MOST_ERROR = 2e-2
 LOUD = 16
 # What the streaming-llm scheme copies, in bytes of the cache, is some twenty times as much.
 MOST_FOR_STREAMING_LLM = 2e8
@@ -107,7 +106,7 @@ class Work:
         return rotate(self.past[0], *self.tables(0, self.past[0].shape[2]), interleaved=False)
 
     def contiguous(self) -> list[tuple[Tensor, Tensor]]:
-        """Rotated keys, and values, of past and new tokens, for each layer; shared by the ways that leave them alone."""
+        """Rotated keys, and values, of past and new tokens, for each layer; shared by ways that leave them alone."""
         if not self.lying:
             keys, values = (torch.cat(pair, dim=2) for pair in zip(self.past, self.new[1:], strict=True))
             first = rotate(keys, *self.tables(0, keys.shape[2]), interleaved=False), values
@@ -295,9 +294,8 @@ class StreamingLLM(Way):
 
     def step(self, layer: list[Tensor]) -> Tensor:
         query, *new = self.work.new
-        keys, values = (
-            torch.cat((x[:, :, :NUM_SINKS], x[:, :, NUM_SINKS + 1 :], y), dim=2) for x, y in zip(layer, new, strict=True)
-        )
+        pairs = zip(layer, new, strict=True)
+        keys, values = (torch.cat((x[:, :, :NUM_SINKS], x[:, :, NUM_SINKS + 1 :], y), dim=2) for x, y in pairs)
         keys, values = (repeat_kv(x, HEADS // KV_HEADS) for x in (rotate_as_transformers(keys, self.tables), values))
         scores = rotate_as_transformers(query, self.last_tables) @ keys.transpose(2, 3) * SCALE
         return scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype) @ values
@@ -487,7 +485,8 @@ def test_chunk(bench, device, tokens: int, window: int) -> None:
         **{f"{name} TFLOP/s": x for name, x in teraflops.items()},
         "copy GB/s": copy_bytes / ways.time(turns, "copy") / 1e3,
     }
-    bench.note("Chunk: new tokens at once on a full window, one layer, bf16; TFLOP/s over own visible pairs", shape, figures)
+    title = "Chunk: new tokens at once on a full window, one layer, bf16; TFLOP/s over each one's own visible pairs"
+    bench.note(title, shape, figures)
     for kind in ("causal", "full"):
         percent = 100 * turns.ratio(f"flash {kind}", "sinkattn") * pairs["sinkattn"] / pairs[f"flash {kind}"]
         if not math.isnan(percent):
