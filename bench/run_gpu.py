@@ -56,14 +56,14 @@ def run(part: str, out: Path, end: float, args: argparse.Namespace) -> int | Non
     command = [sys.executable, "-m", "pytest", "-q", str(HERE / f"gpu_{part}.py"), "--record", record]
     command += [f"--benchmark-json={record}.json", "--until", str(until - TO_WRITE)]
     command += ["--rehearse"] * args.rehearse + (["-k", args.k] if args.k else [])
-    process = subprocess.Popen(command, cwd=HERE.parent, start_new_session=True)
+    # In a group of its own, to be ended with all its compiler processes.
+    process = subprocess.Popen(command, cwd=HERE.parent, preexec_fn=os.setpgrp)
     try:
         return process.wait(until - time.time())
     except subprocess.TimeoutExpired:
         print(f"bench-gpu: {part}: out of time", flush=True)
         return None
     finally:
-        # Its compiler processes as well; in a group of their own, which ctrl-C does not reach.
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -98,6 +98,8 @@ def main() -> None:
         slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
         folder = HERE.parent / "build" if args.rehearse else HERE / "results"
         out = folder / f"{slug}-{datetime.date.today()}"
+    # What is ended by others keeps what it found as well, and leaves nothing running.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench-gpu: ended"))
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     parts = args.only or list(PARTS)
