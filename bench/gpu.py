@@ -146,6 +146,6 @@ class Ways:
 def add_copy(ways: Ways) -> int:
     """Add a plain copy, as ``copy``; the bytes that a step of it reads and writes."""
     count = 2**30 if ways.device.type == "cuda" else 2**16
-    source = torch.zeros(count, dtype=torch.uint8, device=ways.device)
+    source = torch.randint(256, (count,), dtype=torch.uint8, device=ways.device)
     ways.add("copy", partial(torch.empty_like(source).copy_, source))
     return 2 * count

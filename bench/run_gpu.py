@@ -4,8 +4,8 @@
     make bench-gpu ARGS="--json FILE"
     make bench-gpu ARGS="--rehearse"        # tiny shapes on the CPU, to see that everything works
 
-Each file runs in a process of its own, most important first, so that none takes the others down. A file that has used
-up its time is ended, and what it had found by then is kept: in the JSON, below "unfinished".
+Each part runs in a process of its own, most important first, so that none takes the others down. One that has used up
+its time is ended, and what it had found by then is kept: in the JSON, below "unfinished".
 """
 
 import argparse
@@ -17,6 +17,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,32 @@ import torch
 from sinkattn import ops
 
 HERE = Path(__file__).parent
-# Most seconds that each may take: about twice what it should.
-PARTS = {"attention": 300, "model": 180, "compiled": 240}
 TO_WRITE = 10
+
+
+@dataclass
+class Part:
+    """Benchmarks that share a process, and the most seconds that they may take: about twice what they should."""
+
+    targets: list[str]
+    seconds: float
+
+
+PARTS = {
+    "decode": Part(["gpu_attention.py::test_decode"], 240),
+    "model": Part(["gpu_model.py"], 180),
+    "chunk": Part(["gpu_attention.py::test_chunk", "gpu_attention.py::test_append"], 90),
+    "compiled": Part(["gpu_compiled.py"], 240),
+}
+# In one process, which spares most of the time that a rehearsal takes.
+REHEARSED = {"rehearsed": Part([target for part in PARTS.values() for target in part.targets], 600)}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="run the GPU benchmarks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: bench/results/DEVICE-DATE.json")
     parser.add_argument("--minutes", type=float, default=9.5, help="for everything (default: %(default)s)")
-    parser.add_argument("--only", choices=PARTS, action="append", help="run this file alone; may be given again")
+    parser.add_argument("--only", choices=PARTS, action="append", help="run this part alone; may be given again")
     parser.add_argument("-k", metavar="EXPRESSION", help="run some benchmarks only, as pytest has it")
     parser.add_argument("--rehearse", action="store_true", help="run on the CPU, on tiny shapes")
     return parser.parse_args()
@@ -49,19 +67,20 @@ def check_device() -> str:
     return torch.cuda.get_device_name()
 
 
-def run(part: str, out: Path, end: float, args: argparse.Namespace) -> int | None:
+def run(name: str, part: Part, out: Path, end: float, args: argparse.Namespace) -> int | None:
     """Exit status of a part; None if its time was up."""
-    record = f"{out}-{part}"
-    until = min(end, time.time() + PARTS[part])
-    command = [sys.executable, "-m", "pytest", "-q", str(HERE / f"gpu_{part}.py"), "--record", record]
-    command += [f"--benchmark-json={record}.json", "--until", str(until - TO_WRITE)]
+    record = f"{out}-{name}"
+    remove(out, name)
+    until = min(end, time.time() + part.seconds)
+    command = [sys.executable, "-m", "pytest", "-q", *(str(HERE / target) for target in part.targets)]
+    command += ["--record", record, f"--benchmark-json={record}.json", "--until", str(until - TO_WRITE)]
     command += ["--rehearse"] * args.rehearse + (["-k", args.k] if args.k else [])
     # In a group of its own, to be ended with all its compiler processes.
     process = subprocess.Popen(command, cwd=HERE.parent, preexec_fn=os.setpgrp)
     try:
         return process.wait(until - time.time())
     except subprocess.TimeoutExpired:
-        print(f"bench-gpu: {part}: out of time", flush=True)
+        print(f"bench-gpu: {name}: out of time", flush=True)
         return None
     finally:
         if process.poll() is None:
@@ -69,12 +88,22 @@ def run(part: str, out: Path, end: float, args: argparse.Namespace) -> int | Non
             process.wait()
 
 
-def join(out: Path, parts: list[str]) -> None:
+def files(out: Path, name: str) -> list[Path]:
+    """What a part leaves: JSON of pytest-benchmark if it ran to its end, results as they came, and the report."""
+    return [Path(f"{out}-{name}.{kind}") for kind in ("json", "jsonl", "txt")]
+
+
+def remove(out: Path, name: str) -> None:
+    for path in files(out, name):
+        path.unlink(missing_ok=True)
+
+
+def join(out: Path, names: Iterable[str]) -> None:
     """Make one JSON and one text of those of the parts."""
     whole: dict[str, Any] = {"benchmarks": [], "unfinished": []}
     texts = []
-    for part in parts:
-        finished, records, text = (Path(f"{out}-{part}.{kind}") for kind in ("json", "jsonl", "txt"))
+    for name in names:
+        finished, records, text = files(out, name)
         if finished.is_file() and finished.stat().st_size:
             content = json.loads(finished.read_text())
             whole = {**content, **whole, "benchmarks": whole["benchmarks"] + content["benchmarks"]}
@@ -82,8 +111,7 @@ def join(out: Path, parts: list[str]) -> None:
             whole["unfinished"] += map(json.loads, records.read_text().splitlines())
         if text.is_file():
             texts.append(text.read_text())
-        for path in (finished, records, text):
-            path.unlink(missing_ok=True)
+        remove(out, name)
     out.with_name(f"{out.name}.json").write_text(json.dumps(whole, indent=1) + "\n")
     out.with_name(f"{out.name}.txt").write_text("\n\n".join(texts))
 
@@ -91,25 +119,27 @@ def join(out: Path, parts: list[str]) -> None:
 def main() -> None:
     args = arguments()
     end = time.time() + 60 * args.minutes
-    name = "rehearsal" if args.rehearse else check_device()
+    device = "rehearsal" if args.rehearse else check_device()
     if args.json is not None:
         out = args.json.with_suffix("") if args.json.suffix == ".json" else args.json
     else:
-        slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+        slug = re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
         folder = HERE.parent / "build" if args.rehearse else HERE / "results"
         out = folder / f"{slug}-{datetime.date.today()}"
     # What is ended by others keeps what it found as well, and leaves nothing running.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench-gpu: ended"))
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    parts = args.only or list(PARTS)
+    parts = REHEARSED if args.rehearse else {name: PARTS[name] for name in args.only or PARTS}
     try:
-        results = {part: run(part, out, end, args) for part in parts if time.time() < end - TO_WRITE}
+        results = {
+            name: run(name, part, out, end, args) for name, part in parts.items() if time.time() < end - TO_WRITE
+        }
     finally:
         join(out, parts)
     print(f"bench-gpu: {out}.json, {out}.txt")
     nothing_selected = 5  # by -k
-    if failed := [part for part in parts if results.get(part) not in (0, nothing_selected)]:
+    if failed := [name for name in parts if results.get(name) not in (0, nothing_selected)]:
         sys.exit(f"bench-gpu: failed or cut short: {', '.join(failed)}")
 
 
