@@ -71,7 +71,8 @@ def run(name: str, part: Part, out: Path, end: float, args: argparse.Namespace) 
     """Exit status of a part; None if its time was up."""
     record = f"{out}-{name}"
     remove(out, name)
-    until = min(end, time.time() + part.seconds)
+    begin = time.time()
+    until = min(end, begin + part.seconds)
     command = [sys.executable, "-m", "pytest", "-q", *(str(HERE / target) for target in part.targets)]
     command += ["--record", record, f"--benchmark-json={record}.json", "--until", str(until - TO_WRITE)]
     command += ["--rehearse"] * args.rehearse + (["-k", args.k] if args.k else [])
@@ -86,6 +87,7 @@ def run(name: str, part: Part, out: Path, end: float, args: argparse.Namespace) 
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        print(f"bench-gpu: {name} took {time.time() - begin:.0f} s", flush=True)
 
 
 def files(out: Path, name: str) -> list[Path]:
