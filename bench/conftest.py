@@ -10,6 +10,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,9 @@ def device(request, rehearse) -> torch.device:
     sys.last_exc = sys.last_value = sys.last_traceback = None
     gc.collect()
     if not rehearse:
-        torch.cuda.empty_cache()
+        # After a capture that failed the allocator may refuse; there may be room without.
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
     request.config.stash[SUMMARY].gpu = "rehearsed on the CPU: no figure here means anything" if rehearse else _gpu()
     return torch.device("cpu" if rehearse else "cuda")
 
