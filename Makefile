@@ -32,10 +32,10 @@ READY := $(STAMPS)/sinkattn
 
 STRICT := -std=c++17 -Wall -Wextra -Werror
 
-.PHONY: help setup demo test check check-python check-cpp bench clean
+.PHONY: help setup demo test check check-python check-cpp bench bench-gpu clean
 
 help:  ## list the verbs
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 9
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
 
 setup: $(READY)  ## environment, dependencies, extension; the verbs below do it by themselves
 
@@ -83,6 +83,9 @@ build/tests/thread/attention_test: $(KERNEL:%=build/tests/thread/%)
 
 bench: $(READY)  ## run the benchmarks
 	@$(PY) -m pytest $(wildcard bench/bench_*.py) $(ARGS)
+
+bench-gpu: $(READY)  ## run the GPU benchmarks; under ten minutes on an H100, ARGS="--help" lists options
+	@$(PY) bench/run_gpu.py $(ARGS)
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info sinkattn/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks $(READY)
