@@ -173,14 +173,8 @@ class Sinkattn(Way):
         return ring
 
     def step(self, ring: sinkattn.RingKVCache) -> Tensor:
-        layout = {"num_sinks": NUM_SINKS, "window": self.work.window, **arrivals(ring)}
-        return ops.sink_attention_(
-            ring.keys, ring.values, *self.work.new, ring.seen, *self.tables, scale=SCALE, **layout
-        )
-
-
-def arrivals(ring: sinkattn.RingKVCache) -> dict[str, Tensor]:
-    return {"arrivals": ring.arrivals} if hasattr(ring, "arrivals") else {}
+        options = {"num_sinks": NUM_SINKS, "window": self.work.window, "scale": SCALE, "arrivals": ring.arrivals}
+        return ops.sink_attention_(ring.keys, ring.values, *self.work.new, ring.seen, *self.tables, **options)
 
 
 class Sdpa(Way):

@@ -67,18 +67,20 @@ def select_backend(
     source, wanted = ("SINKATTN_BACKEND", override) if override else ("backend", requested)
     if wanted not in BACKENDS:
         raise ValueError(f"{source}: expected one of {BACKENDS}, got {wanted!r}")
+    # What stands against Triton cannot be looked up while torch.compile traces: the operator does it when it runs.
+    traced = torch.compiler.is_compiling()
     if wanted == "auto":
         if device.type == "cpu":
             return "cpu"
         if device.type != "cuda" or dtype == torch.float64:
             return "reference"
-        if obstacle := _triton_obstacle(device):
+        if not traced and (obstacle := _triton_obstacle(device)):
             warnings.warn(f"sinkattn: plain PyTorch runs on {device}, slowly: {obstacle}", RuntimeWarning, stacklevel=2)
             return "reference"
         return "triton"
     if wanted == "cpu" and device.type != "cpu":
         raise RuntimeError(f"{source}: 'cpu' runs on CPU tensors, got tensors on {device}")
-    if wanted == "triton" and (obstacle := _triton_obstacle(device)):
+    if wanted == "triton" and not traced and (obstacle := _triton_obstacle(device)):
         raise RuntimeError(f"{source}: 'triton' cannot run: {obstacle}")
     return wanted
 
@@ -378,6 +380,8 @@ def _attend_with_triton(
     facts = tuple(None if x is None else (x.dtype, x.device, x.shape, x.stride()) for x in tensors)
     call = (*facts, num_sinks, window, scale, softcap)
     if call not in _checked or keys.is_cpu:
+        if obstacle := _triton_obstacle(keys.device):
+            raise RuntimeError(f"backend: 'triton' cannot run: {obstacle}")
         check_attention(keys, values, query, key, value, seen, lengths, cos, sin, num_sinks, window)
         check_score_options(query, scale, softcap, sink_logits, alibi_slopes)
         check_memory(keys, values, seen, lengths, sink_logits, alibi_slopes, arrivals)

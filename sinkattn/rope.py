@@ -49,6 +49,7 @@ class Rope:
             raise ValueError(f"rotary_dim: expected twice the length of inv_freq ({width}), got {self.rotary_dim}")
         object.__setattr__(self, "inv_freq", self.inv_freq.detach().to(torch.float64))
         object.__setattr__(self, "rotary_dim", width)
+        object.__setattr__(self, "_copies", {})
 
     @classmethod
     def from_module(cls, module: torch.nn.Module, style: Style = "half") -> Rope:
@@ -73,8 +74,16 @@ class Rope:
         The product of a position below 2**29 and an fp32 frequency is exact in fp64, and at 10**9 its rounding is
         6e-8 rad at most, below that of an fp32 cosine. fp32 angles are off by 0.02 rad at 10**6 already.
         """
-        angles = positions.to(torch.float64).unsqueeze(-1) * self.inv_freq.to(positions.device)
+        angles = positions.to(torch.float64).unsqueeze(-1) * self._inv_freq_on(positions.device)
         return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
+
+    def _inv_freq_on(self, device: torch.device) -> Tensor:
+        # Copied once: copying to a GPU stops the host, and cannot be captured in a graph.
+        if self.inv_freq.device == device:
+            return self.inv_freq
+        if device not in self._copies:
+            self._copies[device] = self.inv_freq.to(device)
+        return self._copies[device]
 
     def stream_tables(
         self, seen: Tensor, tokens: int, *, num_sinks: int, window: int, dtype: torch.dtype = torch.float32

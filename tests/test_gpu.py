@@ -1,0 +1,265 @@
+"""What only a GPU can show: the CUDA ring ops against the CPU's, graphs, races, synchronisation. Skipped without one.
+
+The kernels' results are checked in tests/kernels/test_attention.py, on a GPU as in the interpreter.
+"""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from factories import make_qkv, make_rope, max_error, strided
+from test_ops import op_calls
+
+from sinkattn import RingKVCache, ops, sink_attention
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def on_gpu(x):
+    return x.cuda() if isinstance(x, torch.Tensor) else x
+
+
+def assert_equal_on_gpu(function, tensors, **options):
+    """The op does the same, bit for bit, to tensors on the GPU; the strides of inputs are kept."""
+    there = {name: x.cuda() if x.is_contiguous() else strided(x.cuda()) for name, x in tensors.items()}
+    given = {name: on_gpu(x) for name, x in options.items()}
+    expected, got = getattr(ops, function)(**tensors, **options), getattr(ops, function)(**there, **given)
+    for x, y in zip(expected or (), got or (), strict=True):
+        assert torch.equal(x, y.cpu())
+    for name, x in tensors.items():
+        assert torch.equal(x, there[name].cpu()), name
+
+
+def make_cache(batch, slots, head_dim, dtype):
+    return {name: torch.randn(batch, 2, slots, head_dim).to(dtype) for name in ("keys", "values")}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [1, 7, 16, 80, 128])
+@pytest.mark.parametrize(("style", "rotary_dim"), [("half", 1.0), ("interleaved", 1.0), ("half", 0.5), (None, 0)])
+def test_append_equals_the_cpu(style, rotary_dim, head_dim, dtype):
+    pairs = int(head_dim * rotary_dim) // 2
+    for contiguous in (False, True):
+        for tokens in (1, 5, 40):
+            seen = torch.tensor([0, 3, 10**9])
+            _, key, value = make_qkv(tokens, batch=3, head_dim=head_dim, dtype=dtype)
+            if contiguous:
+                key, value = key.contiguous(), value.contiguous()
+            options = {"num_sinks": 4, "lengths": torch.tensor([tokens, 0, tokens - 1])}
+            if pairs:
+                rope = make_rope(2 * pairs, style)
+                cos, sin = rope.tables(seen[:, None] + torch.arange(tokens), ops.table_dtype(dtype))
+                options |= {"cos": cos, "sin": sin, "interleaved": rope.interleaved}
+            cache = make_cache(3, 25, head_dim, dtype)
+            assert_equal_on_gpu("append_", {**cache, "key": key, "value": value, "seen": seen}, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [1, 7, 80, 128])
+def test_moves_equal_the_cpu(head_dim, dtype):
+    for source in ([0, 1, 2, 3], [1, 2, 3, 0], [1, 0, 3, 2], [2, 2, 2, 2], [3, 0, 0, 1]):
+        assert_equal_on_gpu("reorder_", make_cache(4, 9, head_dim, dtype), source=torch.tensor(source))
+    for rows in ([], [2], [0, 3], [1, 1]):
+        assert_equal_on_gpu("reset_", make_cache(4, 9, head_dim, dtype), rows=torch.tensor(rows, dtype=torch.int64))
+    cache = make_cache(4, 9, head_dim, dtype) | {"seen": torch.tensor([0, 1, 9, 10**9 + 2])}
+    assert_equal_on_gpu("linearise", cache, num_sinks=2, window=4)
+
+
+def test_reorder_of_many_rows_equals_the_cpu():
+    for batch in (64, 1500):
+        source = torch.randint(batch, (batch,))
+        assert_equal_on_gpu("reorder_", make_cache(batch, 3, 16, torch.float16), source=source)
+
+
+def test_rollback_equals_the_cpu():
+    counters = {"seen": torch.tensor([10, 20]), "peak": torch.tensor([0, 21])}
+    assert_equal_on_gpu("rollback_", counters, counts=torch.tensor([2, 0]), headroom=3)
+    there = {name: x.cuda() for name, x in counters.items()}
+    for counts in ([0, 3], [11, 0], [-1, 0]):
+        messages = []
+        for tensors in (counters, there):
+            with pytest.raises(RuntimeError) as refusal:
+                ops.rollback_(**tensors, counts=torch.tensor(counts, device=tensors["seen"].device), headroom=3)
+            messages.append(str(refusal.value))
+        assert messages[0] == messages[1]
+    assert all(torch.equal(counters[name], x.cpu()) for name, x in there.items())
+
+
+@pytest.mark.parametrize("call", op_calls())
+def test_opcheck(call):
+    name, arguments = op_calls()[call]
+    torch.library.opcheck(getattr(torch.ops.sinkattn, name).default, tuple(map(on_gpu, arguments)))
+
+
+def test_auto_is_triton():
+    assert ops.select_backend(torch.device("cuda")) == "triton"
+    assert ops.select_backend(torch.device("cuda"), dtype=torch.float64) == "reference"
+
+
+def paired_rings(layout, batch=2, dtype=torch.float32, heads=None):
+    """A ring on the CPU, whose kernel is checked elsewhere, and the same on the GPU."""
+    heads = heads or {"heads": 4, "kv_heads": 2, "head_dim": 64}
+    shape = (batch, heads["kv_heads"], heads["head_dim"], *layout)
+    rings = [RingKVCache(*shape, dtype=dtype, device=device) for device in ("cpu", "cuda")]
+    return rings, heads
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 30])
+def test_one_captured_graph_stays_right(tokens):
+    """Over several wraps, then from a million tokens on, with nothing allocated in between."""
+    layout, rope = (4, 150, 3), make_rope(64)
+    (cpu, gpu), heads = paired_rings(layout)
+    inputs = [x.cuda() for x in make_qkv(tokens, **heads)]
+
+    def step():
+        return sink_attention(*inputs, gpu, rope=rope)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    gpu.reset()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    gpu.reset()
+
+    def check(steps):
+        for _ in range(steps):
+            new = make_qkv(tokens, **heads)
+            for x, y in zip(inputs, new, strict=True):
+                x.copy_(y)
+            graph.replay()
+            expected = sink_attention(*new, cpu, rope=rope)
+            assert max_error(out.cpu(), expected.double()) < 1e-4
+        assert torch.equal(gpu.seen.cpu(), cpu.seen)
+        assert not gpu.arrivals.any()
+
+    check(5)
+    before = torch.cuda.memory_allocated()
+    check(600 // tokens)
+    assert torch.cuda.memory_allocated() == before
+    for ring in (cpu, gpu):
+        ring.seen.fill_(10**6)
+    check(2 + 160 // tokens)
+
+
+def test_calls_never_wait_for_the_device():
+    ring = RingKVCache(2, 2, 64, 4, 150, device="cuda")
+    rope = make_rope(64)
+    for tokens in (1, 3, 40):
+        new = [x.cuda() for x in make_qkv(tokens, head_dim=64)]
+        sink_attention(*new, ring, rope=rope)  # compiles, and copies what stays
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            sink_attention(*new, ring, rope=rope)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_token_is_one_launch():
+    ring = RingKVCache(2, 2, 64, 4, 4096, dtype=torch.bfloat16, device="cuda")
+    q, k, v = (x.cuda() for x in make_qkv(1, head_dim=64, dtype=torch.bfloat16))
+    tables = [x.cuda() for x in make_rope(64).stream_tables(ring.seen.cpu(), 1, num_sinks=4, window=4096)]
+    options = {"num_sinks": 4, "window": 4096, "scale": 0.125, "arrivals": ring.arrivals}
+    call = [ring.keys, ring.values, q.contiguous(), k.contiguous(), v.contiguous(), ring.seen, *tables]
+    ops.sink_attention_(*call, **options)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(5):
+            ops.sink_attention_(*call, **options)
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) == 5, kernels
+    assert all("decode_kernel" in name for name in kernels)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 64])
+def test_results_do_not_depend_on_the_order_of_programs(batch):
+    """The same call over and over, while other work shifts who runs when: the same bits every time."""
+    heads = {"heads": 32, "kv_heads": 8, "head_dim": 128}
+    ring = RingKVCache(batch, 8, 128, 4, 4096, dtype=torch.bfloat16, device="cuda")
+    ring.keys.normal_()
+    ring.values.normal_()
+    ring.seen.copy_(torch.arange(batch) * 997 + 4100)
+    new = [x.cuda() for x in make_qkv(1, batch=batch, dtype=torch.bfloat16, **heads)]
+    keys, values, seen = ring.keys.clone(), ring.values.clone(), ring.seen.clone()
+    noise, side = torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
+    first = None
+    for repeat in range(300 if batch < 64 else 50):
+        with torch.cuda.stream(side):
+            for _ in range(repeat % 4):
+                noise = noise.roll(1, 0)
+        out = sink_attention(*new, ring, rope=make_rope(128))
+        state = out.clone(), ring.keys.clone(), ring.values.clone()
+        first = first or state
+        assert all(torch.equal(x, y) for x, y in zip(state, first, strict=True)), repeat
+        assert not ring.arrivals.any()
+        ring.keys.copy_(keys)
+        ring.values.copy_(values)
+        ring.seen.copy_(seen)
+
+
+def test_compile_fullgraph():
+    rope = make_rope(64)
+    (cpu, gpu), heads = paired_rings((4, 150, 0))
+
+    @torch.compile(fullgraph=True)
+    def step(query, key, value):
+        return sink_attention(query * 2, key, value, gpu, rope=rope) + 1
+
+    for _ in range(170):
+        query, key, value = make_qkv(1, **heads)
+        expected = sink_attention(query * 2, key, value, cpu, rope=rope) + 1
+        assert max_error(step(query.cuda(), key.cuda(), value.cuda()).cpu(), expected.double()) < 1e-4
+
+
+def test_a_model_gives_what_it_gives_on_the_cpu():
+    transformers = pytest.importorskip("transformers")
+    import sinkattn
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 97}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(97, (2, 120))
+    results = []
+    for device in ("cpu", "cuda"):
+        sinkattn.enable(model.to(device), num_sinks=2, window=30)
+        cache = sinkattn.SinkCache(model)
+        with torch.inference_mode():
+            calls = ids.to(device).split([50, *[1] * 60, 10], dim=1)
+            parts = [model(input_ids=part, past_key_values=cache).logits for part in calls]
+        results.append(torch.cat(parts, dim=1).cpu())
+        sinkattn.disable(model)
+    torch.testing.assert_close(*results, atol=1e-4, rtol=0)
+
+
+SANITIZED = """
+import torch
+from sinkattn import RingKVCache, sink_attention
+for dtype in (torch.bfloat16, torch.float32):
+    ring = RingKVCache(2, 2, 80, 3, 150, 5, dtype=dtype, device="cuda")
+    for tokens in (1, 200, 1, 4, 1):
+        q, k, v = (torch.randn(2, h, tokens, 80, dtype=dtype, device="cuda") for h in (4, 2, 2))
+        sink_attention(q, k, v, ring, lengths=torch.tensor([tokens, tokens - 1], device="cuda"))
+    ring.rollback(2)
+    ring.reorder(torch.tensor([1, 0], device="cuda"))
+    ring.linearise()
+    ring.reset(torch.tensor([1], device="cuda"))
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
