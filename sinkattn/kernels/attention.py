@@ -32,7 +32,7 @@ class Target(NamedTuple):
 def target_of(device: torch.device) -> Target:
     """Target of a device; of the interpreter, on the CPU, so that small windows are split as well."""
     if device.type != "cuda":
-        return Target(90, 4)
+        return Target(90, 64)
     properties = torch.cuda.get_device_properties(device)
     return Target(10 * properties.major + properties.minor, properties.multi_processor_count)
 

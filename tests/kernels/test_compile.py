@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 from aot import compile_call
 
 CAPABILITIES = (80, 90, 100)
-# The most shared memory that one program can have (CUDA C++ programming guide, technical specifications).
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# The most shared memory that one program can have (CUDA C++ programming guide, technical specifications). Cards of
+# capability 8.6, 8.9 and 12.0 have less than those of 8.0 and 9.0; what these are given is held to that.
+SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 OPTIONS = {"softcap": 30.0, "sink_logits": True, "alibi_slopes": True, "ragged": True}
@@ -55,6 +56,8 @@ FEATURES = {
     "few-tokens-d64": (80, {"tokens": 16, "head_dim": 64}),
     "few-tokens-d256": (90, {"tokens": 8, "head_dim": 256}),
     "few-tokens-fp32": (80, {"tokens": 4, "dtype": FP32}),
+    "few-tokens-small-gpu": (120, {"tokens": 16}),
+    "chunk-small-gpu": (120, {"tokens": 4096}),
     "few-tokens-options": (90, {"tokens": 3, **OPTIONS}),
     "chunk-fp16": (80, {"tokens": 4096, "dtype": FP16}),
     "chunk-d80": (90, {"tokens": 4096, "head_dim": 80}),
