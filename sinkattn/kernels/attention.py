@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from sinkattn.kernels.chunk import chunk_kernel, rotate_kernel
-from sinkattn.kernels.configs import Config, block_of, chunk_config, decode_config, fits_decode, splits
+from sinkattn.kernels.configs import Config, block_of, chunk_config, decode_config, fits_decode, parts_of_a_line
 from sinkattn.kernels.decode import decode_kernel
 from sinkattn.kernels.primitives import LOG2_E
 
@@ -184,13 +184,17 @@ def launches(
 def decode_launch(shape: Shape) -> Launch:
     """Launch of the decode kernel."""
     config = decode_config(shape.group * shape.tokens, shape.block_dim, shape.dtype, shape.target.capability)
-    parts = splits(shape.lines, shape.slots - shape.num_sinks, config.block_n, shape.target.processors)
+    parts = parts_of_a_line(shape.lines, shape.slots - shape.num_sinks, config.block_n, shape.target.processors)
+    block_rows = triton.next_power_of_2(shape.group * shape.tokens)
+    # As many parts are combined at once as some registers of each thread hold.
+    block_parts = max(1, 2048 * config.warps // (block_rows * block_of(shape.value_dim)))
     numbers = {
         **_attention_numbers(shape, config),
         **_strides("key", shape.key_strides),
         "APPEND": shape.tokens == 1,
         "BLOCK_NEW": 16,
-        "UNROLL": 4 if config.block_m * shape.block_dim <= 2048 else 1,
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_PARTS": min(block_parts, triton.next_power_of_2(parts)),
     }
     return Launch(decode_kernel, (shape.lines, parts), numbers)
 

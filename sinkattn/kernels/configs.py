@@ -51,14 +51,16 @@ def _shared_is_large(capability: int) -> bool:
     return 90 <= capability < 120
 
 
-def splits(lines: int, slots: int, block_n: int, processors: int) -> int:
-    """Over how many programs the window of each line is split, by shape alone: what is held now is on the device.
+def parts_of_a_line(lines: int, slots: int, block_n: int, processors: int) -> int:
+    """Over how many programs the work of each line is split, by shape alone: what is held now is on the device.
 
-    The time is taken to be the number of times that all processors, with room for two programs each, are filled,
-    times the blocks of keys of a program and two more, for what else it does.
+    One does it all, or several share the ring and one more does the rest. The time is taken to be the number of times
+    that all processors, with room for two programs each, are filled, times the blocks of keys of a program and two
+    more, for what else it does.
     """
     blocks = -(-slots // block_n)
-    return min(
+    splits = min(
         range(1, min(blocks, MOST_SPLITS) + 1),
-        key=lambda parts: -(-lines * parts // (2 * processors)) * (-(-blocks // parts) + 2),
+        key=lambda splits: -(-lines * splits // (2 * processors)) * (-(-blocks // splits) + 2),
     )
+    return splits if splits == 1 else splits + 1

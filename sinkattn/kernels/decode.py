@@ -26,19 +26,20 @@ def decode_kernel(
     query_row, query_head, query_token, key_row, key_head, key_token, value_row, value_head, value_token,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr, APPEND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_NEW: tl.constexpr, UNROLL: tl.constexpr,
-    UPCAST: tl.constexpr
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_NEW: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
-    """Program (line, split) does a part of the ring for one key head of one stream, ``line = row * kv_heads + head``.
+    """Program (line, part) does a part of the work for one key head of one stream, ``line = row * kv_heads + head``.
 
-    The queries of that key head, ``tokens * GROUP`` of them, are the rows of one tile. The last split that has work
-    also does sinks and new tokens and, with APPEND, which needs ``tokens == 1``, writes the new token to its slot: no
-    program reads that slot, because what it held is just out of sight. The split that is done last combines all.
+    The queries of that key head, ``tokens * GROUP`` of them, are the rows of one tile. The ring is split over all parts
+    but one, if there are several. That one, the next after the last that has slots to read, does sinks and new tokens
+    and, with APPEND, which needs ``tokens == 1``, writes the new token to its slot: no program reads that slot, because
+    what it held is just out of sight. The program that is done last combines all parts.
 
-    partials: fp32, for every line and split ``[tokens * GROUP, VALUE_DIM + 2]`` in any order. arrivals: int32
+    partials: fp32, for every line and part ``[tokens * GROUP, VALUE_DIM + 2]`` in any order. arrivals: int32
     ``[lines]``, zero before and after.
     """
-    line, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    line, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     row, head = (line // kv_heads).to(tl.int64), (line % kv_heads).to(tl.int64)
     m, d, e = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     token, query_heads = m // GROUP, head * GROUP + m % GROUP
@@ -46,20 +47,7 @@ def decode_kernel(
     live = m < rows
     before, count = token_counts(seen, lengths, row, tokens)
     heads = kv_heads * GROUP
-    if count == 0:
-        if split == 0:
-            nothing = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-            store_output(out, nothing, row, token, count, tokens, heads, query_heads, VALUE_DIM, BLOCK_V, UPCAST)
-        return
-
-    ring = slots - num_sinks
-    held = tl.minimum(tl.maximum(before - num_sinks, 0), ring).to(tl.int32)
-    tiles = tl.cdiv(held, BLOCK_N)
-    tiles_each = tl.maximum(tl.cdiv(tiles, splits), 1)
-    active = tl.maximum(tl.cdiv(tiles, tiles_each), 1)
-    if split >= active:
-        return
-
+    # Loaded here, and not when it is certain that they are needed, so as not to wait for `seen` first.
     query_rows = query + row * query_row + query_heads * query_head + token * query_token
     batch = tl.num_programs(0) // kv_heads
     table_rows = (row * tokens + token) * PAIRS
@@ -69,6 +57,20 @@ def decode_kernel(
     slopes = None
     if alibi_slopes is not None:
         slopes = tl.load(alibi_slopes + query_heads, mask=live, other=0.0) * 1.4426950408889634
+    if count == 0:
+        if part == 0:
+            nothing = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+            store_output(out, nothing, row, token, count, tokens, heads, query_heads, VALUE_DIM, BLOCK_V, UPCAST)
+        return
+
+    ring = slots - num_sinks
+    held = tl.minimum(tl.maximum(before - num_sinks, 0), ring).to(tl.int32)
+    tiles = tl.cdiv(held, BLOCK_N)
+    tiles_each = tl.maximum(tl.cdiv(tiles, tl.maximum(parts - 1, 1)), 1)
+    last_part = tl.where(parts > 1, tl.cdiv(tiles, tiles_each), 0)
+    if part > last_part:
+        return
+
     largest = tl.full([BLOCK_M], NO_SCORE, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -78,7 +80,7 @@ def decode_kernel(
     oldest_age = tl.minimum(held, window - 1)
     first_slot = line.to(tl.int64) * slots + num_sinks
     n = tl.arange(0, BLOCK_N)
-    for tile in tl.range(split * tiles_each, tl.minimum((split + 1) * tiles_each, tiles)):
+    for tile in tl.range(part * tiles_each, tl.minimum((part + 1) * tiles_each, tiles)):
         start = tile * BLOCK_N
         age = newest - (start + n)
         age = tl.where(age < 0, age + ring, age)
@@ -91,7 +93,7 @@ def decode_kernel(
         distance = age[None, :] + token[:, None] + 1
         largest, total, acc = attend(q, k, v, visible, distance, slopes, scale, cap, largest, total, acc, UPCAST)
 
-    if split == active - 1:
+    if part == last_part:
         new = tl.arange(0, BLOCK_NEW)
         arrived = new < count
         key_rows = key + row * key_row + head * key_head + new.to(tl.int64) * key_token
@@ -130,39 +132,43 @@ def decode_kernel(
                 q, k, v, present[None, :], distance, slopes, scale, cap, largest, total, acc, UPCAST
             )
 
-    if active == 1:
+    if last_part == 0:
         acc = normalise(acc, largest, total, sink_logits, query_heads, live)
         store_output(out, acc, row, token, count, tokens, heads, query_heads, VALUE_DIM, BLOCK_V, UPCAST)
         return
 
-    lines = tl.num_programs(0)
-    here = live[:, None] & (e < VALUE_DIM)[None, :]
-    part = (line.to(tl.int64) * splits + split) * rows + m
-    statistics = partials + lines.to(tl.int64) * splits * rows * VALUE_DIM
-    tl.store(partials + part[:, None] * VALUE_DIM + e[None, :], acc, mask=here)
-    tl.store(statistics + part * 2, largest, mask=live)
-    tl.store(statistics + part * 2 + 1, total, mask=live)
+    first = line.to(tl.int64) * parts * rows
+    statistics = partials + tl.num_programs(0).to(tl.int64) * parts * rows * VALUE_DIM
+    mine = first + part * rows + m
+    tl.store(partials + mine[:, None] * VALUE_DIM + e[None, :], acc, mask=live[:, None] & (e < VALUE_DIM)[None, :])
+    tl.store(statistics + mine * 2, largest, mask=live)
+    tl.store(statistics + mine * 2 + 1, total, mask=live)
     tl.debug_barrier()  # all threads of this program have stored before one of them says so
-    if tl.atomic_add(arrivals + line, 1, sem="acq_rel", scope="gpu") != active - 1:
+    if tl.atomic_add(arrivals + line, 1, sem="acq_rel", scope="gpu") != last_part:
         return
     tl.store(arrivals + line, 0)
 
-    # In the order of the splits, whichever came last, so that the result is the same every time.
-    largest = tl.full([BLOCK_M], NO_SCORE, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    first_part = line.to(tl.int64) * splits * rows + m
-    for other in tl.range(0, active, loop_unroll_factor=UNROLL):
-        part = first_part + other * rows
+    # In the order of the parts, whichever came last, so that the result is the same every time.
+    r = tl.arange(0, BLOCK_ROWS)
+    real = r < rows
+    all_largest = tl.full([BLOCK_ROWS], NO_SCORE, tl.float32)
+    all_total = tl.zeros([BLOCK_ROWS], tl.float32)
+    all_acc = tl.zeros([BLOCK_ROWS, BLOCK_V], tl.float32)
+    for start in range(0, last_part + 1, BLOCK_PARTS):
+        other = start + tl.arange(0, BLOCK_PARTS)
+        there = first + other[:, None] * rows + r[None, :]
+        whole = (other <= last_part)[:, None] & real[None, :]
         part_acc = tl.load(
-            partials + part[:, None] * VALUE_DIM + e[None, :], mask=here, other=0.0, cache_modifier=".cg"
-        )
-        part_largest = tl.load(statistics + part * 2, mask=live, other=NO_SCORE, cache_modifier=".cg")
-        part_total = tl.load(statistics + part * 2 + 1, mask=live, other=0.0, cache_modifier=".cg")
-        larger = tl.maximum(largest, part_largest)
-        shrink, part_shrink = tl.exp2(largest - larger), tl.exp2(part_largest - larger)
-        total = total * shrink + part_total * part_shrink
-        acc = acc * shrink[:, None] + part_acc * part_shrink[:, None]
-        largest = larger
-    acc = normalise(acc, largest, total, sink_logits, query_heads, live)
-    store_output(out, acc, row, token, count, tokens, heads, query_heads, VALUE_DIM, BLOCK_V, UPCAST)
+            partials + there[:, :, None] * VALUE_DIM + e[None, None, :],
+            mask=whole[:, :, None] & (e < VALUE_DIM)[None, None, :], other=0.0, cache_modifier=".cg"
+        )  # fmt: skip
+        part_largest = tl.load(statistics + there * 2, mask=whole, other=NO_SCORE, cache_modifier=".cg")
+        part_total = tl.load(statistics + there * 2 + 1, mask=whole, other=0.0, cache_modifier=".cg")
+        larger = tl.maximum(all_largest, tl.max(part_largest, 0))
+        shrink, weights = tl.exp2(all_largest - larger), tl.exp2(part_largest - larger[None, :])
+        all_total = all_total * shrink + tl.sum(part_total * weights, 0)
+        all_acc = all_acc * shrink[:, None] + tl.sum(part_acc * weights[:, :, None], 0)
+        all_largest = larger
+    query_heads = head * GROUP + r % GROUP
+    all_acc = normalise(all_acc, all_largest, all_total, sink_logits, query_heads, real)
+    store_output(out, all_acc, row, r // GROUP, count, tokens, heads, query_heads, VALUE_DIM, BLOCK_V, UPCAST)

@@ -4,18 +4,20 @@ import pytest
 
 pytest.importorskip("triton")
 
-from sinkattn.kernels.configs import block_of, splits
+from sinkattn.kernels.configs import MOST_SPLITS, block_of, parts_of_a_line
 
 
 @pytest.mark.parametrize("lines", [1, 8, 24, 64, 128, 320, 512, 5000])
 @pytest.mark.parametrize("slots", [1, 64, 65, 1024, 4096, 16384, 10**6])
-def test_splits_fill_the_processors(lines, slots):
+def test_parts_fill_the_processors(lines, slots):
     processors, block_n = 132, 64
-    parts, blocks = splits(lines, slots, block_n, processors), -(-slots // block_n)
-    assert 1 <= parts <= blocks
-    rounds = -(-lines * parts // (2 * processors)) * -(-blocks // parts)
+    parts, blocks = parts_of_a_line(lines, slots, block_n, processors), -(-slots // block_n)
+    assert parts != 2, "one alone, or two and one more"
+    splits = max(1, parts - 1)
+    assert splits <= blocks
+    rounds = -(-lines * splits // (2 * processors)) * -(-blocks // splits)
     ideal = lines * blocks / (2 * processors)
-    assert rounds <= max(1.25 * ideal + 3, -(-blocks // 128))
+    assert rounds <= max(1.25 * ideal + 3, -(-blocks // MOST_SPLITS))
 
 
 def test_blocks_are_powers_of_two_of_16_or_more():
