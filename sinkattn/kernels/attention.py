@@ -206,7 +206,7 @@ def rotate_launch(shape: Shape) -> Launch:
         **_rotary_numbers(shape, Config(0, 32, warps=4, stages=1)),
         **_strides("key", shape.key_strides),
     }
-    return Launch(rotate_kernel, (triton.cdiv(shape.tokens, 32), shape.lines), numbers)
+    return Launch(rotate_kernel, (triton.cdiv(shape.tokens, 32) * shape.lines,), numbers)
 
 
 @functools.lru_cache(maxsize=256)
@@ -214,7 +214,8 @@ def chunk_launch(shape: Shape) -> Launch:
     """Launch of the chunk kernel."""
     config = chunk_config(shape.block_dim, shape.dtype, shape.target.capability)
     numbers = {**_attention_numbers(shape, config), "BLOCK_SINKS": 16}
-    return Launch(chunk_kernel, (triton.cdiv(shape.tokens * shape.group, config.block_m), shape.lines), numbers)
+    blocks = triton.cdiv(shape.tokens * shape.group, config.block_m)
+    return Launch(chunk_kernel, (blocks * shape.lines,), numbers)
 
 
 def _in_units(x: Tensor) -> bool:

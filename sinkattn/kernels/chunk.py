@@ -25,9 +25,11 @@ def rotate_kernel(
     BLOCK_D: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
     """Program (block, line) rotates BLOCK_N new keys of a head into ``rotated`` ``[lines, tokens, HEAD_DIM]``."""
-    line = tl.program_id(1)
+    # One dimension: the others of a grid have room for 65535 only.
+    blocks = tl.cdiv(tokens, BLOCK_N)
+    line = tl.program_id(0) // blocks
     row, head = (line // kv_heads).to(tl.int64), (line % kv_heads).to(tl.int64)
-    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     _, count = token_counts(seen, lengths, row, tokens)
     tables = (row * tokens + token) * PAIRS
     keys = key + row * key_row + head * key_head + token.to(tl.int64) * key_token
@@ -52,9 +54,10 @@ def chunk_kernel(
     of its queries overlap. Blocks of keys that none of them sees are left out; those that all of them see go without
     a mask.
     """
-    line = tl.program_id(1)
+    query_blocks = tl.cdiv(tokens * GROUP, BLOCK_M)
+    line = tl.program_id(0) // query_blocks
     row, head = (line // kv_heads).to(tl.int64), (line % kv_heads).to(tl.int64)
-    first = tl.program_id(0) * BLOCK_M
+    first = tl.program_id(0) % query_blocks * BLOCK_M
     m = first + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     token, query_heads = m // GROUP, head * GROUP + m % GROUP
@@ -69,7 +72,7 @@ def chunk_kernel(
     last_token = tl.minimum((first + BLOCK_M - 1) // GROUP, count - 1)
 
     query_rows = query + row * query_row + query_heads * query_head + token.to(tl.int64) * query_token
-    batch = tl.num_programs(1) // kv_heads
+    batch = tl.num_programs(0) // query_blocks // kv_heads
     table_rows = (row * tokens + token) * PAIRS
     sink_table_rows = table_rows + batch.to(tl.int64) * tokens * PAIRS
     slopes = None

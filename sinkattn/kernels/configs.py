@@ -40,7 +40,7 @@ def decode_config(rows: int, dim: int, dtype: torch.dtype, capability: int) -> C
 def chunk_config(dim: int, dtype: torch.dtype, capability: int) -> Config:
     """For blocks of queries of many tokens."""
     if dtype == torch.float32:
-        return Config(32, 32, 8, 2) if dim <= 64 else Config(16, 16, 8, 2 if dim <= 128 else 1)
+        return Config(32, 32, 8, 2) if dim <= 64 else Config(16, 16, 8, 2) if dim <= 128 else Config(16, 16, 4, 1)
     if dim > 128:
         return Config(64, 32, 8, 2) if _shared_is_large(capability) else Config(32, 32, 4, 2)
     return Config(128, 64, 8, 3 if _shared_is_large(capability) else 2)

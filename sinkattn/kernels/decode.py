@@ -48,7 +48,7 @@ def decode_kernel(
     before, count = token_counts(seen, lengths, row, tokens)
     heads = kv_heads * GROUP
     # Loaded here, and not when it is certain that they are needed, so as not to wait for `seen` first.
-    query_rows = query + row * query_row + query_heads * query_head + token * query_token
+    query_rows = query + row * query_row + query_heads * query_head + token.to(tl.int64) * query_token
     batch = tl.num_programs(0) // kv_heads
     table_rows = (row * tokens + token) * PAIRS
     q = load_rotated(

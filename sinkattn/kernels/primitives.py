@@ -11,8 +11,8 @@ LOG2_E = 1.4426950408889634
 MAX_TOKENS = tl.constexpr(1 << 61)
 """Counts stay below this, so that no sum of two of them overflows; the same number as in csrc/ring.h."""
 
-NO_SCORE = tl.constexpr(-1.0e30)
-"""Largest score of a row that has seen no key yet: finite, so that nothing is ever subtracted from infinity."""
+NO_SCORE = tl.constexpr(-3.4028234663852886e38)
+"""Largest score of a row that has seen no key yet: the lowest finite one, for infinity minus itself is no number."""
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def rounded(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
     """``x`` in ``dtype``, to nearest even. The interpreter cuts fp32 off to bfloat16, so it needs help."""
     if UPCAST:
         bits = x.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         x = tl.where(x == x, nearest, x)
     return x.to(dtype)
 
@@ -150,4 +150,4 @@ def normalise(acc, largest, total, sink_logits, heads, live):
         shrink = tl.exp2(largest - larger)
         total = total * shrink + tl.exp2(logits - larger)
         acc = acc * shrink[:, None]
-    return acc / total[:, None]
+    return tl.div_rn(acc, tl.broadcast_to(total[:, None], acc.shape))

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# num_sinks, window, headroom. The interpreter splits a window of 150 over three programs.
+# num_sinks, window, headroom. The interpreter splits the windows of the last two over programs.
 LAYOUTS = {"small": (4, 12, 0), "no-sinks": (0, 37, 3), "split": (3, 150, 0), "split-headroom": (20, 140, 9)}
 TOKENS = {"one": 1, "few": 3, "chunk": 33}
 
@@ -147,7 +147,9 @@ def test_ragged_rows(tokens, lengths):
 
 
 @pytest.mark.parametrize(
-    ("layout", "tokens"), [((4, 3, 0), 200), ((0, 1, 0), 150), ((60, 5, 2), 100), ((3, 300, 0), 290)], ids=str
+    ("layout", "tokens"),
+    [((4, 3, 0), 200), ((0, 1, 0), 150), ((60, 5, 2), 100), ((0, 47, 0), 100), ((3, 300, 0), 290)],
+    ids=str,
 )
 def test_chunks_of_any_length(layout, tokens):
     """Longer than the ring, across all sinks, and with blocks of keys that every query sees."""
@@ -177,6 +179,66 @@ def test_large_scores_do_not_overflow():
     x = torch.full((1, 1, 3, 128), 30.0, dtype=torch.float16, device=DEVICE)
     ring = RingKVCache(1, 1, 128, num_sinks=1, window=4, dtype=torch.float16, device=DEVICE)
     assert torch.equal(sink_attention(x, x, x, ring, backend="triton"), x)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_boundaries_of_a_split_window(tokens):
+    """Each place on its own: in one batch a neighbour's work can hide a part that is left out."""
+    heads = {"heads": 2, "kv_heads": 1}
+    for place in boundaries(LAYOUTS["split"]):
+        check(LAYOUTS["split"], [place], tokens, torch.float32, heads=heads, rope=make_rope())
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_padding_among_sinks_has_no_effect(tokens):
+    """A stream that ends among the sinks, with NaN behind its last token."""
+    ring = RingKVCache(1, 2, 16, 4, 20, device=DEVICE)
+    exact = RingKVCache(1, 2, 16, 4, 20, dtype=torch.float64, device=DEVICE)
+    new = [x.to(DEVICE) for x in make_qkv(tokens, batch=1)]
+    for x in new:
+        x[:, :, 2:] = torch.nan
+    out = sink_attention(*new, ring, rope=make_rope(), lengths=torch.tensor([2], device=DEVICE), backend="triton")
+    oracle = reference.sink_attention(*(x[:, :, :2].double() for x in new), exact, rope=make_rope())
+    assert max_error(out[:, :, :2], oracle) < 1e-6
+    assert not out[:, :, 2:].any()
+
+
+def test_padding_is_zero_in_bfloat16():
+    new = [x.to(DEVICE) for x in make_qkv(40, dtype=torch.bfloat16)]
+    for part in (40, 5):
+        ring = RingKVCache(2, 2, 16, 4, 20, dtype=torch.bfloat16, device=DEVICE)
+        lengths = torch.tensor([part - 2, 0], device=DEVICE)
+        out = sink_attention(*(x[:, :, :part] for x in new), ring, lengths=lengths, backend="triton")
+        assert not out[0, :, part - 2 :].any()
+        assert not out[1].any()
+
+
+def test_one_token_of_a_group_too_large_for_decoding():
+    heads = {"heads": 33, "kv_heads": 1, "head_dim": 256}
+    check((2, 20, 0), [1, 50], 1, torch.float32, heads=heads, rope=make_rope(256))
+
+
+@pytest.mark.parametrize("tokens", [3, 33])
+def test_rotary_tables_of_any_strides(tokens):
+    rope, layout = make_rope(), (2, 30, 0)
+    outs = []
+    for view in (torch.clone, strided):
+        torch.manual_seed(0)
+        ring, _, _ = rings_at([50], layout, {}, torch.float32, rope)
+        new = [x.to(DEVICE) for x in make_qkv(tokens, batch=1)]
+        tables = [view(x.to(DEVICE)) for x in rope.stream_tables(ring.seen, tokens, num_sinks=2, window=30)]
+        options = {"num_sinks": 2, "window": 30, "scale": 0.25, "backend": "triton"}
+        outs.append(ops.sink_attention_(ring.keys, ring.values, *new, ring.seen, *tables, **options))
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_scores_far_below_zero(tokens):
+    """As large as floats go: what has been seen decides, not what a sum starts from."""
+    ring = RingKVCache(1, 1, 16, 1, 4, device=DEVICE)
+    q, k, v = (torch.ones(1, 1, tokens, 16, device=DEVICE) for _ in range(3))
+    out = sink_attention(q * 1e18, -k * 1e18, v, ring, backend="triton")
+    assert torch.equal(out, v)
 
 
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf])
