@@ -186,8 +186,9 @@ def decode_launch(shape: Shape) -> Launch:
     config = decode_config(shape.group * shape.tokens, shape.block_dim, shape.dtype, shape.target.capability)
     parts = parts_of_a_line(shape.lines, shape.slots - shape.num_sinks, config.block_n, shape.target.processors)
     block_rows = triton.next_power_of_2(shape.group * shape.tokens)
-    # As many parts are combined at once as some registers of each thread hold.
-    block_parts = max(1, 2048 * config.warps // (block_rows * block_of(shape.value_dim)))
+    # As many parts are combined at once as some registers of each thread hold, beside the sums.
+    registers = 64 if block_rows < 16 else 32
+    block_parts = max(1, 32 * registers * config.warps // (block_rows * block_of(shape.value_dim)))
     numbers = {
         **_attention_numbers(shape, config),
         **_strides("key", shape.key_strides),
