@@ -40,9 +40,8 @@ def model_facts(model: Any, num_sinks: int, window: int) -> dict[str, Any]:
         cache = SinkCache(model)
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache)
-        ropes = find_swap(model).findings.ropes.values()
-        heads = [layer.keys.shape[-1] for layer in cache.layers]
-        rotary = [_rotary(rope, head_dim) for rope, head_dim in zip(ropes, heads, strict=True)]
+        layers = find_swap(model).findings.layers.values()
+        rotary = [_rotary(layer.rotation, cache.layers[layer.index].keys.shape[-1]) for layer in layers]
         return {**facts, "accepted": True, "rotary_by_layer": rotary, "cache_bytes_per_stream": cache.nbytes}
     finally:
         disable(model)
@@ -91,8 +90,11 @@ def _obstacle(device: torch.device, backend: ops.Backend) -> str | None:
     return None
 
 
-def _rotary(rope: Any, head_dim: int) -> str:
-    return "none" if rope is None else f"{rope.style}, {rope.rotary_dim} of {head_dim} elements"
+def _rotary(rotation: Any, head_dim: int) -> str:
+    if rotation is None:
+        return "none"
+    rope, begin = rotation
+    return f"{rope.style}, {'last ' if begin else ''}{rope.rotary_dim} of {head_dim} elements"
 
 
 @contextmanager

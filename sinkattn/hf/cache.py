@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 from sinkattn.ops import RingLayout
 from sinkattn.ring_cache import RingKVCache
@@ -28,8 +34,11 @@ class Streams:
     """What the layers of a cache share."""
 
     layout: RingLayout
+    """Of the layers with full attention."""
     tokens_seen: int = 0
-    """Tokens counted in every row; the host's copy of the ring's `seen`."""
+    """Tokens counted in every row, padding included: without any, the host's copy of the ring's `seen`."""
+    clean: int = 0
+    """So many of the last of them are no padding, in any row."""
     ring: RingKVCache | None = None
     """The ring whose counters all layers use."""
     arriving: int | None = None
@@ -39,33 +48,33 @@ class Streams:
 
 
 class SinkLayer(CacheLayerMixin):
-    """Ring of one attention layer. Holds no memory until its layer first runs."""
+    """Ring of one attention layer, by the layout that its layer has. Holds no memory until its layer first runs."""
 
     is_sliding = False
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, streams: Streams) -> None:
+    def __init__(self, streams: Streams, layout: RingLayout) -> None:
         super().__init__()
         self._streams = streams
+        self.layout = layout
         self.ring: RingKVCache | None = None
 
     @property
     def is_croppable(self) -> bool:
         """Whether tokens can be taken back at all."""
-        return self._streams.layout.headroom > 0
+        return self.layout.headroom > 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the ring for keys and values like these."""
         batch, kv_heads, _, head_dim = key_states.shape
-        layout = self._streams.layout
         self.ring = RingKVCache(
             batch,
             kv_heads,
             head_dim,
-            layout.num_sinks,
-            layout.window,
-            layout.headroom,
+            self.layout.num_sinks,
+            self.layout.window,
+            self.layout.headroom,
             value_dim=value_states.shape[-1],
             dtype=key_states.dtype,
             device=key_states.device,
@@ -94,12 +103,53 @@ class SinkLayer(CacheLayerMixin):
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens ever seen, not slots in use: what `generate` cuts its inputs by."""
-        return self._streams.tokens_seen
+        """Tokens ever seen, not slots in use: what `generate` cuts its inputs by.
+
+        Within a forward, where models make things of that size, no more than the new ones can see.
+        """
+        seen, layout = self._streams.tokens_seen, self._streams.layout
+        return seen if self._streams.arriving is None else min(seen, layout.num_sinks + layout.window - 1)
 
     def get_max_length(self) -> int:
         """Return -1: a stream has no maximum length."""
         return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row ``beam_idx[i]`` was, in place."""
+        if self.ring is not None:
+            self.ring.reorder(beam_idx.to(self.ring.seen.device, torch.int64))
+
+    def reset(self) -> None:
+        """Start all streams anew, in the same memory."""
+        if self.ring is not None:
+            self.ring.reset()
+
+
+class StatefulSinkLayer(SinkLayer, LinearAttentionAndFullAttentionLayer):
+    """Ring of a layer that has a convolution or a recurrent state beside its attention (Falcon-H1)."""
+
+    def __init__(self, streams: Streams, layout: RingLayout, number_of_states: int) -> None:
+        SinkLayer.__init__(self, streams, layout)
+        LinearAttentionLayer.__init__(self, number_of_states)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens can be taken back at all."""
+        return SinkLayer.is_croppable.fget(self) and LinearAttentionLayer.is_croppable.fget(self)
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        """For keys and values, as arguments by place, or for states, as arguments by name."""
+        (SinkLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row ``beam_idx[i]`` was."""
+        SinkLayer.reorder_cache(self, beam_idx)
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+
+    def reset(self) -> None:
+        """Start all streams anew, in the same memory."""
+        SinkLayer.reset(self)
+        LinearAttentionLayer.reset(self)
 
 
 class SinkCache(Cache):
@@ -125,7 +175,7 @@ class SinkCache(Cache):
         self.swap_id: str = swap.id
         self._max_batch_size = max_batch_size
         self._streams = Streams(swap.layout)
-        super().__init__(layers=[SinkLayer(self._streams) for _ in range(swap.num_layers)])
+        super().__init__(layers=swap.cache_layers(self._streams))
 
     def __copy__(self) -> SinkCache:
         """Refused: two caches over one memory would overwrite each other."""
@@ -133,18 +183,41 @@ class SinkCache(Cache):
 
     @property
     def layout(self) -> RingLayout:
-        """Slot arithmetic of every layer's ring."""
+        """Slot arithmetic of the rings of all layers but those with a sliding window of their own."""
         return self._streams.layout
 
     @property
     def tokens_seen(self) -> int:
-        """Tokens that every row has seen."""
+        """Tokens that every row has seen, padding included."""
         return self._streams.tokens_seen
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values of all layers."""
-        return sum(layer.ring.nbytes for layer in self.layers if layer.ring is not None)
+        return sum(layer.ring.nbytes for layer in self._sink_layers if layer.ring is not None)
+
+    @property
+    def seen(self) -> Tensor | None:
+        """Tokens that each row has seen, without padding: int64 ``[batch]``, on the device; None before the first."""
+        return None if self._streams.ring is None else self._streams.ring.seen
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether some rows may have seen fewer tokens than others."""
+        return self._streams.clean < self._streams.tokens_seen
+
+    @property
+    def has_states(self) -> bool:
+        """Whether some layers keep a state that is no ring."""
+        return bool(self._state_layers)
+
+    @property
+    def _sink_layers(self) -> list[SinkLayer]:
+        return [layer for layer in self.layers if isinstance(layer, SinkLayer)]
+
+    @property
+    def _state_layers(self) -> list[LinearAttentionCacheLayerMixin]:
+        return [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
 
     def begin(self, batch: int, tokens: int) -> None:
         """Open a forward of ``tokens`` new tokens per row; raises, with nothing changed, if it cannot be taken."""
@@ -162,11 +235,12 @@ class SinkCache(Cache):
             )
         streams.arriving = tokens
 
-    def finish(self) -> None:
-        """Close the forward: its tokens are in the rings of all layers, and count."""
+    def finish(self, lengths: Tensor | None) -> None:
+        """Close the forward: its tokens, or so many of each row (int64 ``[batch]``), are in all rings, and count."""
         streams = self._streams
-        streams.ring.advance(streams.arriving)
+        streams.ring.advance(streams.arriving if lengths is None else lengths)
         streams.tokens_seen += streams.arriving
+        streams.clean = streams.clean + streams.arriving if lengths is None else 0
         streams.arriving = None
 
     def abandon(self, *, written: bool) -> None:
@@ -175,43 +249,56 @@ class SinkCache(Cache):
         The next tokens overwrite them, so the stream can go on, unless the last of them took slots of tokens that
         the next query sees.
         """
-        streams, layout = self._streams, self.layout
-        tokens, streams.arriving = streams.arriving, None
-        if not written:
-            return
-        if streams.tokens_seen == 0:
+        streams = self._streams
+        seen, tokens, streams.arriving = streams.tokens_seen, streams.arriving, None
+        if seen == 0:
             streams.ring = None
-            for layer in self.layers:
+            for layer in self._state_layers:
+                layer.reset()
+            for layer in self._sink_layers:
                 layer.drop()
             return
-        streams.ring.note_uncounted(tokens)
-        oldest_kept = streams.tokens_seen + tokens - layout.ring
-        if layout.window_begin(streams.tokens_seen) < min(oldest_kept, streams.tokens_seen):
+        if written:
+            streams.ring.note_uncounted(tokens)
+            for layout in {layer.layout for layer in self._sink_layers}:
+                oldest_kept = seen + tokens - layout.ring
+                if layout.window_begin(seen) < min(oldest_kept, seen):
+                    streams.broken = True
+        if self.has_states:
             streams.broken = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` tokens (a negative number, as transformers has it).
 
-        Raises ValueError for a positive number, RuntimeError beyond the headroom; nothing is changed then.
+        Raises ValueError for a positive number, RuntimeError beyond the headroom, into padding, or if a layer has a
+        state that cannot go back; nothing is changed then.
         """
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: expected a negative number of tokens, got {tokens_to_remove}")
-        if tokens_to_remove == 0 or self._streams.ring is None:
+        streams = self._streams
+        if streams.ring is None:
             return
-        self._streams.ring.rollback(-tokens_to_remove)
-        self._streams.tokens_seen += tokens_to_remove
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row ``beam_idx[i]`` was, in place."""
-        for layer in self.layers:
-            if layer.ring is not None:
-                layer.ring.reorder(beam_idx.to(layer.ring.seen.device, torch.int64))
+        if tokens_to_remove:
+            if any(
+                not (layer.record_past and LinearAttentionLayer.is_croppable.fget(layer))
+                for layer in self._state_layers
+            ):
+                raise RuntimeError(
+                    "past_key_values: some layers have a state that cannot go back; assisted decoding needs a model "
+                    "without such layers"
+                )
+            if self.has_padding and streams.clean < -tokens_to_remove:
+                raise RuntimeError(f"tokens_to_remove: {-tokens_to_remove} tokens back there is padding")
+            streams.ring.rollback(-tokens_to_remove)
+            streams.tokens_seen += tokens_to_remove
+            streams.clean += tokens_to_remove
+        for layer in self._state_layers:
+            if layer.record_past:
+                LinearAttentionLayer.crop(layer, tokens_to_remove)
 
     def reset(self) -> None:
         """Start all streams anew, in the same memory."""
-        for layer in self.layers:
-            if layer.ring is not None:
-                layer.ring.reset()
-        self._streams.tokens_seen = 0
+        super().reset()
+        self._streams.tokens_seen = self._streams.clean = 0
         self._streams.broken = False

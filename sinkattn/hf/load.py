@@ -49,7 +49,10 @@ def load(
 
 def default_window(model: PreTrainedModel, num_sinks: int, most: int = 1020) -> int:
     """Window of ``most`` tokens, or less where sinks and window would not fit the model."""
-    native = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
+    config = model.config.get_text_config(decoder=True)
+    # Layers with a window of their own keep it, unless all have one.
+    mixed = "full_attention" in (getattr(config, "layer_types", None) or ())
+    native = None if mixed else getattr(config, "sliding_window", None)
     lengths = [length - num_sinks for length in (trained_length(model), native) if length is not None]
     return max(1, min([most, *lengths]))
 

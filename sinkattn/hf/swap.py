@@ -11,24 +11,27 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from sinkattn import ops
-from sinkattn.hf.cache import SinkCache, find_swap
+from sinkattn.hf.cache import SinkCache, SinkLayer, StatefulSinkLayer, Streams, find_swap
 from sinkattn.hf.probe import (
     PROBE_TOKENS,
     Findings,
+    Rotation,
     UnsupportedModelError,
     evaluation_mode,
     no_mask,
     no_rotation,
     probe,
+    rope_parameters,
     trained_length,
 )
 from sinkattn.rope import table_dtype
@@ -74,7 +77,6 @@ def enable(
     backend = ops.select_backend(model.device, backend, model.dtype)
     with _unexpected_means_unsupported(model):
         swap = Swap(model, layout, backend, probe(model))
-        swap.check_layers()
         with evaluation_mode(model):
             ids = _sample_ids(model, min(PROBE_TOKENS, num_sinks + window))
             before = model(input_ids=ids, use_cache=False)[0]
@@ -83,7 +85,13 @@ def enable(
                 # In two calls, so that whatever else a model carries from call to call is carried here.
                 cache = SinkCache(model)
                 parts = ids.tensor_split(2, dim=1) if ids.shape[1] > 1 else (ids,)
+                states = _states_in_modules(swap)
                 after = torch.cat([model(input_ids=part, past_key_values=cache)[0] for part in parts], dim=1)
+                if changed := _states_in_modules(swap) ^ states:
+                    names = sorted({name for name, *_ in changed})
+                    raise UnsupportedModelError(
+                        f"{type(model).__name__}: keeps a stream's state in its modules: {names}"
+                    )
                 _check_equal(model, before, after)
             except BaseException:
                 swap.remove()
@@ -100,6 +108,25 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """What layers of one kind share: how they rotate, and what of the stream they keep."""
+
+    rotation: Rotation | None
+    layout: ops.RingLayout
+
+
+class Padding(NamedTuple):
+    """Which of the new tokens count."""
+
+    lengths: Tensor
+    """How many in each row: int64 ``[batch]``."""
+    present: Tensor
+    """Which ones: bool ``[batch, tokens]``."""
+    order: Tensor | None
+    """Indices that put those that count first, ``[batch, tokens]``; None for a single token."""
+
+
 @dataclass
 class Forward:
     """One forward of an enabled model under way."""
@@ -107,12 +134,19 @@ class Forward:
     swap: Swap
     cache: SinkCache
     tokens: int
+    padding: Padding | None
+    positions: Tensor
+    """Within the cache: ``[1 or batch, tokens]``."""
     layers_run: int = 0
-    tables: tuple[Tensor, Tensor] | None = None
+    tables: dict[Kind, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 # Per thread, and a forward within a forward has its own.
 _running: ContextVar[Forward] = ContextVar("sinkattn_running")
+
+# Layers of a cache whose keys and values a ring can keep instead.
+REPLACED = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer", "LinearAttentionAndFullAttentionLayer"}
+REPLACED |= {"LinearAttentionAndSlidingWindowAttentionLayer"}
 
 
 class Swap:
@@ -126,51 +160,88 @@ class Swap:
         self.layout = layout
         self.backend = backend
         self.findings = findings
-        self.num_layers = len(findings.ropes)
         self.parameters = list(inspect.signature(findings.decoder.forward).parameters)
+        self._check_decoder()
+        self.kinds = self._kinds()
         self._implementation = findings.decoder.config._attn_implementation
         self._own: list[tuple[nn.Module, str, Any]] = []
-        self._handle: Any = None
+        self._hooks: list[Any] = []
 
-    def check_layers(self) -> None:
-        """Refuse what the probe explained but the ring does not do."""
+    def _check_decoder(self) -> None:
         name = type(self.model).__name__
         needed = {"past_key_values", "position_ids", "attention_mask"}
         if missing := needed - set(self.parameters):
             raise UnsupportedModelError(f"{name}: its decoder takes no {', '.join(sorted(missing))}")
-        seen_tokens = self.layout.num_sinks + self.layout.window
-        windows = self.findings.sliding_windows
-        for module, native in windows.items():
-            if seen_tokens > native:
+        found = {layer.index for layer in self.findings.layers.values()}
+        native = self._native_layers()
+        for index in found - set(range(len(native))):
+            raise UnsupportedModelError(f"{name}: layer {index} attends, but its cache has {len(native)} layers")
+        for index, layer in enumerate(native):
+            kind = type(layer).__name__
+            if index in found and kind not in REPLACED:
+                raise UnsupportedModelError(f"{name}: layer {index} keeps its past in a {kind}, which no ring can be")
+            if index not in found and isinstance(layer, CacheLayerMixin):
                 raise UnsupportedModelError(
-                    f"{name}: layer {module.layer_idx} has a sliding window of {native} tokens of its own; "
-                    f"num_sinks + window must not exceed it, got {seen_tokens}"
+                    f"{name}: layer {index} keeps keys and values, but does not call transformers' attention function"
                 )
-        config = self.findings.decoder.config
-        for option in ("sliding_window", "attention_chunk_size"):
-            size = getattr(config, option, None)
-            if isinstance(size, int) and 0 < size < seen_tokens and size not in windows.values():
+
+    def _native_layers(self) -> list[Any]:
+        return DynamicCache(config=self.findings.decoder.config).layers
+
+    def _kinds(self) -> dict[nn.Module, Kind]:
+        layers, layout = self.findings.layers, self.layout
+        # A model whose layers all have a window is bounded to the sinks and the window asked for like any other.
+        mixed = any(layer.visible.kind != "window" for layer in layers.values())
+        kinds: dict[tuple[Rotation | None, ops.RingLayout], Kind] = {}
+        by_module: dict[nn.Module, Kind] = {}
+        for module, layer in layers.items():
+            what, size = layer.visible
+            own = layout
+            if what == "window" and mixed:
+                own = ops.RingLayout(0, size, layout.headroom)
+            elif what != "all" and layout.num_sinks + layout.window > size:
                 raise UnsupportedModelError(
-                    f"{name}: its configuration has {option}={size}, which its layers do not pass on; num_sinks + "
-                    f"window must not exceed it, got {seen_tokens}"
+                    f"{type(self.model).__name__}: layer {layer.index} sees a {what} of {size} tokens; num_sinks + "
+                    f"window must not exceed it, got {layout.num_sinks + layout.window}"
                 )
+            by_module[module] = kinds.setdefault((layer.rotation, own), Kind(layer.rotation, own))
+        return by_module
+
+    def cache_layers(self, streams: Streams) -> list[Any]:
+        """Layers of a new cache: rings for attention, transformers' own for other kinds of state."""
+        layers = self._native_layers()
+        for module, kind in self.kinds.items():
+            index = self.findings.layers[module].index
+            native = layers[index]
+            if isinstance(native, LinearAttentionCacheLayerMixin):
+                layers[index] = StatefulSinkLayer(streams, kind.layout, native.number_of_states)
+            else:
+                layers[index] = SinkLayer(streams, kind.layout)
+        return layers
 
     def install(self) -> None:
         """Put the swap in place."""
         decoder = self.findings.decoder
-        for module in {self.model, *self.findings.ropes}:
+        for module in {self.model, *self.kinds}:
             self._set(module, "_sinkattn", self)
+        for module, layer in self.findings.layers.items():
+            if layer.temperature is not None:
+                self._set(module, "attn_temperature_tuning", False)
         if hasattr(type(self.model), "generate"):
             self._set(self.model, "generate", partial(_generate, self.model))
+            if any(rope.get("rope_type") == "longrope" for rope in rope_parameters(self.model)):
+                # Theirs drops the cache where other frequencies would begin, which never happens within sinks + window.
+                prepare = partial(GenerationMixin.prepare_inputs_for_generation, self.model)
+                self._set(self.model, "prepare_inputs_for_generation", prepare)
         self._set(decoder, "forward", self.forward)
-        self._handle = self.findings.rotary.register_forward_hook(no_rotation)
+        self._hooks += [rotary.register_forward_hook(no_rotation) for rotary in self.findings.rotaries]
         decoder.set_attn_implementation(NAME)
 
     def remove(self) -> None:
         """Restore the model, however far `install` came."""
         self.findings.decoder.set_attn_implementation(self._implementation)
-        if self._handle is not None:
-            self._handle.remove()
+        while self._hooks:
+            self._hooks.pop().remove()
         while self._own:
             module, name, before = self._own.pop()
             if before is None:
@@ -207,30 +278,27 @@ class Swap:
             raise TypeError(f"past_key_values: expected a sinkattn.SinkCache or None, got {type(cache).__name__}")
         elif cache.swap_id != self.id:
             raise ValueError("past_key_values: this SinkCache was made for another model or before the last enable()")
-        positions = torch.arange(cache.tokens_seen, cache.tokens_seen + tokens, device=inputs.device)
-        _check_mask(kwargs.get("attention_mask"), batch, cache.tokens_seen, tokens)
-        _check_positions(kwargs.get("position_ids"), positions)
+        padding = _padding(kwargs.get("attention_mask"), cache, batch, tokens)
+        positions = _positions(cache, padding, tokens, inputs.device)
+        _check_positions(kwargs.get("position_ids"), positions, padding)
 
-        # The rotary module is a no-op now; whatever else goes by position sees the position within the cache.
+        # The rotary modules are no-ops now; whatever else goes by position sees the position within the cache.
         last = self.layout.num_sinks + self.layout.window - 1
-        kwargs |= {
-            "past_key_values": cache,
-            "attention_mask": None,
-            "position_ids": positions.clamp(max=last).unsqueeze(0),
-        }
+        positions = positions.clamp(max=last)
+        kwargs |= {"past_key_values": cache, "attention_mask": None, "position_ids": positions}
         cache.begin(batch, tokens)
-        finished, running = False, Forward(self, cache, tokens)
+        finished, running = False, Forward(self, cache, tokens, padding, positions)
         token = _running.set(running)
         try:
             output = run(**kwargs)
-            if running.layers_run != self.num_layers:
-                raise RuntimeError(f"expected {self.num_layers} attention layers to run, got {running.layers_run}")
+            if running.layers_run != len(self.kinds):
+                raise RuntimeError(f"expected {len(self.kinds)} attention layers to run, got {running.layers_run}")
             finished = True
             return output
         finally:
             _running.reset(token)
             if finished:
-                cache.finish()
+                cache.finish(None if padding is None else padding.lengths)
             else:
                 cache.abandon(written=running.layers_run > 0)
 
@@ -243,18 +311,26 @@ class Swap:
         layer = running.cache.layers[module.layer_idx]
         if not layer.is_initialized:
             layer.lazy_initialization(key, value)
-        ring, rope = layer.ring, self.findings.ropes[module]
-        if rope is not None and running.tables is None:
-            # Once per forward: all layers rotate by the same angles.
-            running.tables = rope.stream_tables(
-                ring.seen,
-                running.tokens,
-                num_sinks=self.layout.num_sinks,
-                window=self.layout.window,
-                dtype=table_dtype(key.dtype),
-            )
-        cos, sin = (None, None) if rope is None else running.tables
-        return ops.sink_attention_(
+        ring, kind, padding = layer.ring, self.kinds[module], running.padding
+        num_sinks, window = kind.layout.num_sinks, kind.layout.window
+        cos = sin = rope = None
+        if kind.rotation is not None:
+            rope, begin = kind.rotation
+            if begin:
+                # The kernels rotate the first elements of a head; products do not care for their order.
+                query, key = (torch.cat((x[..., begin:], x[..., :begin]), dim=-1) for x in (query, key))
+            if kind not in running.tables:
+                # Once per forward: all layers of a kind rotate by the same angles.
+                running.tables[kind] = rope.stream_tables(
+                    ring.seen, running.tokens, num_sinks=num_sinks, window=window, dtype=table_dtype(key.dtype)
+                )
+            cos, sin = running.tables[kind]
+        if (temperature := self.findings.layers[module].temperature) is not None:
+            steps = ((running.positions.float() + 1) / temperature.step).floor()
+            query = (query * (1 + temperature.scale * steps.log1p())[:, None, :, None]).to(query.dtype)
+        if padding is not None and padding.order is not None:
+            query, key, value = (_reorder_tokens(x, padding.order) for x in (query, key, value))
+        out = ops.sink_attention_(
             ring.keys,
             ring.values,
             query,
@@ -263,14 +339,22 @@ class Swap:
             ring.seen,
             cos,
             sin,
-            num_sinks=self.layout.num_sinks,
-            window=self.layout.window,
+            num_sinks=num_sinks,
+            window=window,
             scale=scale,
             interleaved=rope is not None and rope.interleaved,
+            lengths=None if padding is None else padding.lengths,
             arrivals=ring.arrivals,
             backend=self.backend,
             **options,
         )
+        if padding is not None and padding.order is not None:
+            out = _reorder_tokens(out, padding.order.argsort(dim=1))
+        return out
+
+
+def _reorder_tokens(x: Tensor, order: Tensor) -> Tensor:
+    return x.gather(2, order[:, None, :, None].expand_as(x))
 
 
 def _attention_forward(
@@ -339,8 +423,6 @@ def _check_model(model: PreTrainedModel, layout: ops.RingLayout) -> None:
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) != 1 or "meta" in devices:
         raise UnsupportedModelError(f"{name}: expected all parameters on one device, loaded, got {sorted(devices)}")
-    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
-        raise UnsupportedModelError(f"{name}: longrope models drop their cache in generate; not supported yet")
     trained = trained_length(model)
     if trained is not None and layout.num_sinks + layout.window > trained:
         raise UnsupportedModelError(
@@ -349,32 +431,78 @@ def _check_model(model: PreTrainedModel, layout: ops.RingLayout) -> None:
         )
 
 
+def _states_in_modules(swap: Swap) -> set[tuple[str, int, int]]:
+    """Tensors that modules hold beside their parameters: a state would be there, and change with every call."""
+    rotaries = set(swap.findings.rotaries)
+    return {
+        (f"{type(module).__name__}.{name}", id(x), x._version)
+        for module in swap.findings.decoder.modules()
+        if module not in rotaries
+        for name, x in (*vars(module).items(), *module.named_buffers(recurse=False))
+        if isinstance(x, Tensor)
+    }
+
+
 def _readable(x: Tensor, tokens: int) -> bool:
     # Reading a tensor would stop a GPU at every step, so there only prompts are read.
     return x.is_cpu or tokens > 1
 
 
-def _check_mask(attention_mask: Any, batch: int, seen: int, tokens: int) -> None:
+def _padding(attention_mask: Any, cache: SinkCache, batch: int, tokens: int) -> Padding | None:
+    """Padding among the new tokens, anywhere in their rows; None if there is none."""
     if attention_mask is None:
-        return
+        return None
+    seen = cache.tokens_seen
     shapes = ((batch, tokens), (batch, seen + tokens))
     if not isinstance(attention_mask, Tensor) or tuple(attention_mask.shape) not in shapes:
         got = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ValueError(f"attention_mask: expected {list(shapes[1])}, or None, got {got}")
-    if _readable(attention_mask, tokens) and not attention_mask.all():
+    present = attention_mask[:, -tokens:] != 0
+    if _readable(attention_mask, tokens):
+        past = attention_mask[:, :-tokens] != 0
+        if past.shape[1] and not torch.equal(past.sum(dim=1), cache.seen):
+            raise ValueError(
+                "attention_mask: expected as many ones for past tokens as each row has seen, "
+                f"{cache.seen.tolist()}, got {past.sum(dim=1).tolist()}"
+            )
+        if present.all():
+            return None
+    if cache.has_states:
         raise ValueError(
-            "attention_mask: padding is not supported yet, expected ones; run rows of equal length, or one by one"
+            "attention_mask: padding is not supported in models with layers that keep a state, expected ones; run rows "
+            "of equal length, or one by one"
         )
+    order = None if tokens == 1 else (~present).to(torch.int8).argsort(dim=1, stable=True)
+    return Padding(present.sum(dim=1), present, order)
 
 
-def _check_positions(position_ids: Any, positions: Tensor) -> None:
+def _positions(cache: SinkCache, padding: Padding | None, tokens: int, device: torch.device) -> Tensor:
+    """Stream positions of the new tokens, ``[1 or batch, tokens]``."""
+    seen = cache.seen
+    if padding is not None:
+        ranks = (padding.present.cumsum(dim=1) - 1).clamp(min=0)
+        return ranks if seen is None else ranks + seen.unsqueeze(1)
+    ranks = torch.arange(tokens, device=device).unsqueeze(0)
+    if seen is None:
+        return ranks
+    return ranks + (seen if cache.has_padding else seen[:1]).unsqueeze(1)
+
+
+def _check_positions(position_ids: Any, positions: Tensor, padding: Padding | None) -> None:
     if position_ids is None:
         return
-    if position_ids.ndim > 2 or position_ids.shape[-1] != len(positions):
-        raise ValueError(f"position_ids: expected [batch, {len(positions)}], or None, got {list(position_ids.shape)}")
-    if _readable(position_ids, len(positions)) and not (position_ids == positions).all():
+    tokens = positions.shape[1]
+    if position_ids.ndim > 2 or position_ids.shape[-1] != tokens:
+        raise ValueError(f"position_ids: expected [batch, {tokens}], or None, got {list(position_ids.shape)}")
+    if not _readable(position_ids, tokens):
+        return
+    wrong = position_ids != positions
+    if padding is not None:
+        wrong = wrong & padding.present
+    if wrong.any():
         raise ValueError(
-            f"position_ids: expected those of the stream, from {int(positions[0])} on, or None; a stream has no gaps"
+            f"position_ids: expected those of the stream, from {positions[:, 0].tolist()} on, or None; a stream has no "
+            "gaps"
         )
 
 

@@ -114,10 +114,6 @@ def test_streamers_and_stopping_criteria_work():
 
 def test_what_would_be_wrong_is_refused():
     model, ids = sinkattn.enable(build("llama"), S, W), random_ids(2, 10)
-    padded = torch.ones(2, 10, dtype=torch.long)
-    padded[0, 0] = 0
-    with pytest.raises(ValueError, match="padding is not supported yet"):
-        model.generate(ids, attention_mask=padded, max_new_tokens=3)
     with pytest.raises(ValueError, match="output_attentions"):
         model.generate(ids, max_new_tokens=3, output_attentions=True, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="cache_implementation"):

@@ -15,25 +15,29 @@ from sinkattn.hf.probe import probe
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_conventions_are_found(family, style, rotary_dim, dtype):
     findings = probe(build(family, dtype))
-    assert [(rope.style, rope.rotary_dim) for rope in findings.ropes.values()] == [(style, rotary_dim)] * 2
-    assert [module.layer_idx for module in findings.ropes] == [0, 1]
+    rotations = [layer.rotation for layer in findings.layers.values()]
+    assert [(rope.style, rope.rotary_dim, begin) for rope, begin in rotations] == [(style, rotary_dim, 0)] * 2
+    assert [layer.index for layer in findings.layers.values()] == [0, 1]
 
 
 def test_scaling_is_found():
-    ropes = probe(build("llama-yarn")).ropes.values()
-    assert [round(rope.scaling, 4) for rope in ropes] == [1.1386, 1.1386]  # 0.1 ln 4 + 1 (YaRN, equation 22)
+    layers = probe(build("llama-yarn")).layers.values()
+    assert [round(layer.rotation.rope.scaling, 4) for layer in layers] == [
+        1.1386,
+        1.1386,
+    ]  # 0.1 ln 4 + 1 (YaRN, equation 22)
 
 
 def test_interleaved_rotary_is_found():
     torch.manual_seed(0)
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     model = CohereForCausalLM(CohereConfig(**sizes, num_attention_heads=4, pad_token_id=0, eos_token_id=1)).eval()
-    assert [rope.style for rope in probe(model).ropes.values()] == ["interleaved"]
+    assert [layer.rotation.rope.style for layer in probe(model).layers.values()] == ["interleaved"]
 
 
 def test_sliding_windows_are_found():
     findings = probe(build("mistral"))
-    assert list(findings.sliding_windows.values()) == [64, 64]
+    assert [layer.visible for layer in findings.layers.values()] == [("window", 64)] * 2
 
 
 def test_a_probe_leaves_no_trace():
@@ -87,5 +91,5 @@ def test_a_layer_that_is_not_causal_is_refused():
 def test_a_layer_that_attends_elsewhere_is_refused(monkeypatch):
     model = build("llama")
     model.model.layers[1].self_attn.config = build("llama").config  # stays on eager attention
-    with pytest.raises(UnsupportedModelError, match=r"in each of its 2 layers, got layers \[0\]"):
+    with pytest.raises(UnsupportedModelError, match="layer 1 keeps keys and values, but does not call"):
         enable(model, 4, 28)
