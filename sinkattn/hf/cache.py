@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from sinkattn.hf.swap import Swap
 
 
+# Ids of the first prompt that a cache keeps, to tell a whole stream from new ids alone.
+MOST_REMEMBERED = 512
+
+
 def find_swap(model: torch.nn.Module) -> Swap | None:
     """What `enable` left on a model, or on one wrapped in it; None if it is not enabled."""
     return next((m.__dict__["_sinkattn"] for m in model.modules() if "_sinkattn" in m.__dict__), None)
@@ -41,6 +45,8 @@ class Streams:
     """So many of the last of them are no padding, in any row."""
     ring: RingKVCache | None = None
     """The ring whose counters all layers use."""
+    beginning: Tensor | None = None
+    """Ids of the first forward, or the first of them, ``[batch, tokens]``; None if it got embeddings."""
     arriving: int | None = None
     """Tokens of the forward under way; None between forwards."""
     broken: bool = False
@@ -219,7 +225,19 @@ class SinkCache(Cache):
     def _state_layers(self) -> list[LinearAttentionCacheLayerMixin]:
         return [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
 
-    def begin(self, batch: int, tokens: int) -> None:
+    def continues_with(self, ids: Tensor) -> bool:
+        """Whether ``ids`` ``[batch, tokens]`` are all of the stream so far and more, as opposed to new ones alone."""
+        streams = self._streams
+        if streams.tokens_seen == 0 or streams.ring is None:
+            return True
+        if ids.shape[1] <= streams.tokens_seen:
+            return False
+        beginning = streams.beginning
+        if beginning is None or len(beginning) != len(ids):
+            return True
+        return torch.equal(ids[:, : beginning.shape[1]], beginning)
+
+    def begin(self, batch: int, tokens: int, ids: Tensor | None) -> None:
         """Open a forward of ``tokens`` new tokens per row; raises, with nothing changed, if it cannot be taken."""
         streams = self._streams
         if streams.arriving is not None:
@@ -234,6 +252,8 @@ class SinkCache(Cache):
                 "reset() and start the stream anew"
             )
         streams.arriving = tokens
+        if streams.tokens_seen == 0:
+            streams.beginning = None if ids is None else ids[:, :MOST_REMEMBERED].clone()
 
     def finish(self, lengths: Tensor | None) -> None:
         """Close the forward: its tokens, or so many of each row (int64 ``[batch]``), are in all rings, and count."""
@@ -296,6 +316,13 @@ class SinkCache(Cache):
         for layer in self._state_layers:
             if layer.record_past:
                 LinearAttentionLayer.crop(layer, tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row ``beam_idx[i]`` was."""
+        super().reorder_cache(beam_idx)
+        streams = self._streams
+        if streams.beginning is not None:
+            streams.beginning = streams.beginning[beam_idx.to(streams.beginning.device)]
 
     def reset(self) -> None:
         """Start all streams anew, in the same memory."""

@@ -37,6 +37,8 @@ from sinkattn.hf.probe import (
 from sinkattn.rope import table_dtype
 
 NAME = "sinkattn"
+# Tokens that an assistant proposes at once if its configuration does not say: transformers' own default.
+ASSISTANT_TOKENS = 20
 
 
 def enable(
@@ -54,7 +56,7 @@ def enable(
     probed and compared with itself on a short input first; what cannot be proven is refused.
 
     Args:
-        model: a causal language model of transformers, in any float dtype, on one device.
+        model: a causal language model of transformers, in any float dtype, on one device; peft may have wrapped it.
         num_sinks: tokens at the start of a stream that stay visible for ever.
         window: most recent tokens a query sees, itself included.
         headroom: spare slots; so many tokens can be taken back (assisted decoding).
@@ -69,10 +71,13 @@ def enable(
         RuntimeError: a backend that cannot run on the model's device.
     """
     layout = ops.RingLayout(num_sinks, window, headroom)
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
     if find_swap(model) is not None:
         raise ValueError("model: is enabled already; call sinkattn.disable(model) first")
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+        enable(model.get_base_model(), num_sinks, window, headroom, backend=backend)  # what peft has wrapped
+        return model
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
     _check_model(model, layout)
     backend = ops.select_backend(model.device, backend, model.dtype)
     with _unexpected_means_unsupported(model):
@@ -112,6 +117,7 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
 class Kind:
     """What layers of one kind share: how they rotate, and what of the stream they keep."""
 
+    number: int
     rotation: Rotation | None
     layout: ops.RingLayout
 
@@ -138,11 +144,12 @@ class Forward:
     positions: Tensor
     """Within the cache: ``[1 or batch, tokens]``."""
     layers_run: int = 0
-    tables: dict[Kind, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tables: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Cosines and sines by number of kind."""
 
 
 # Per thread, and a forward within a forward has its own.
-_running: ContextVar[Forward] = ContextVar("sinkattn_running")
+_running: ContextVar[Forward | None] = ContextVar("sinkattn_running", default=None)
 
 # Layers of a cache whose keys and values a ring can keep instead.
 REPLACED = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer", "LinearAttentionAndFullAttentionLayer"}
@@ -165,6 +172,8 @@ class Swap:
         self.kinds = self._kinds()
         self._implementation = findings.decoder.config._attn_implementation
         self._own: list[tuple[nn.Module, str, Any]] = []
+        # In place of the context variable, which torch.compile cannot see through, while it traces.
+        self._traced: Forward | None = None
         self._hooks: list[Any] = []
 
     def _check_decoder(self) -> None:
@@ -204,7 +213,7 @@ class Swap:
                     f"{type(self.model).__name__}: layer {layer.index} sees a {what} of {size} tokens; num_sinks + "
                     f"window must not exceed it, got {layout.num_sinks + layout.window}"
                 )
-            by_module[module] = kinds.setdefault((layer.rotation, own), Kind(layer.rotation, own))
+            by_module[module] = kinds.setdefault((layer.rotation, own), Kind(len(kinds), layer.rotation, own))
         return by_module
 
     def cache_layers(self, streams: Streams) -> list[Any]:
@@ -256,8 +265,8 @@ class Swap:
     def forward(self, *args, **kwargs) -> Any:
         """Forward of the decoder: checks its arguments, provides cache and positions, and counts the tokens after."""
         decoder = self.findings.decoder
-        before = next(own for module, name, own in self._own if module is decoder and name == "forward")
-        run = before or partial(type(decoder).forward, decoder)
+        own_forward = next(own for module, name, own in self._own if module is decoder and name == "forward")
+        run = own_forward or partial(type(decoder).forward, decoder)
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         inputs = kwargs.get("input_ids")
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
@@ -286,9 +295,9 @@ class Swap:
         last = self.layout.num_sinks + self.layout.window - 1
         positions = positions.clamp(max=last)
         kwargs |= {"past_key_values": cache, "attention_mask": None, "position_ids": positions}
-        cache.begin(batch, tokens)
+        cache.begin(batch, tokens, kwargs.get("input_ids"))
         finished, running = False, Forward(self, cache, tokens, padding, positions)
-        token = _running.set(running)
+        before = self._enter(running)
         try:
             output = run(**kwargs)
             if running.layers_run != len(self.kinds):
@@ -296,15 +305,24 @@ class Swap:
             finished = True
             return output
         finally:
-            _running.reset(token)
+            self._enter(before)
             if finished:
                 cache.finish(None if padding is None else padding.lengths)
             else:
                 cache.abandon(written=running.layers_run > 0)
 
+    def _enter(self, running: Forward | None) -> Forward | None:
+        # Returns what was running before.
+        if torch.compiler.is_compiling():
+            before, self._traced = self._traced, running
+        else:
+            before = _running.get()
+            _running.set(running)
+        return before
+
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, **options) -> Tensor:
         """Attention of one layer over its ring."""
-        running = _running.get(None)
+        running = self._traced or _running.get()
         if running is None or running.swap is not self:
             raise RuntimeError("attention modules of an enabled model run only as part of the model")
         running.layers_run += 1
@@ -319,12 +337,12 @@ class Swap:
             if begin:
                 # The kernels rotate the first elements of a head; products do not care for their order.
                 query, key = (torch.cat((x[..., begin:], x[..., :begin]), dim=-1) for x in (query, key))
-            if kind not in running.tables:
+            if kind.number not in running.tables:
                 # Once per forward: all layers of a kind rotate by the same angles.
-                running.tables[kind] = rope.stream_tables(
+                running.tables[kind.number] = rope.stream_tables(
                     ring.seen, running.tokens, num_sinks=num_sinks, window=window, dtype=table_dtype(key.dtype)
                 )
-            cos, sin = running.tables[kind]
+            cos, sin = running.tables[kind.number]
         if (temperature := self.findings.layers[module].temperature) is not None:
             steps = ((running.positions.float() + 1) / temperature.step).floor()
             query = (query * (1 + temperature.scale * steps.log1p())[:, None, :, None]).to(query.dtype)
@@ -387,8 +405,12 @@ AttentionInterface.register(NAME, _attention_forward)
 AttentionMaskInterface.register(NAME, no_mask)
 
 
-def _generate(model: PreTrainedModel, *args, **kwargs):
-    """`generate` of an enabled model: as its class has it, with a `SinkCache` unless one is passed."""
+def _generate(model: PreTrainedModel, inputs: Tensor | None = None, *args, **kwargs):
+    """`generate` of an enabled model: as its class has it, with a `SinkCache` unless one is passed.
+
+    With a cache that has seen tokens, ``inputs`` may be all ids of the stream so far, as transformers has it, or the
+    new ones alone: which of the two can be told from how the stream began.
+    """
     if kwargs.get("use_cache") is False:
         raise ValueError("use_cache: an enabled model generates from its SinkCache, got False")
     if kwargs.get("cache_implementation") is not None:
@@ -396,11 +418,46 @@ def _generate(model: PreTrainedModel, *args, **kwargs):
             "cache_implementation: an enabled model generates from its SinkCache, got "
             f"{kwargs['cache_implementation']!r}"
         )
-    if kwargs.get("past_key_values") is None:
+    _check_assistant(model, kwargs)
+    cache = kwargs.get("past_key_values")
+    if cache is None:
         kwargs["past_key_values"] = SinkCache(model)
+    ids = kwargs.get("input_ids") if inputs is None else inputs
+    if isinstance(cache, SinkCache) and isinstance(ids, Tensor) and not cache.continues_with(ids):
+        kwargs |= _continuation(cache, ids, kwargs.get("attention_mask"))
     # A saved configuration may say otherwise; then every step would bring all tokens anew.
     kwargs["use_cache"] = True
-    return type(model).generate(model, *args, **kwargs)
+    return type(model).generate(model, inputs, *args, **kwargs)
+
+
+def _check_assistant(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    config = kwargs.get("generation_config") or model.generation_config
+    candidates = kwargs.get("prompt_lookup_num_tokens") or config.prompt_lookup_num_tokens or 0
+    if (assistant := kwargs.get("assistant_model")) is not None:
+        if "heuristic" in (assistant.generation_config.num_assistant_tokens_schedule or ""):
+            raise ValueError(
+                "assistant_model: expected a num_assistant_tokens_schedule of 'constant', for the headroom is, got "
+                f"{assistant.generation_config.num_assistant_tokens_schedule!r}"
+            )
+        candidates = max(candidates, assistant.generation_config.num_assistant_tokens or ASSISTANT_TOKENS)
+    headroom = find_swap(model).layout.headroom
+    if candidates > headroom:
+        raise ValueError(
+            f"headroom: expected {candidates} or more, as assisted decoding takes back so many tokens, got {headroom}; "
+            f"call sinkattn.enable(model, ..., headroom={candidates})"
+        )
+
+
+def _continuation(cache: SinkCache, ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
+    """What `generate` has to be told when it gets new ids alone: a mask as long as the stream, and positions."""
+    seen = cache.tokens_seen
+    if attention_mask is not None and attention_mask.shape != ids.shape:
+        return {}  # told already
+    new = torch.ones_like(ids) if attention_mask is None else attention_mask.to(torch.int64)
+    # Only how many of the past tokens were none of padding matters, not which.
+    past = torch.arange(seen, 0, -1, device=ids.device) <= cache.seen.unsqueeze(1)
+    positions = cache.seen.unsqueeze(1) + (new.cumsum(dim=1) - 1).clamp(min=0)
+    return {"attention_mask": torch.cat((past.to(new.dtype), new), dim=1), "position_ids": positions}
 
 
 @contextmanager
@@ -444,8 +501,8 @@ def _states_in_modules(swap: Swap) -> set[tuple[str, int, int]]:
 
 
 def _readable(x: Tensor, tokens: int) -> bool:
-    # Reading a tensor would stop a GPU at every step, so there only prompts are read.
-    return x.is_cpu or tokens > 1
+    # Reading a tensor would stop a GPU at every step, and end a graph that is traced: there only prompts are read.
+    return tokens > 1 or (x.is_cpu and not torch.compiler.is_compiling())
 
 
 def _padding(attention_mask: Any, cache: SinkCache, batch: int, tokens: int) -> Padding | None:

@@ -1,0 +1,235 @@
+"""Every way of generating, across several turns of the ring, against a plain loop over the model."""
+
+import threading
+
+import pytest
+import torch
+from hf_models import build, random_ids
+from test_generate import S, W, greedy
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TextIteratorStreamer,
+    pipeline,
+)
+
+import sinkattn
+from sinkattn.hf.load import load
+
+NEW = 100  # more than three turns of the ring
+
+
+@torch.no_grad()
+def last_logits(model, ids: torch.Tensor) -> torch.Tensor:
+    """Logits after a whole stream, from nothing."""
+    return model(ids).logits[:, -1]
+
+
+def test_beam_search_equals_one_without_a_cache():
+    model, prompt = sinkattn.enable(build("llama"), S, W), random_ids(1, 20)
+    got = model.generate(prompt, max_new_tokens=NEW, num_beams=3, do_sample=False)
+    beams, scores = prompt, torch.zeros(1)
+    for _ in range(NEW):
+        log_probabilities = last_logits(model, beams).log_softmax(dim=-1) + scores[:, None]
+        scores, best = log_probabilities.flatten().topk(3)
+        row, token = best // log_probabilities.shape[1], best % log_probabilities.shape[1]
+        beams = torch.cat((beams[row], token[:, None]), dim=1)
+    assert torch.equal(got, beams[:1])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_prompt_lookup_equals_greedy(family):
+    model, prompt = sinkattn.enable(build(family), S, W, headroom=6), random_ids(1, 10).repeat(1, 4)
+    got = model.generate(prompt, max_new_tokens=NEW, prompt_lookup_num_tokens=6, do_sample=False)
+    assert torch.equal(got, greedy(model, prompt, NEW))
+
+
+@pytest.mark.parametrize("assistant_streams", [True, False])
+def test_assisted_decoding_equals_greedy(assistant_streams):
+    model, prompt = sinkattn.enable(build("llama"), S, W, headroom=5), random_ids(1, 40)
+    assistant = build("llama", num_hidden_layers=1)
+    assistant.generation_config.num_assistant_tokens = 5
+    if assistant_streams:
+        sinkattn.enable(assistant, S, W, headroom=8)
+    got = model.generate(prompt, max_new_tokens=NEW, assistant_model=assistant, do_sample=False)
+    assert torch.equal(got, greedy(model, prompt, NEW))
+
+
+def test_too_little_headroom_is_named_before_anything_runs():
+    model, prompt = sinkattn.enable(build("llama"), S, W, headroom=3), random_ids(1, 40)
+    with pytest.raises(ValueError, match=r"headroom: expected 4 or more, .* got 3; call .* headroom=4"):
+        model.generate(prompt, max_new_tokens=5, prompt_lookup_num_tokens=4)
+    assistant = build("llama", num_hidden_layers=1)
+    with pytest.raises(ValueError, match="headroom: expected 20 or more"):
+        model.generate(prompt, max_new_tokens=5, assistant_model=assistant)
+    assistant.generation_config.num_assistant_tokens_schedule = "heuristic"
+    with pytest.raises(ValueError, match="expected a num_assistant_tokens_schedule of 'constant'"):
+        model.generate(prompt, max_new_tokens=5, assistant_model=assistant)
+
+
+class OnlyEven(LogitsProcessor):
+    """A grammar of sorts: after an even token, an odd one, and the other way round."""
+
+    def __call__(self, input_ids, scores):
+        token = torch.arange(scores.shape[1])
+        return scores.masked_fill((token + input_ids[:, -1:]) % 2 == 0, -torch.inf)
+
+
+@pytest.mark.parametrize("processor", [OnlyEven(), RepetitionPenaltyLogitsProcessor(1.3)], ids=["grammar", "penalty"])
+def test_logits_processors_equal_the_plain_loop(processor):
+    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(2, 30)
+    got = model.generate(ids, max_new_tokens=NEW, do_sample=False, logits_processor=LogitsProcessorList([processor]))
+    want = ids
+    for _ in range(NEW):
+        want = torch.cat((want, processor(want, last_logits(model, want)).argmax(dim=-1, keepdim=True)), dim=1)
+    assert torch.equal(got, want)
+
+
+def test_several_sequences_per_prompt_equal_the_plain_loop():
+    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(2, 30)
+    torch.manual_seed(5)
+    got = model.generate(ids, max_new_tokens=NEW, do_sample=True, num_return_sequences=3, top_k=0)
+    torch.manual_seed(5)
+    want = ids.repeat_interleave(3, dim=0)
+    for _ in range(NEW):
+        want = torch.cat((want, torch.multinomial(last_logits(model, want).softmax(dim=-1), 1)), dim=1)
+    assert torch.equal(got, want)
+
+
+def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows ``[1, n]`` of different lengths in one batch, with padding on one side or in between."""
+    width = max(row.shape[1] for row in rows)
+    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        length = row.shape[1]
+        places = {
+            "left": torch.arange(width - length, width),
+            "right": torch.arange(length),
+            "within": torch.randperm(width)[:length].sort().values,
+        }[side]
+        ids[i, places], mask[i, places] = row[0], 1
+    return ids, mask
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right", "within"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "mistral"])
+def test_padding_leaves_every_row_as_it_is_alone(family, side):
+    model = sinkattn.enable(build(family), S, W)
+    rows = [random_ids(1, length, seed=length) for length in (3, 20, 150, 33)]
+    ids, mask = padded(rows, side)
+    cache, out = sinkattn.SinkCache(model), []
+    for part in (slice(0, 60), slice(60, 61), slice(61, 150)):
+        seen_mask = mask[:, : part.stop]
+        out.append(model(ids[:, part], attention_mask=seen_mask, past_key_values=cache).logits)
+    for row, alone in enumerate(rows):
+        got = torch.cat(out, dim=1)[row, mask[row].bool()]
+        torch.testing.assert_close(got, model(alone).logits[0])
+    assert cache.seen.tolist() == [3, 20, 150, 33]
+    assert cache.get_seq_length() == 150
+
+
+def test_generate_on_left_padded_rows_equals_each_alone():
+    model = sinkattn.enable(build("llama"), S, W)
+    rows = [random_ids(1, length, seed=length) for length in (3, 20, 50, 33)]
+    ids, mask = padded(rows, "left")
+    got = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    for row, alone in enumerate(rows):
+        assert torch.equal(got[row, 50:], greedy(model, alone, NEW)[0, alone.shape[1] :])
+
+
+@torch.no_grad()
+def test_masks_that_contradict_the_stream_are_refused():
+    model, ids = sinkattn.enable(build("llama"), S, W, headroom=4), random_ids(2, 10)
+    mask = torch.ones(2, 10, dtype=torch.int64)
+    mask[1, :3] = 0
+    cache = sinkattn.SinkCache(model)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    longer = torch.ones(2, 11, dtype=torch.int64)
+    with pytest.raises(
+        ValueError, match=r"as many ones for past tokens as each row has seen, \[10, 7\], got \[10, 10\]"
+    ):
+        model(ids[:, :1], attention_mask=longer, past_key_values=cache)
+    longer[1, :3] = 0
+    with pytest.raises(ValueError, match=r"position_ids: expected those of the stream, from \[10, 7\] on"):
+        model(ids[:, :1], attention_mask=longer, position_ids=torch.tensor([[10], [10]]), past_key_values=cache)
+    model(ids[:, :1], attention_mask=longer, position_ids=torch.tensor([[10], [7]]), past_key_values=cache)
+    cache.crop(-1)
+    with pytest.raises(RuntimeError, match="1 tokens back there is padding"):
+        cache.crop(-1)
+    assert cache.seen.tolist() == [10, 7]
+
+
+@torch.no_grad()
+def test_turns_with_nothing_but_the_new_ids():
+    """Shorter and longer than what the cache has seen; all ids of the stream still work, too."""
+    model = sinkattn.enable(build("llama"), S, W)
+    cache, text = sinkattn.SinkCache(model), torch.zeros(1, 0, dtype=torch.int64)
+    for turn, length in enumerate((3, 50, 10, 200)):
+        new = random_ids(1, length, seed=turn)
+        got = model.generate(new, past_key_values=cache, max_new_tokens=30, do_sample=False)
+        text = greedy(model, torch.cat((text, new), dim=1), 30)
+        assert torch.equal(got, text[:, -length - 30 :])
+        # The last token of a turn has not been fed yet: it begins the next.
+        model(got[:, -1:], past_key_values=cache)
+    whole = torch.cat((text, random_ids(1, 5, seed=9)), dim=1)
+    got = model.generate(whole, past_key_values=cache, max_new_tokens=30, do_sample=False)
+    assert torch.equal(got, greedy(model, whole, 30))
+
+
+def test_turns_of_padded_rows():
+    model = sinkattn.enable(build("llama"), S, W)
+    rows = [random_ids(1, length, seed=length) for length in (3, 40)]
+    ids, mask = padded(rows, "left")
+    cache, new = sinkattn.SinkCache(model), random_ids(2, 7, seed=3)
+    got = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=40, do_sample=False)
+    again = model.generate(
+        torch.cat((got[:, -1:], new), dim=1), past_key_values=cache, max_new_tokens=40, do_sample=False
+    )
+    for row, alone in enumerate(rows):
+        text = torch.cat((alone, got[row : row + 1, 40:], new[row : row + 1]), dim=1)
+        assert torch.equal(again[row, 8:], greedy(model, text, 40)[0, -40:])
+
+
+@torch.no_grad()
+def test_the_decode_step_compiles_whole():
+    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(2, 200)
+    want, cache = model(ids).logits, sinkattn.SinkCache(model)
+    model(ids[:, :5], past_key_values=cache)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=count)
+    def step(token, cache):
+        return model(input_ids=token, past_key_values=cache).logits
+
+    got = [step(ids[:, i : i + 1], cache) for i in range(5, 200)]
+    torch.testing.assert_close(torch.cat(got, dim=1), want[:, 5:])
+    assert len(graphs) <= 2  # the second with the number of tokens seen as a variable
+    assert cache.get_seq_length() == 200
+
+
+def test_generate_of_a_compiled_model():
+    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 20)
+    want = greedy(model, ids, NEW)
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert torch.equal(model.generate(ids, max_new_tokens=NEW, do_sample=False), want)
+
+
+def test_pipeline_and_streamer_give_the_same_text():
+    model, tokenizer = load(device="cpu")
+    sinkattn.enable(model, S, W)
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    text = generator("Once upon a time", return_full_text=False, **options)[0]["generated_text"]
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    inputs = tokenizer("Once upon a time", return_tensors="pt")
+    worker = threading.Thread(target=model.generate, kwargs={**inputs, "streamer": streamer, **options})
+    worker.start()
+    assert "".join(streamer) == text
+    worker.join()
+    assert len(text) > NEW / 2
