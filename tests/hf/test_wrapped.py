@@ -1,0 +1,105 @@
+"""Models that come wrapped, quantised, dispatched or unfinished: they work, or one clear error says why not."""
+
+import pytest
+import torch
+from hf_models import build, random_ids
+from test_generate import S, W, greedy
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import sinkattn
+from sinkattn.hf import UnsupportedModelError
+
+NEW = 60
+
+
+def assert_streams(model) -> None:
+    ids = random_ids(1, 40)
+    got = model.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(got, greedy(model, ids, NEW))
+
+
+def test_lora_of_peft():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    plain, ids = build("llama"), random_ids(1, S + W)
+    model = peft.get_peft_model(plain, config).eval()
+    with torch.no_grad():
+        adapted = model(ids).logits
+        assert sinkattn.enable(model, S, W) is model
+        torch.testing.assert_close(model(ids).logits, adapted)
+        with model.disable_adapter():
+            assert (model(ids).logits - adapted).abs().max() > 0.1
+    assert_streams(model)
+    cache = sinkattn.SinkCache(model)
+    model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    assert cache.get_seq_length() == S + W + 4
+    for again in (model, plain):
+        with pytest.raises(ValueError, match="is enabled already"):
+            sinkattn.enable(again, S, W)
+    sinkattn.disable(model)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, adapted)
+
+
+def test_a_refused_model_in_peft_is_left_alone():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedModelError, match="must not exceed the 512 positions"):
+        sinkattn.enable(model, S, 600)
+    assert not any("_sinkattn" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_activations_quantised_over_a_whole_call_are_refused():
+    """What comes out for a token depends on the tokens it comes with, in any such model."""
+    model = torch.ao.quantization.quantize_dynamic(build("llama"), {torch.nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(UnsupportedModelError, match="on a short input the swapped model differs"):
+        sinkattn.enable(model, S, W)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes(bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    build("llama", hidden_size=128, intermediate_size=256, head_dim=32).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+    assert_streams(sinkattn.enable(model, S, W))
+
+
+def test_device_maps(tmp_path):
+    pytest.importorskip("accelerate")
+    build("llama").save_pretrained(tmp_path / "model")
+    for one_device in ("auto", {"": "cpu"}):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=one_device)
+        assert_streams(sinkattn.enable(model, S, W))
+    names = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    offloaded = {**dict.fromkeys(names, "cpu"), "model.layers.1": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=offloaded, offload_folder=tmp_path / "offload"
+    )
+    with pytest.raises(UnsupportedModelError, match=r"on one device, loaded, got \['cpu', 'meta'\]"):
+        sinkattn.enable(model, S, W)
+
+
+def test_training_mode_is_kept_and_gradients_are_refused():
+    model = build("llama").train()
+    sinkattn.enable(model, S, W)
+    assert model.training
+    with pytest.raises(RuntimeError, match="computes no gradients"):
+        model(random_ids(1, 5))
+    assert_streams(model)
+
+
+def test_half_a_model_is_refused():
+    model = build("llama")
+    layer = model.model.layers[1].mlp
+    layer.down_proj.weight = torch.nn.Parameter(torch.empty_like(layer.down_proj.weight, device="meta"))
+    keys = [sorted(module.__dict__) for module in model.modules()]
+    with pytest.raises(UnsupportedModelError, match=r"on one device, loaded, got \['cpu', 'meta'\]"):
+        sinkattn.enable(model, S, W)
+    assert [sorted(module.__dict__) for module in model.modules()] == keys
+
+
+def test_a_compiled_model_is_enabled_before_it_is_compiled():
+    with pytest.raises(TypeError, match="expected a transformers PreTrainedModel, got OptimizedModule"):
+        sinkattn.enable(torch.compile(build("llama")), S, W)
