@@ -57,7 +57,8 @@ def select_backend(
     """Backend that will run on ``device``; the environment variable SINKATTN_BACKEND overrides ``requested``.
 
     "auto" is the C++ kernel on CPU tensors and Triton on CUDA tensors; where Triton cannot run it is plain PyTorch,
-    with a warning that says why. With a ``dtype`` of float64, which Triton does not take, it is plain PyTorch too.
+    with a warning that says why (in what torch.compile has traced it is an error). With a ``dtype`` of float64, which
+    Triton does not take, it is plain PyTorch too.
 
     Raises:
         ValueError: for an unknown name.

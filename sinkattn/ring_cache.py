@@ -113,7 +113,7 @@ class RingKVCache:
             sin=None if sin is None else sin[0],
             interleaved=rope is not None and rope.interleaved,
         )
-        self.advance(key.shape[2] if lengths is None else lengths)
+        self.advance(key.shape[2] if lengths is None else lengths.clamp(0, key.shape[2]))
 
     def advance(self, tokens: int | Tensor) -> None:
         """Count tokens as appended, unless the counters are another ring's."""
@@ -233,5 +233,6 @@ def sink_attention(
         arrivals=ring.arrivals,
         backend=backend,
     )
-    ring.advance(tokens if lengths is None else lengths)
+    # Elsewhere than on the CPU nobody has looked whether lengths are in range; what runs there clamps them.
+    ring.advance(tokens if lengths is None else lengths.clamp(0, tokens))
     return out

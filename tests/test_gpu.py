@@ -10,10 +10,10 @@ import sys
 
 import pytest
 import torch
-from factories import make_qkv, make_rope, max_error, strided
+from factories import assert_within_budget, make_qkv, make_rope, max_error, strided
 from test_ops import op_calls
 
-from sinkattn import RingKVCache, ops, sink_attention
+from sinkattn import RingKVCache, ops, reference, sink_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -148,6 +148,34 @@ def test_one_captured_graph_stays_right(tokens):
     for ring in (cpu, gpu):
         ring.seen.fill_(10**6)
     check(2 + 160 // tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(8, 2, 128), (71, 1, 64), (32, 1, 256), (8, 2, 80)], ids=str
+)
+@pytest.mark.parametrize("tokens", [1, 2, 8, 16, 300])
+def test_matrix_units_within_budget(tokens, heads, kv_heads, head_dim, dtype):
+    """Every shape of tile, over several blocks, in the dtypes that matrix units take."""
+    layout, rings = (4, 1500, 3), []
+    for kind, device in ((dtype, "cuda"), (dtype, "cpu"), (torch.float64, "cpu")):
+        torch.manual_seed(0)
+        ring = RingKVCache(2, kv_heads, head_dim, *layout, dtype=kind, device=device)
+        for x in (ring.keys, ring.values):
+            x.copy_(torch.randn(x.shape).to(dtype))
+        ring.seen.copy_(torch.tensor([900, 10**6 + 7]))
+        rings.append(ring)
+    new = make_qkv(tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+    out = sink_attention(*(x.cuda() for x in new), rings[0])
+    plain = reference.sink_attention(*new, rings[1])
+    oracle = reference.sink_attention(*(x.double() for x in new), rings[2])
+    assert_within_budget(out.cpu(), plain, oracle)
+
+
+def test_lengths_out_of_range_are_clamped():
+    ring = RingKVCache(2, 2, 64, 4, 20, device="cuda")
+    sink_attention(*(x.cuda() for x in make_qkv(3, head_dim=64)), ring, lengths=torch.tensor([5, -1], device="cuda"))
+    assert ring.seen.tolist() == [3, 0]
 
 
 def test_calls_never_wait_for_the_device():

@@ -195,7 +195,7 @@ def decode_launch(shape: Shape) -> Launch:
         "APPEND": shape.tokens == 1,
         "BLOCK_NEW": 16,
         "BLOCK_ROWS": block_rows,
-        "BLOCK_PARTS": min(block_parts, triton.next_power_of_2(parts)),
+        "BLOCK_PARTS": block_parts,  # not fewer for fewer parts: batches of any size share a compiled kernel
     }
     return Launch(decode_kernel, (shape.lines, parts), numbers)
 

@@ -18,7 +18,7 @@ from sinkattn.kernels.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["tokens", "kv_heads"])
+@triton.jit(do_not_specialize=["tokens", "kv_heads"], do_not_specialize_on_alignment=["seen", "lengths"])
 def rotate_kernel(
     key, lengths, seen, cos, sin, rotated, tokens, kv_heads, key_row, key_head, key_token,
     HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -39,7 +39,10 @@ def rotate_kernel(
     tl.store(to, k, mask=(token < tokens)[:, None] & (d < HEAD_DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens", "kv_heads", "slots", "window", "num_sinks"])
+@triton.jit(
+    do_not_specialize=["tokens", "kv_heads", "slots", "window", "num_sinks"],
+    do_not_specialize_on_alignment=["seen", "lengths", "sink_logits", "alibi_slopes"],
+)
 def chunk_kernel(
     keys, values, query, rotated, value, seen, lengths, cos, sin, sink_logits, alibi_slopes, out,
     tokens, kv_heads, slots, window, num_sinks, scale, cap,

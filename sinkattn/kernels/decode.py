@@ -19,7 +19,10 @@ from sinkattn.kernels.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["tokens", "kv_heads", "slots", "window", "num_sinks"])
+@triton.jit(
+    do_not_specialize=["tokens", "kv_heads", "slots", "window", "num_sinks"],
+    do_not_specialize_on_alignment=["seen", "lengths", "sink_logits", "alibi_slopes", "arrivals"],
+)
 def decode_kernel(
     keys, values, query, key, value, seen, lengths, cos, sin, sink_logits, alibi_slopes, out, partials, arrivals,
     tokens, kv_heads, slots, window, num_sinks, scale, cap,

@@ -7,6 +7,7 @@ from factories import assert_within_budget, make_qkv, make_rope, max_error, stri
 pytest.importorskip("triton")
 
 from sinkattn import RingKVCache, ops, reference, sink_attention
+from sinkattn.kernels import attention
 from sinkattn.kernels.attention import Shape, Target
 
 # Rows of a tile that hold no query divide zero by zero, and nobody reads them.
@@ -179,6 +180,30 @@ def test_large_scores_do_not_overflow():
     x = torch.full((1, 1, 3, 128), 30.0, dtype=torch.float16, device=DEVICE)
     ring = RingKVCache(1, 1, 128, num_sinks=1, window=4, dtype=torch.float16, device=DEVICE)
     assert torch.equal(sink_attention(x, x, x, ring, backend="triton"), x)
+
+
+@pytest.mark.parametrize("processors", [1, 4, 64])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_several_blocks_and_many_parts(tokens, processors, monkeypatch):
+    """All blocks in one program, several in each, and more programs than are combined at once."""
+    target = attention.target_of(torch.device(DEVICE))
+    monkeypatch.setattr(attention, "target_of", lambda device: target._replace(processors=processors))
+    run, grids = attention.decode_launch, []
+
+    def watched(shape):
+        launch = run(shape)
+        grids.append((launch.grid[1], launch.numbers["BLOCK_PARTS"], launch.numbers["BLOCK_N"]))
+        return launch
+
+    monkeypatch.setattr(attention, "decode_launch", watched)
+    heads = {"heads": 60 // tokens, "kv_heads": 1}
+    check((3, 800, 9), [400, 812, 813, 10**6 + 5], tokens, torch.float32, heads=heads, rope=make_rope())
+    ((parts, combined, block),) = grids
+    if processors == 64:
+        assert parts > 2 * combined
+    else:
+        assert 809 // block >= 2 * parts
+    assert (parts == 1) == (processors == 1)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
