@@ -94,9 +94,9 @@ def test_one_layer_equals_the_unpatched_model_on_gathered_tokens(variant, monkey
 
 @torch.no_grad()
 def test_the_cut_into_calls_does_not_matter(variant):
-    model, ids = sinkattn.enable(build(variant), S, W), random_ids(2, 200)
+    model, ids = sinkattn.enable(build(variant), S, W), random_ids(2, 130)
     one_call = model(ids).logits
-    for chunks in ([1] * 200, [7] * 28 + [4], [30, 1, 100, 3, 2, 50, 14]):
+    for chunks in ([1] * 130, [7] * 18 + [4], [30, 1, 70, 3, 2, 24]):
         assert rms_error(stream(model, ids, chunks), one_call) < 2e-6
 
 
@@ -122,13 +122,13 @@ def test_rows_with_padding_equal_rows_without(variant):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_errs_like_the_unpatched_model(variant, dtype):
-    exact_model, ids, long_ids = build(variant, torch.float64), random_ids(2, S + W), random_ids(2, 200)
+    exact_model, ids, long_ids = build(variant, torch.float64), random_ids(2, S + W), random_ids(2, 150)
     exact, model = exact_model(ids).logits, build(variant, dtype)
     own = rms_error(model(ids).logits, exact)
     sinkattn.enable(model, S, W)
     assert rms_error(model(ids).logits, exact) <= 2 * own
     long_exact = sinkattn.enable(exact_model, S, W)(long_ids).logits
-    assert rms_error(stream(model, long_ids, [1] * 10 + [7] * 20 + [50]), long_exact) <= 2 * own
+    assert rms_error(stream(model, long_ids, [1] * 10 + [7] * 12 + [56]), long_exact) <= 2 * own
 
 
 class Sizes(TorchDispatchMode):
@@ -191,6 +191,7 @@ def test_a_model_that_shares_its_configuration_is_left_alone(variant):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("variant", ["falcon-new", "falcon-alibi", "codegen"])
 def test_models_can_be_saved_whole(variant, tmp_path):
     model, ids = sinkattn.enable(build(variant), S, W), random_ids(1, 60)
     torch.save(model, tmp_path / "model.pt")
