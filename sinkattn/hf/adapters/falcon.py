@@ -1,8 +1,8 @@
 """Falcon: rotary embedding or ALiBi, one key head, one for each group of queries, or one for each query head.
 
-transformers rounds the whole ALiBi bias of Falcon to bfloat16, whatever the model's dtype. Here only slopes are rounded:
-the same up to eight heads and 256 tokens. Beyond, it is the rounding that differs, by a few percent of the spread of
-logits at a thousand tokens and 32 heads with random weights.
+transformers rounds the whole ALiBi bias of Falcon to bfloat16, whatever the model's dtype. Here the slopes alone are
+rounded, which is the same up to eight heads and 256 tokens. With 32 heads the two differ by a few percent of the spread
+of the logits at a thousand tokens, with random weights.
 """
 
 from __future__ import annotations
