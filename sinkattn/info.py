@@ -41,7 +41,7 @@ def model_facts(model: Any, num_sinks: int, window: int) -> dict[str, Any]:
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache)
         layers = find_swap(model).findings.layers.values()
-        rotary = [_rotary(layer.rotation, cache.layers[layer.index].keys.shape[-1]) for layer in layers]
+        rotary = [_rotary(layer, cache.layers[layer.index].keys.shape[-1]) for layer in layers]
         return {**facts, "accepted": True, "rotary_by_layer": rotary, "cache_bytes_per_stream": cache.nbytes}
     finally:
         disable(model)
@@ -90,10 +90,10 @@ def _obstacle(device: torch.device, backend: ops.Backend) -> str | None:
     return None
 
 
-def _rotary(rotation: Any, head_dim: int) -> str:
-    if rotation is None:
-        return "none"
-    rope, begin = rotation
+def _rotary(layer: Any, head_dim: int) -> str:
+    if layer.rotation is None:
+        return "none" if layer.alibi_slopes is None else "ALiBi"
+    rope, begin = layer.rotation
     return f"{rope.style}, {'last ' if begin else ''}{rope.rotary_dim} of {head_dim} elements"
 
 

@@ -96,6 +96,8 @@ class Layer:
     visible: Visible
     temperature: Temperature | None
     """None where the model scales no queries, or does so by the positions that it is given."""
+    alibi_slopes: Tensor | None = None
+    """One for each head, of the bias on scaled scores; None without ALiBi."""
 
 
 @dataclass
@@ -107,6 +109,8 @@ class Findings:
     """Modules that make cosines and sines; none in models whose attention knows no positions (NoPE)."""
     layers: dict[nn.Module, Layer] = field(default_factory=dict)
     """By attention module, in the order in which they ran."""
+    forwards: dict[nn.Module, Callable] = field(default_factory=dict)
+    """What replaces the forward of attention modules that call no attention function."""
 
 
 _recording: ContextVar[Recording] = ContextVar("sinkattn_recording")
@@ -191,8 +195,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def trained_length(model: PreTrainedModel) -> int | None:
-    """Positions that a model was trained for, in tokens; None if its configuration does not say."""
+    """Positions that a model was trained for, in tokens; None if its configuration does not say, or with ALiBi."""
     config = model.config.get_text_config(decoder=True)
+    if getattr(config, "alibi", False):
+        return None
     length = getattr(config, "max_position_embeddings", None)
     # Frequencies of these kinds change beyond the original length.
     for rope in rope_parameters(model):

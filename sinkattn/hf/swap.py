@@ -1,11 +1,13 @@
 """Swapping sinkattn into the attention of a loaded transformers model, and out again.
 
 Only transformers' own extension points are used: an attention function, a mask function and a cache; on this one
-model, a hook on the rotary module and a wrapper around the decoder's forward. No forward is copied, no class touched.
+model, a hook on the rotary module and a wrapper around the decoder's forward. No class is touched. Families that call
+no attention function have an adapter, with a forward for their attention modules.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import uuid
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from sinkattn import ops
+from sinkattn.hf import adapters
 from sinkattn.hf.cache import SinkCache, SinkLayer, StatefulSinkLayer, Streams, find_swap
 from sinkattn.hf.probe import (
     PROBE_TOKENS,
@@ -81,7 +84,7 @@ def enable(
     _check_model(model, layout)
     backend = ops.select_backend(model.device, backend, model.dtype)
     with _unexpected_means_unsupported(model):
-        swap = Swap(model, layout, backend, probe(model))
+        swap = Swap(model, layout, backend, adapters.find(model) or probe(model))
         with evaluation_mode(model):
             ids = _sample_ids(model, min(PROBE_TOKENS, num_sinks + window))
             before = model(input_ids=ids, use_cache=False)[0]
@@ -178,7 +181,9 @@ class Swap:
 
     def _check_decoder(self) -> None:
         name = type(self.model).__name__
-        needed = {"past_key_values", "position_ids", "attention_mask"}
+        needed = {"past_key_values", "attention_mask"}
+        if not self.findings.forwards:
+            needed.add("position_ids")  # those with ALiBi take none
         if missing := needed - set(self.parameters):
             raise UnsupportedModelError(f"{name}: its decoder takes no {', '.join(sorted(missing))}")
         found = {layer.index for layer in self.findings.layers.values()}
@@ -244,11 +249,21 @@ class Swap:
                 self._set(self.model, "prepare_inputs_for_generation", prepare)
         self._set(decoder, "forward", self.forward)
         self._hooks += [rotary.register_forward_hook(no_rotation) for rotary in self.findings.rotaries]
-        decoder.set_attn_implementation(NAME)
+        for module, forward in self.findings.forwards.items():
+            self._set(module, "forward", forward)
+        if self.findings.forwards:
+            # No other implementation can be set on these, but it decides on the mask. A configuration of its own: one
+            # that other models share would leave them without a mask, unseen.
+            config = copy.copy(decoder.config)
+            config._attn_implementation_internal = adapters.MASK_NAME
+            self._set(decoder, "config", config)
+        else:
+            decoder.set_attn_implementation(NAME)
 
     def remove(self) -> None:
         """Restore the model, however far `install` came."""
-        self.findings.decoder.set_attn_implementation(self._implementation)
+        if not self.findings.forwards:
+            self.findings.decoder.set_attn_implementation(self._implementation)
         while self._hooks:
             self._hooks.pop().remove()
         while self._own:
@@ -294,7 +309,8 @@ class Swap:
         # The rotary modules are no-ops now; whatever else goes by position sees the position within the cache.
         last = self.layout.num_sinks + self.layout.window - 1
         positions = positions.clamp(max=last)
-        kwargs |= {"past_key_values": cache, "attention_mask": None, "position_ids": positions}
+        provided = {"past_key_values": cache, "attention_mask": None, "position_ids": positions}
+        kwargs |= {name: value for name, value in provided.items() if name in self.parameters}
         cache.begin(batch, tokens, kwargs.get("input_ids"))
         finished, running = False, Forward(self, cache, tokens, padding, positions)
         before = self._enter(running)
@@ -320,8 +336,20 @@ class Swap:
             _running.set(running)
         return before
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, **options) -> Tensor:
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        *,
+        dropout: float = 0.0,
+        **options,
+    ) -> Tensor:
         """Attention of one layer over its ring."""
+        if dropout:
+            raise RuntimeError(f"dropout: sinkattn is for inference, call model.eval(); got {dropout}")
         running = self._traced or _running.get()
         if running is None or running.swap is not self:
             raise RuntimeError("attention modules of an enabled model run only as part of the model")
@@ -362,6 +390,7 @@ class Swap:
             scale=scale,
             interleaved=rope is not None and rope.interleaved,
             lengths=None if padding is None else padding.lengths,
+            alibi_slopes=self.findings.layers[module].alibi_slopes,
             arrivals=ring.arrivals,
             backend=self.backend,
             **options,
@@ -394,10 +423,8 @@ def _attention_forward(
             f"attn_implementation {NAME!r} is set by sinkattn.enable(model), not by hand; a model that shares its "
             "config object with an enabled one needs a copy of its own"
         )
-    if dropout:
-        raise RuntimeError(f"dropout: sinkattn is for inference, call model.eval(); got {dropout}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = swap.attend(module, query, key, value, scale, softcap=softcap, sink_logits=s_aux)
+    out = swap.attend(module, query, key, value, scale, dropout=dropout, softcap=softcap, sink_logits=s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 

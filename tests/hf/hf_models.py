@@ -49,8 +49,13 @@ FAMILIES = {
 def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides):
     """Model of a family in eager attention and evaluation mode."""
     model_class, config_class, options = FAMILIES[family]
+    return build_model(model_class, config_class, dtype, seed, **{**options, **overrides})
+
+
+def build_model(model_class, config_class, dtype: torch.dtype = torch.float32, seed: int = 0, **options):
+    """Model of a class in evaluation mode, in eager attention unless the options say otherwise."""
     torch.manual_seed(seed)
-    config = config_class(**{**SIZES, **options, **overrides}, attn_implementation="eager")
+    config = config_class(**{**SIZES, "attn_implementation": "eager", **options})
     model = model_class(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,0 +1,40 @@
+"""Falcon: rotary embedding or ALiBi, one key head, one for each group of queries, or one for each query head.
+
+transformers rounds the whole ALiBi bias of Falcon to bfloat16, whatever the model's dtype. Here the slopes alone are
+rounded, which is the same up to eight heads and 256 tokens. With 32 heads the two differ by a few percent of the spread
+of the logits at a thousand tokens, with random weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sinkattn.hf.adapters.common import attend, live_rotation, split_heads
+from sinkattn.hf.probe import Rotation, UnsupportedModelError
+
+
+def positions(decoder: PreTrainedModel) -> tuple[Rotation | None, Tensor | None]:
+    """Rotation, or ALiBi slopes."""
+    from transformers.models.falcon.modeling_falcon import build_alibi_tensor
+
+    if not decoder.use_alibi:
+        return live_rotation(decoder.rotary_emb), None
+    if decoder.config._attn_implementation != "sdpa":
+        # Eager attention adds the bias to the scores that has become a part of the mask before.
+        raise UnsupportedModelError(
+            f"{type(decoder).__name__}: with ALiBi only attn_implementation='sdpa' computes what the model was trained "
+            f"for; got {decoder.config._attn_implementation!r}, which adds the bias twice or not at all"
+        )
+    heads, device = decoder.num_heads, decoder.word_embeddings.weight.device
+    # The bias of the second of two tokens. The family rounds slopes to bfloat16, and scales scores and bias alike.
+    bias = build_alibi_tensor(torch.ones(1, 2, dtype=torch.int64, device=device), heads, dtype=torch.float32)
+    return None, bias[:, 0, 1] * decoder.h[0].self_attention.inv_norm_factor
+
+
+def forward(module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
+    """Forward of the attention module."""
+    query, key, value = split_heads(module.query_key_value(hidden_states), module.num_kv_heads, module.num_heads)
+    out = attend(module, query, key, value, module.inv_norm_factor, module.attention_dropout.p)
+    return module.dense(out), None

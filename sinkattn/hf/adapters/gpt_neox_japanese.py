@@ -1,0 +1,22 @@
+"""GPT-NeoX-Japanese: a rotary embedding of halves, and a bias that the block adds."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sinkattn.hf.adapters.common import attend, live_rotation, split_heads
+from sinkattn.hf.probe import Rotation
+
+
+def positions(decoder: PreTrainedModel) -> tuple[Rotation, None]:
+    """Rotation, and no slopes."""
+    return live_rotation(decoder.rotary_emb), None
+
+
+def forward(module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, None, Tensor | None]:
+    """Forward of the attention module."""
+    heads = module.num_attention_heads
+    query, key, value = split_heads(module.query_key_value(hidden_states), heads, heads)
+    out = attend(module, query, key, value, module.head_size**-0.5, module.attention_dropout.p)
+    return module.dense(out), None, module.dense_bias

@@ -1,0 +1,24 @@
+"""GPT-J: a rotary embedding of neighbours, on a part of the head."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sinkattn.hf.adapters.common import attend, sinusoidal_rotation
+from sinkattn.hf.probe import Rotation
+
+
+def positions(decoder: PreTrainedModel) -> tuple[Rotation, None]:
+    """Rotation, and no slopes."""
+    return sinusoidal_rotation(decoder.h[0].attn), None
+
+
+def forward(module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
+    """Forward of the attention module."""
+    query, key, value = (
+        projection(hidden_states).unflatten(-1, (module.num_attention_heads, module.head_dim)).transpose(1, 2)
+        for projection in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    out = attend(module, query, key, value, module.head_dim**-0.5, module.attn_dropout.p)
+    return module.resid_dropout(module.out_proj(out)), None

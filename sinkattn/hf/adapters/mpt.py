@@ -1,0 +1,24 @@
+"""MPT: ALiBi. transformers gives all of them ALiBi of the default strength, whatever their configuration says."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sinkattn.hf.adapters.common import attend
+
+
+def positions(decoder: PreTrainedModel) -> tuple[None, Tensor]:
+    """No rotation, and ALiBi slopes."""
+    # The bias of the first of two tokens, counted back from the second.
+    bias = decoder.build_mpt_alibi_tensor(decoder.num_heads, 2, device=decoder.wte.weight.device)
+    return None, -bias[:, 0, 0]
+
+
+def forward(module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
+    """Forward of the attention module."""
+    fused = module.Wqkv(hidden_states)
+    if module.clip_qkv:
+        fused = fused.clamp(-module.clip_qkv, module.clip_qkv)
+    query, key, value = fused.unflatten(-1, (3, module.n_heads, module.head_dim)).permute(2, 0, 3, 1, 4)
+    return module.out_proj(attend(module, query, key, value, module.softmax_scale, module.attn_dropout_p)), None
