@@ -139,21 +139,13 @@ def sample_ids(model: PreTrainedModel, tokens: int) -> Tensor:
 
 def check_equal(model: PreTrainedModel, before: Tensor, after: Tensor) -> None:
     """Refuse a model whose outputs ``[batch, tokens, vocabulary]`` are not what they were."""
-    error, budget = relative_error(after, before), error_budget(model)
+    before, after = before.double(), after.double()
+    spread = (before - before.mean(dim=-1, keepdim=True)).square().mean().sqrt()
+    error = float((after - before).square().mean().sqrt() / spread)
+    # Far above rounding through a whole model, far below what a wrong mask or position does.
+    budget = max(1e-3, 8 * torch.finfo(model.dtype).eps)
     if not error <= budget:
         raise UnsupportedModelError(
             f"{type(model).__name__}: on a short input the swapped model differs from the original by {error:.1e} "
             f"of the spread of its outputs (allowed: {budget:.1e})"
         )
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """Root mean square of the difference, as a part of the spread of ``want`` over its last dimension."""
-    got, want = got.double(), want.double()
-    spread = (want - want.mean(dim=-1, keepdim=True)).square().mean().sqrt()
-    return float((got - want).square().mean().sqrt() / spread)
-
-
-def error_budget(model: PreTrainedModel) -> float:
-    """Far above rounding through a whole model, far below what a wrong mask or position does."""
-    return max(1e-3, 8 * torch.finfo(model.dtype).eps)

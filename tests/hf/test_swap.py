@@ -205,7 +205,7 @@ def test_unsupported_models_are_refused_and_left_alone():
     with torch.device("meta"):
         meta = build("llama")
     for model, message in [
-        (bloom, "positions come in by another way than a rotary embedding"),
+        (bloom, "none of its modules calls transformers' attention function"),
         (t5, "encoder-decoder"),
         (narrow, "layer 0 sees a window of 16 tokens; num_sinks .* must not exceed it, got 32"),
         (meta, "on one device, loaded, got .*'meta'"),
