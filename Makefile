@@ -4,10 +4,12 @@
 #            environment, say), any other gets a .venv here
 #   TORCH    what pip installs into that .venv
 #   ARGS     passed on: make test ARGS="-k ring"
+#   WORKERS  processes that run tests side by side
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
+WORKERS ?= 2
 ifeq ($(origin CXX),default)
   CXX := c++
 endif
@@ -43,7 +45,7 @@ demo: $(READY)  ## run the demo
 	@$(PY) -m sinkattn demo $(ARGS)
 
 test: $(READY)  ## run the tests
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: check-python check-cpp  ## lint, formatting, strict compilation, C++ tests under sanitizers
 

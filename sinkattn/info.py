@@ -27,9 +27,10 @@ def collect() -> dict[str, Any]:
 
 
 def model_facts(model: Any, num_sinks: int, window: int) -> dict[str, Any]:
-    """Whether `sinkattn.enable` takes a model; if so its layers' rotary embeddings and its cache. Changes nothing."""
+    """Whether `sinkattn.enable` takes a model; if so how it streams and its cache. Changes nothing."""
     from sinkattn.hf import SinkCache, disable, enable
     from sinkattn.hf.cache import find_swap
+    from sinkattn.hf.reencode import Reencode, extra_tokens
 
     facts: dict[str, Any] = {"class": type(model).__name__, "num_sinks": num_sinks, "window": window}
     try:
@@ -40,9 +41,13 @@ def model_facts(model: Any, num_sinks: int, window: int) -> dict[str, Any]:
         cache = SinkCache(model)
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache)
-        layers = find_swap(model).findings.layers.values()
+        swap = find_swap(model)
+        facts |= {"accepted": True, "cache_bytes_per_stream": cache.nbytes}
+        if isinstance(swap, Reencode):
+            return {**facts, "reencoded_tokens_per_token": extra_tokens(swap.layout)}
+        layers = swap.findings.layers.values()
         rotary = [_rotary(layer, cache.layers[layer.index].keys.shape[-1]) for layer in layers]
-        return {**facts, "accepted": True, "rotary_by_layer": rotary, "cache_bytes_per_stream": cache.nbytes}
+        return {**facts, "rotary_by_layer": rotary}
     finally:
         disable(model)
 
@@ -64,8 +69,10 @@ def lines(info: dict[str, Any]) -> Iterator[str]:
         if not model["accepted"]:
             yield f"model: {model['class']} is refused with {layout}: {model['reason']}"
             return
-        kinds = model["rotary_by_layer"]
+        kinds = model.get("rotary_by_layer", [])
         yield f"model: {model['class']} is accepted with {layout}"
+        if (extra := model.get("reencoded_tokens_per_token")) is not None:
+            yield f"    absolute positions: streams by re-encoding, {extra:.2f} extra tokens for each token on average"
         for kind in dict.fromkeys(kinds):
             yield f"    rotary embedding: {kind} in {kinds.count(kind)} of {len(kinds)} layers"
         yield f"    cache: {size_text(model['cache_bytes_per_stream'])} per stream"

@@ -9,9 +9,10 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import sinkattn
-from sinkattn import cli, user_errors
+from sinkattn import cli, info, user_errors
 from sinkattn.hf.load import load
 from sinkattn.hf.stream import stream_text, stream_tokens
 
@@ -224,6 +225,16 @@ def test_info(capsys, monkeypatch):
     assert "cpu: cpu runs" in text
     assert "is refused with 4 sinks + window of 300" in text
     assert "256 positions" in text
+
+
+def test_info_says_which_models_stream_by_re_encoding():
+    sizes = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    gpt2 = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)).eval()
+    facts = info.model_facts(gpt2, 4, 21)
+    assert facts["reencoded_tokens_per_token"] == 10 / 11
+    assert facts["cache_bytes_per_stream"] == 2 * 2 * 4 * 25 * 8 * 4 + 8
+    text = "\n".join(info.lines({**info.collect(), "model": facts}))
+    assert "absolute positions: streams by re-encoding, 0.91 extra tokens for each token on average" in text
 
 
 def test_info_says_what_the_environment_asks_for(capsys, monkeypatch):

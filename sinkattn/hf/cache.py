@@ -21,14 +21,14 @@ from sinkattn.ring_cache import RingKVCache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sinkattn.hf.swap import Swap
+    from sinkattn.hf.enabled import Enabled
 
 
 # Ids of the first prompt that a cache keeps, to tell a whole stream from new ids alone.
 MOST_REMEMBERED = 512
 
 
-def find_swap(model: torch.nn.Module) -> Swap | None:
+def find_swap(model: torch.nn.Module) -> Enabled | None:
     """What `enable` left on a model, or on one wrapped in it; None if it is not enabled."""
     return next((m.__dict__["_sinkattn"] for m in model.modules() if "_sinkattn" in m.__dict__), None)
 
@@ -172,6 +172,11 @@ class SinkCache(Cache):
         ValueError: if the model is not enabled, or max_batch_size is below 1.
     """
 
+    def __new__(cls, model: PreTrainedModel | None = None, *args, **kwargs) -> SinkCache:
+        """Make the kind of cache that the model streams with."""
+        swap = None if model is None else find_swap(model)  # None: a copy, or one that is unpickled
+        return super().__new__(cls if swap is None else swap.cache_class)
+
     def __init__(self, model: PreTrainedModel, max_batch_size: int | None = None) -> None:
         swap = find_swap(model)
         if swap is None:
@@ -228,7 +233,7 @@ class SinkCache(Cache):
     def continues_with(self, ids: Tensor) -> bool:
         """Whether ``ids`` ``[batch, tokens]`` are all of the stream so far and more, as opposed to new ones alone."""
         streams = self._streams
-        if streams.tokens_seen == 0 or streams.ring is None:
+        if streams.tokens_seen == 0:
             return True
         if ids.shape[1] <= streams.tokens_seen:
             return False
@@ -242,8 +247,8 @@ class SinkCache(Cache):
         streams = self._streams
         if streams.arriving is not None:
             raise RuntimeError("past_key_values: is in the middle of a forward already, in this thread or another")
-        if streams.ring is not None and len(streams.ring.seen) != batch:
-            raise ValueError(f"past_key_values: holds {len(streams.ring.seen)} streams, got a batch of {batch}")
+        if (seen := self.seen) is not None and len(seen) != batch:
+            raise ValueError(f"past_key_values: holds {len(seen)} streams, got a batch of {batch}")
         if self._max_batch_size is not None and batch > self._max_batch_size:
             raise ValueError(f"past_key_values: max_batch_size is {self._max_batch_size}, got a batch of {batch}")
         if streams.broken:

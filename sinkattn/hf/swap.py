@@ -8,8 +8,6 @@ no attention function have an adapter, with a forward for their attention module
 from __future__ import annotations
 
 import copy
-import inspect
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,6 +23,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from sinkattn import ops
 from sinkattn.hf import adapters
 from sinkattn.hf.cache import SinkCache, SinkLayer, StatefulSinkLayer, Streams, find_swap
+from sinkattn.hf.enabled import Enabled, check_equal, check_positions, readable, sample_ids
 from sinkattn.hf.probe import (
     PROBE_TOKENS,
     Findings,
@@ -37,11 +36,10 @@ from sinkattn.hf.probe import (
     rope_parameters,
     trained_length,
 )
+from sinkattn.hf.reencode import adds_positions, enable_by_reencoding
 from sinkattn.rope import table_dtype
 
 NAME = "sinkattn"
-# Tokens that an assistant proposes at once if its configuration does not say: transformers' own default.
-ASSISTANT_TOKENS = 20
 
 
 def enable(
@@ -57,6 +55,10 @@ def enable(
     Every token sees the first ``num_sinks`` tokens and the ``window`` most recent ones, itself included, at positions
     relative to the cache. Inputs up to ``num_sinks + window`` tokens give what the model gave before. The model is
     probed and compared with itself on a short input first; what cannot be proven is refused.
+
+    A model that adds absolute positions to its embeddings streams by re-encoding: whenever ``num_sinks + window``
+    tokens are in sight, half of the window is dropped and the other half encoded anew. Memory is constant, time on
+    average.
 
     Args:
         model: a causal language model of transformers, in any float dtype, on one device; peft may have wrapped it.
@@ -84,9 +86,12 @@ def enable(
     _check_model(model, layout)
     backend = ops.select_backend(model.device, backend, model.dtype)
     with _unexpected_means_unsupported(model):
+        if adds_positions(model):
+            enable_by_reencoding(model, layout)
+            return model
         swap = Swap(model, layout, backend, adapters.find(model) or probe(model))
         with evaluation_mode(model):
-            ids = _sample_ids(model, min(PROBE_TOKENS, num_sinks + window))
+            ids = sample_ids(model, min(PROBE_TOKENS, num_sinks + window))
             before = model(input_ids=ids, use_cache=False)[0]
             try:
                 swap.install()
@@ -100,7 +105,7 @@ def enable(
                     raise UnsupportedModelError(
                         f"{type(model).__name__}: keeps a stream's state in its modules: {names}"
                     )
-                _check_equal(model, before, after)
+                check_equal(model, before, after)
             except BaseException:
                 swap.remove()
                 raise
@@ -159,22 +164,18 @@ REPLACED = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer", "LinearAt
 REPLACED |= {"LinearAttentionAndSlidingWindowAttentionLayer"}
 
 
-class Swap:
-    """What `enable` leaves on a model: its layout, its rotary embeddings, and what puts them to use."""
+class Swap(Enabled):
+    """What `enable` leaves on a model that rotates: its rotary embeddings, and what puts them to use."""
 
     def __init__(
         self, model: PreTrainedModel, layout: ops.RingLayout, backend: ops.Backend, findings: Findings
     ) -> None:
-        self.id = uuid.uuid4().hex
-        self.model = model
-        self.layout = layout
+        super().__init__(model, findings.decoder, layout)
         self.backend = backend
         self.findings = findings
-        self.parameters = list(inspect.signature(findings.decoder.forward).parameters)
         self._check_decoder()
         self.kinds = self._kinds()
         self._implementation = findings.decoder.config._attn_implementation
-        self._own: list[tuple[nn.Module, str, Any]] = []
         # In place of the context variable, which torch.compile cannot see through, while it traces.
         self._traced: Forward | None = None
         self._hooks: list[Any] = []
@@ -235,76 +236,49 @@ class Swap:
 
     def install(self) -> None:
         """Put the swap in place."""
-        decoder = self.findings.decoder
-        for module in {self.model, *self.kinds}:
-            self._set(module, "_sinkattn", self)
+        super().install()
+        for module in self.kinds:
+            self.put(module, "_sinkattn", self)
         for module, layer in self.findings.layers.items():
             if layer.temperature is not None:
-                self._set(module, "attn_temperature_tuning", False)
-        if hasattr(type(self.model), "generate"):
-            self._set(self.model, "generate", partial(_generate, self.model))
-            if any(rope.get("rope_type") == "longrope" for rope in rope_parameters(self.model)):
-                # Theirs drops the cache where other frequencies would begin, which never happens within sinks + window.
-                prepare = partial(GenerationMixin.prepare_inputs_for_generation, self.model)
-                self._set(self.model, "prepare_inputs_for_generation", prepare)
-        self._set(decoder, "forward", self.forward)
+                self.put(module, "attn_temperature_tuning", False)
+        longrope = any(rope.get("rope_type") == "longrope" for rope in rope_parameters(self.model))
+        if longrope and hasattr(type(self.model), "generate"):
+            # Theirs drops the cache where other frequencies would begin, which never happens within sinks + window.
+            prepare = partial(GenerationMixin.prepare_inputs_for_generation, self.model)
+            self.put(self.model, "prepare_inputs_for_generation", prepare)
         self._hooks += [rotary.register_forward_hook(no_rotation) for rotary in self.findings.rotaries]
         for module, forward in self.findings.forwards.items():
-            self._set(module, "forward", forward)
+            self.put(module, "forward", forward)
         if self.findings.forwards:
             # No other implementation can be set on these, but it decides on the mask. A configuration of its own: one
             # that other models share would leave them without a mask, unseen.
-            config = copy.copy(decoder.config)
+            config = copy.copy(self.decoder.config)
             config._attn_implementation_internal = adapters.MASK_NAME
-            self._set(decoder, "config", config)
+            self.put(self.decoder, "config", config)
         else:
-            decoder.set_attn_implementation(NAME)
+            self.decoder.set_attn_implementation(NAME)
 
     def remove(self) -> None:
         """Restore the model, however far `install` came."""
         if not self.findings.forwards:
-            self.findings.decoder.set_attn_implementation(self._implementation)
+            self.decoder.set_attn_implementation(self._implementation)
         while self._hooks:
             self._hooks.pop().remove()
-        while self._own:
-            module, name, before = self._own.pop()
-            if before is None:
-                del module.__dict__[name]
-            else:
-                module.__dict__[name] = before
-
-    def _set(self, module: nn.Module, name: str, value: Any) -> None:
-        self._own.append((module, name, module.__dict__.get(name)))
-        module.__dict__[name] = value
+        super().remove()
 
     def forward(self, *args, **kwargs) -> Any:
         """Forward of the decoder: checks its arguments, provides cache and positions, and counts the tokens after."""
-        decoder = self.findings.decoder
-        own_forward = next(own for module, name, own in self._own if module is decoder and name == "forward")
-        run = own_forward or partial(type(decoder).forward, decoder)
-        kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        kwargs = self.by_name(args, kwargs)
         inputs = kwargs.get("input_ids")
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
-            return run(**kwargs)  # which says what is missing
+            return self.run(**kwargs)  # which says what is missing
         batch, tokens = inputs.shape[:2]
-        if tokens == 0:
-            raise ValueError(
-                "input_ids: expected at least one token that the cache has not seen; generate takes the whole sequence "
-                "so far, sinkattn.hf.stream_tokens the new tokens alone"
-            )
-        if kwargs.get("output_attentions") or decoder.config.output_attentions:
-            raise ValueError("output_attentions: attention weights are never formed by sinkattn, got True")
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            cache = SinkCache(self.model)
-        elif not isinstance(cache, SinkCache):
-            raise TypeError(f"past_key_values: expected a sinkattn.SinkCache or None, got {type(cache).__name__}")
-        elif cache.swap_id != self.id:
-            raise ValueError("past_key_values: this SinkCache was made for another model or before the last enable()")
+        cache = self.stream_of(kwargs, batch, tokens)
         padding = _padding(kwargs.get("attention_mask"), cache, batch, tokens)
         positions = _positions(cache, padding, tokens, inputs.device)
-        _check_positions(kwargs.get("position_ids"), positions, padding)
+        check_positions(kwargs.get("position_ids"), positions, None if padding is None else padding.present)
 
         # The rotary modules are no-ops now; whatever else goes by position sees the position within the cache.
         last = self.layout.num_sinks + self.layout.window - 1
@@ -315,7 +289,7 @@ class Swap:
         finished, running = False, Forward(self, cache, tokens, padding, positions)
         before = self._enter(running)
         try:
-            output = run(**kwargs)
+            output = self.run(**kwargs)
             if running.layers_run != len(self.kinds):
                 raise RuntimeError(f"expected {len(self.kinds)} attention layers to run, got {running.layers_run}")
             finished = True
@@ -432,61 +406,6 @@ AttentionInterface.register(NAME, _attention_forward)
 AttentionMaskInterface.register(NAME, no_mask)
 
 
-def _generate(model: PreTrainedModel, inputs: Tensor | None = None, *args, **kwargs):
-    """`generate` of an enabled model: as its class has it, with a `SinkCache` unless one is passed.
-
-    With a cache that has seen tokens, ``inputs`` may be all ids of the stream so far, as transformers has it, or the
-    new ones alone: which of the two can be told from how the stream began.
-    """
-    if kwargs.get("use_cache") is False:
-        raise ValueError("use_cache: an enabled model generates from its SinkCache, got False")
-    if kwargs.get("cache_implementation") is not None:
-        raise ValueError(
-            "cache_implementation: an enabled model generates from its SinkCache, got "
-            f"{kwargs['cache_implementation']!r}"
-        )
-    _check_assistant(model, kwargs)
-    cache = kwargs.get("past_key_values")
-    if cache is None:
-        kwargs["past_key_values"] = SinkCache(model)
-    ids = kwargs.get("input_ids") if inputs is None else inputs
-    if isinstance(cache, SinkCache) and isinstance(ids, Tensor) and not cache.continues_with(ids):
-        kwargs |= _continuation(cache, ids, kwargs.get("attention_mask"))
-    # A saved configuration may say otherwise; then every step would bring all tokens anew.
-    kwargs["use_cache"] = True
-    return type(model).generate(model, inputs, *args, **kwargs)
-
-
-def _check_assistant(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    config = kwargs.get("generation_config") or model.generation_config
-    candidates = kwargs.get("prompt_lookup_num_tokens") or config.prompt_lookup_num_tokens or 0
-    if (assistant := kwargs.get("assistant_model")) is not None:
-        if "heuristic" in (assistant.generation_config.num_assistant_tokens_schedule or ""):
-            raise ValueError(
-                "assistant_model: expected a num_assistant_tokens_schedule of 'constant', for the headroom is, got "
-                f"{assistant.generation_config.num_assistant_tokens_schedule!r}"
-            )
-        candidates = max(candidates, assistant.generation_config.num_assistant_tokens or ASSISTANT_TOKENS)
-    headroom = find_swap(model).layout.headroom
-    if candidates > headroom:
-        raise ValueError(
-            f"headroom: expected {candidates} or more, as assisted decoding takes back so many tokens, got {headroom}; "
-            f"call sinkattn.enable(model, ..., headroom={candidates})"
-        )
-
-
-def _continuation(cache: SinkCache, ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
-    """What `generate` has to be told when it gets new ids alone: a mask as long as the stream, and positions."""
-    seen = cache.tokens_seen
-    if attention_mask is not None and attention_mask.shape != ids.shape:
-        return {}  # told already
-    new = torch.ones_like(ids) if attention_mask is None else attention_mask.to(torch.int64)
-    # Only how many of the past tokens were none of padding matters, not which.
-    past = torch.arange(seen, 0, -1, device=ids.device) <= cache.seen.unsqueeze(1)
-    positions = cache.seen.unsqueeze(1) + (new.cumsum(dim=1) - 1).clamp(min=0)
-    return {"attention_mask": torch.cat((past.to(new.dtype), new), dim=1), "position_ids": positions}
-
-
 @contextmanager
 def _unexpected_means_unsupported(model: PreTrainedModel) -> Iterator[None]:
     try:
@@ -527,22 +446,12 @@ def _states_in_modules(swap: Swap) -> set[tuple[str, int, int]]:
     }
 
 
-def _readable(x: Tensor, tokens: int) -> bool:
-    # Reading a tensor would stop a GPU at every step, and end a graph that is traced: there only prompts are read.
-    return tokens > 1 or (x.is_cpu and not torch.compiler.is_compiling())
-
-
 def _padding(attention_mask: Any, cache: SinkCache, batch: int, tokens: int) -> Padding | None:
     """Padding among the new tokens, anywhere in their rows; None if there is none."""
     if attention_mask is None:
         return None
-    seen = cache.tokens_seen
-    shapes = ((batch, tokens), (batch, seen + tokens))
-    if not isinstance(attention_mask, Tensor) or tuple(attention_mask.shape) not in shapes:
-        got = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-        raise ValueError(f"attention_mask: expected {list(shapes[1])}, or None, got {got}")
     present = attention_mask[:, -tokens:] != 0
-    if _readable(attention_mask, tokens):
+    if readable(attention_mask, tokens):
         past = attention_mask[:, :-tokens] != 0
         if past.shape[1] and not torch.equal(past.sum(dim=1), cache.seen):
             raise ValueError(
@@ -570,40 +479,3 @@ def _positions(cache: SinkCache, padding: Padding | None, tokens: int, device: t
     if seen is None:
         return ranks
     return ranks + (seen if cache.has_padding else seen[:1]).unsqueeze(1)
-
-
-def _check_positions(position_ids: Any, positions: Tensor, padding: Padding | None) -> None:
-    if position_ids is None:
-        return
-    tokens = positions.shape[1]
-    if position_ids.ndim > 2 or position_ids.shape[-1] != tokens:
-        raise ValueError(f"position_ids: expected [batch, {tokens}], or None, got {list(position_ids.shape)}")
-    if not _readable(position_ids, tokens):
-        return
-    wrong = position_ids != positions
-    if padding is not None:
-        wrong = wrong & padding.present
-    if wrong.any():
-        raise ValueError(
-            f"position_ids: expected those of the stream, from {positions[:, 0].tolist()} on, or None; a stream has no "
-            "gaps"
-        )
-
-
-def _sample_ids(model: PreTrainedModel, tokens: int) -> Tensor:
-    weight = model.get_input_embeddings().weight
-    # Spread over the vocabulary; the two rows differ so that rows cannot be mixed up unseen.
-    return ((torch.arange(2 * tokens, device=weight.device) * 7919 + 13) % weight.shape[0]).view(2, tokens)
-
-
-def _check_equal(model: PreTrainedModel, before: Tensor, after: Tensor) -> None:
-    before, after = before.double(), after.double()
-    spread = (before - before.mean(dim=-1, keepdim=True)).square().mean().sqrt()
-    error = float((after - before).square().mean().sqrt() / spread)
-    # Far above rounding through a whole model, far below what a wrong mask or position does.
-    budget = max(1e-3, 8 * torch.finfo(model.dtype).eps)
-    if not error <= budget:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: on a short input the swapped model differs from the original by {error:.1e} "
-            f"of the spread of its outputs (allowed: {budget:.1e})"
-        )

@@ -2,16 +2,28 @@
 
 import torch
 from transformers import (
+    BioGptConfig,
+    BioGptForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    XGLMConfig,
+    XGLMForCausalLM,
 )
 
 VOCABULARY = 97
@@ -44,11 +56,20 @@ FAMILIES = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"num_key_value_heads": 2, "head_dim": 16}),
     "gpt_neox": (GPTNeoXForCausalLM, GPTNeoXConfig, {}),
 }
+# Positions are added to the embeddings: these stream by re-encoding.
+ABSOLUTE = {
+    "gpt2": (GPT2LMHeadModel, GPT2Config, {}),
+    "opt": (OPTForCausalLM, OPTConfig, {"ffn_dim": 64, "word_embed_proj_dim": 16}),
+    "gpt_bigcode": (GPTBigCodeForCausalLM, GPTBigCodeConfig, {"multi_query": True}),
+    "biogpt": (BioGptForCausalLM, BioGptConfig, {}),
+    "gpt_neo": (GPTNeoForCausalLM, GPTNeoConfig, {"attention_types": [[["global", "local"], 1]], "window_size": 9}),
+    "xglm": (XGLMForCausalLM, XGLMConfig, {"d_model": 32, "ffn_dim": 64}),
+}
 
 
 def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides):
     """Model of a family in eager attention and evaluation mode."""
-    model_class, config_class, options = FAMILIES[family]
+    model_class, config_class, options = (FAMILIES | ABSOLUTE)[family]
     return build_model(model_class, config_class, dtype, seed, **{**options, **overrides})
 
 

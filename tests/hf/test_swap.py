@@ -10,12 +10,12 @@ import torch
 from hf_models import build, random_ids
 from transformers import (
     DynamicCache,
-    GPT2Config,
-    GPT2LMHeadModel,
     HunYuanDenseV1Config,
     HunYuanDenseV1ForCausalLM,
     PhimoeConfig,
     PhimoeForCausalLM,
+    RoFormerConfig,
+    RoFormerForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -198,14 +198,16 @@ def test_settings_are_checked_and_the_model_is_left_alone():
 
 
 def test_unsupported_models_are_refused_and_left_alone():
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
+    sizes = {"vocab_size": 97, "embedding_size": 32, "hidden_size": 32, "intermediate_size": 64}
+    config = RoFormerConfig(**sizes, num_hidden_layers=1, num_attention_heads=4, is_decoder=True)
+    roformer = RoFormerForCausalLM(config).eval()
     sizes = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
     t5 = T5ForConditionalGeneration(T5Config(**sizes)).eval()
     narrow = build("mistral", sliding_window=16)
     with torch.device("meta"):
         meta = build("llama")
     for model, message in [
-        (gpt2, "positions come in by another way than a rotary embedding"),
+        (roformer, "none of its modules calls transformers' attention function"),
         (t5, "encoder-decoder"),
         (narrow, "layer 0 sees a window of 16 tokens; num_sinks .* must not exceed it, got 32"),
         (meta, "on one device, loaded, got .*'meta'"),

@@ -1,0 +1,69 @@
+"""`generate` of enabled models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sinkattn.hf.cache import SinkCache, find_swap
+
+# Tokens that an assistant proposes at once if its configuration does not say: transformers' own default.
+ASSISTANT_TOKENS = 20
+
+
+def generate(model: PreTrainedModel, inputs: Tensor | None = None, *args, **kwargs):
+    """`generate` of an enabled model: as its class has it, with a `SinkCache` unless one is passed.
+
+    With a cache that has seen tokens, ``inputs`` may be all ids of the stream so far, as transformers has it, or the
+    new ones alone: which of the two can be told from how the stream began.
+    """
+    if kwargs.get("use_cache") is False:
+        raise ValueError("use_cache: an enabled model generates from its SinkCache, got False")
+    if kwargs.get("cache_implementation") is not None:
+        raise ValueError(
+            "cache_implementation: an enabled model generates from its SinkCache, got "
+            f"{kwargs['cache_implementation']!r}"
+        )
+    _check_assistant(model, kwargs)
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        kwargs["past_key_values"] = SinkCache(model)
+    ids = kwargs.get("input_ids") if inputs is None else inputs
+    if isinstance(cache, SinkCache) and isinstance(ids, Tensor) and not cache.continues_with(ids):
+        kwargs |= _continuation(cache, ids, kwargs.get("attention_mask"))
+    # A saved configuration may say otherwise; then every step would bring all tokens anew.
+    kwargs["use_cache"] = True
+    return type(model).generate(model, inputs, *args, **kwargs)
+
+
+def _check_assistant(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    config = kwargs.get("generation_config") or model.generation_config
+    candidates = kwargs.get("prompt_lookup_num_tokens") or config.prompt_lookup_num_tokens or 0
+    if (assistant := kwargs.get("assistant_model")) is not None:
+        if "heuristic" in (assistant.generation_config.num_assistant_tokens_schedule or ""):
+            raise ValueError(
+                "assistant_model: expected a num_assistant_tokens_schedule of 'constant', for the headroom is, got "
+                f"{assistant.generation_config.num_assistant_tokens_schedule!r}"
+            )
+        candidates = max(candidates, assistant.generation_config.num_assistant_tokens or ASSISTANT_TOKENS)
+    headroom = find_swap(model).layout.headroom
+    if candidates > headroom:
+        raise ValueError(
+            f"headroom: expected {candidates} or more, as assisted decoding takes back so many tokens, got {headroom}; "
+            f"call sinkattn.enable(model, ..., headroom={candidates})"
+        )
+
+
+def _continuation(cache: SinkCache, ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
+    """What `generate` has to be told when it gets new ids alone: a mask as long as the stream, and positions."""
+    seen = cache.tokens_seen
+    if attention_mask is not None and attention_mask.shape != ids.shape:
+        return {}  # told already
+    new = torch.ones_like(ids) if attention_mask is None else attention_mask.to(torch.int64)
+    # Only how many of the past tokens were none of padding matters, not which.
+    past = torch.arange(seen, 0, -1, device=ids.device) <= cache.seen.unsqueeze(1)
+    positions = cache.seen.unsqueeze(1) + (new.cumsum(dim=1) - 1).clamp(min=0)
+    return {"attention_mask": torch.cat((past.to(new.dtype), new), dim=1), "position_ids": positions}
