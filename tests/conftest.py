@@ -38,3 +38,7 @@ def poison_fresh_memory(monkeypatch):
     """Fill with NaN what the package allocates without a value, so that nothing unwritten is read unnoticed."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-models-table", action="store_true", help="write docs/models.md from what the tests find")
