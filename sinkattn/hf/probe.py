@@ -205,7 +205,7 @@ def trained_length(model: PreTrainedModel) -> int | None:
         if rope.get("rope_type") in ("dynamic", "longrope"):
             original = rope.get("original_max_position_embeddings") or length
             length = original if length is None else min(length, original or length)
-    return length
+    return length if length and length > 0 else None
 
 
 def rope_parameters(model: PreTrainedModel) -> list[dict[str, Any]]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
-from families import FAMILIES, FULL, SLIDING, build, random_ids
+from families import FAMILIES, FULL, REENCODE, SLIDING, build, random_ids
 from torch import nn
 
 import sinkattn
+from sinkattn.hf.reencode import context_start
 from sinkattn.info import model_facts
 from sinkattn.reference import visible
 
@@ -65,8 +68,14 @@ def measure(family: str) -> tuple[Differences, str]:
     sliding = None
     if masked is not None:
         sliding = rms_error(sinkattn.enable(model, 0, W)(ids).logits, masked)
-    gathered = max((_gathered(build(family), ids, layer) for layer in FAMILIES[family].lone), default=None)
-    return Differences(short, gathered, chunks, sliding), _in_words(facts["rotary_by_layer"])
+    if FAMILIES[family].path == REENCODE:
+        return Differences(short, _gathered(build(family), ids, reencoded_context), chunks, sliding), "none"
+    errors = []
+    for layer in FAMILIES[family].lone:
+        model = build(family)
+        silence_others(model, layer)
+        errors.append(_gathered(model, ids, partial(seen_by, model, layer)))
+    return Differences(short, max(errors, default=None), chunks, sliding), _in_words(facts["rotary_by_layer"])
 
 
 def stream(model: Any, ids: torch.Tensor, size: int) -> torch.Tensor:
@@ -99,6 +108,12 @@ def seen_by(model: Any, layer: int, token: int) -> list[int]:
     return visible(token, S, W)
 
 
+def reencoded_context(token: int) -> list[int]:
+    """Tokens that are in the context of a token in a model that streams by re-encoding."""
+    first = context_start(token, sinkattn.ops.RingLayout(S, W, 0))
+    return [*range(min(S, token + 1)), *range(first, token + 1)]
+
+
 def silence_others(model: Any, lone: int) -> None:
     """Leave one layer in which tokens see each other; the others add nothing, in the model as it was or enabled."""
     layers = next(
@@ -122,12 +137,11 @@ def _nothing(module: nn.Module, args: Any, output: Any) -> Any:
     return torch.zeros_like(output)
 
 
-def _gathered(model: Any, ids: torch.Tensor, layer: int) -> float:
-    silence_others(model, layer)
+def _gathered(model: Any, ids: torch.Tensor, seen: Callable[[int], list[int]]) -> float:
     want = []
     # Tokens that see equally many run as rows of one batch.
-    for _, tokens in groupby(ASKED, key=lambda token: len(seen_by(model, layer, token))):
-        rows = [ids[:, seen_by(model, layer, token)] for token in tokens]
+    for _, tokens in groupby(ASKED, key=lambda token: len(seen(token))):
+        rows = [ids[:, seen(token)] for token in tokens]
         want += _logits(model, torch.cat(rows))[:, -1].split(len(ids))
     sinkattn.enable(model, S, W)
     return rms_error(model(ids).logits[:, list(ASKED)], torch.stack(want, dim=1))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from families import FAMILIES, PENDING, build
+from families import FAMILIES, build
 from measures import Differences, S, W, measure
 
 import sinkattn
@@ -28,6 +28,11 @@ columns are differences, as a fraction of the spread of the outputs: on a short 
 all attention layers but one silent, from the model as it was on nothing but the tokens that a query sees; token by
 token and in chunks of 7, from one call; without sinks, from the model as it was under a sliding mask. "-": the
 comparison says nothing about that family.
+
+Paths: "generic": rings in place of all caches. "hybrid": rings for the attention layers, transformers' own states for
+the others. "expanded MLA": rings of the keys and values that latents expand to. "adapter": an attention forward of our
+own. "re-encode": absolute positions, so the context is encoded anew when it is full, and "gathered" is the model as it
+was on that context.
 
 | family | rotary embedding | path | short | gathered | cut into calls | no sinks |
 |---|---|---|---|---|---|---|
@@ -62,15 +67,14 @@ def kind_of(row: Row) -> Row:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(family, found, request):
     expected = FAMILIES[family]
-    refusal = PENDING.get(family, expected.refusal)
-    if refusal is None:
+    if expected.refusal is None:
         differences, rotary = measure(family)
         for got, allowed in zip(astuple(differences), astuple(BUDGETS), strict=True):
             assert got is None or got < allowed, differences
         figures = ("-" if value is None else f"{value:.1e}" for value in astuple(differences))
         row = (rotary, expected.path, *figures)
     else:
-        with pytest.raises(UnsupportedModelError, match=refusal) as error:
+        with pytest.raises(UnsupportedModelError, match=expected.refusal) as error:
             sinkattn.enable(build(family), S, W)
         message = str(error.value).partition(": ")[2].partition("\n")[0].replace("|", "/")
         row = ("-", f"refused: {message}", *("-" * 4))
