@@ -10,6 +10,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
 WORKERS ?= 2
+OLDEST := build/transformers-5.17.0
 ifeq ($(origin CXX),default)
   CXX := c++
 endif
@@ -34,7 +35,7 @@ READY := $(STAMPS)/sinkattn
 
 STRICT := -std=c++17 -Wall -Wextra -Werror
 
-.PHONY: help setup demo test check check-python check-cpp bench bench-gpu clean
+.PHONY: help setup demo test test-oldest check check-python check-cpp bench bench-gpu clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
@@ -46,6 +47,10 @@ demo: $(READY)  ## run the demo
 
 test: $(READY)  ## run the tests
 	@$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+test-oldest: $(READY) $(OLDEST)  ## the core of the model tests, on the oldest transformers supported
+	@PYTHONPATH=$(CURDIR)/$(OLDEST) $(PY) -m pytest -n $(WORKERS) --dist loadfile -p no:cacheprovider \
+	  $(addprefix tests/hf/test_,swap.py generate.py generate_modes.py cache.py adapters.py) $(ARGS)
 
 check: check-python check-cpp  ## lint, formatting, strict compilation, C++ tests under sanitizers
 
@@ -97,6 +102,10 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or later is needed: make PYTHON=...')"
 	@echo "==> environment in .venv"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(OLDEST): | $(READY)
+	@echo "==> $(@F)"
+	@$(PIP) install --target $@ $(subst transformers-,transformers==,$(@F)) || { rm -rf $@; exit 1; }
 
 # torch comes first and by itself, so that pip finds the requirement of sinkattn met and fetches no other torch.
 $(STAMPS)/torch: | $(ENVIRONMENT)

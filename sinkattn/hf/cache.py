@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from sinkattn.hf.enabled import Enabled
 
 
-# Ids of the first prompt that a cache keeps, to tell a whole stream from new ids alone.
-MOST_REMEMBERED = 512
+# Ids that a cache keeps of how its streams began, to tell whole streams from new ids alone: those of the first forward
+# up to the larger number, and of further ones up to the smaller.
+MOST_REMEMBERED, LEAST_REMEMBERED = 512, 16
 
 
 def find_swap(model: torch.nn.Module) -> Enabled | None:
@@ -46,7 +47,9 @@ class Streams:
     ring: RingKVCache | None = None
     """The ring whose counters all layers use."""
     beginning: Tensor | None = None
-    """Ids of the first forward, or the first of them, ``[batch, tokens]``; None if it got embeddings."""
+    """Ids that the streams began with, ``[batch, tokens]``; None if that were embeddings."""
+    ids: Tensor | None = None
+    """Ids of the forward under way; None if it got embeddings."""
     arriving: int | None = None
     """Tokens of the forward under way; None between forwards."""
     broken: bool = False
@@ -238,9 +241,21 @@ class SinkCache(Cache):
         if ids.shape[1] <= streams.tokens_seen:
             return False
         beginning = streams.beginning
-        if beginning is None or len(beginning) != len(ids):
-            return True
-        return torch.equal(ids[:, : beginning.shape[1]], beginning)
+        if beginning is None:
+            return False  # nobody has the ids of embeddings
+        return len(beginning) != len(ids) or torch.equal(ids[:, : beginning.shape[1]], beginning)
+
+    def _remember_beginning(self) -> None:
+        # Before the tokens of a forward count.
+        streams = self._streams
+        ids, streams.ids = streams.ids, None
+        if streams.tokens_seen == 0:
+            streams.beginning = None if ids is None else ids[:, :MOST_REMEMBERED].clone()
+        elif torch.compiler.is_compiling():
+            pass  # not a new graph for each of the first tokens
+        elif streams.tokens_seen < LEAST_REMEMBERED and streams.beginning is not None and ids is not None:
+            more = ids[:, : LEAST_REMEMBERED - streams.tokens_seen]
+            streams.beginning = torch.cat((streams.beginning[:, : streams.tokens_seen], more), dim=1)
 
     def begin(self, batch: int, tokens: int, ids: Tensor | None) -> None:
         """Open a forward of ``tokens`` new tokens per row; raises, with nothing changed, if it cannot be taken."""
@@ -256,13 +271,12 @@ class SinkCache(Cache):
                 "past_key_values: a forward was interrupted after it had overwritten a part of the window; call "
                 "reset() and start the stream anew"
             )
-        streams.arriving = tokens
-        if streams.tokens_seen == 0:
-            streams.beginning = None if ids is None else ids[:, :MOST_REMEMBERED].clone()
+        streams.arriving, streams.ids = tokens, ids
 
     def finish(self, lengths: Tensor | None) -> None:
         """Close the forward: its tokens, or so many of each row (int64 ``[batch]``), are in all rings, and count."""
         streams = self._streams
+        self._remember_beginning()
         streams.ring.advance(streams.arriving if lengths is None else lengths)
         streams.tokens_seen += streams.arriving
         streams.clean = streams.clean + streams.arriving if lengths is None else 0
@@ -275,11 +289,11 @@ class SinkCache(Cache):
         the next query sees.
         """
         streams = self._streams
-        seen, tokens, streams.arriving = streams.tokens_seen, streams.arriving, None
+        seen, tokens, streams.arriving, streams.ids = streams.tokens_seen, streams.arriving, None, None
         if seen == 0:
             streams.ring = None
             for layer in self._state_layers:
-                layer.reset()
+                LinearAttentionLayer.__init__(layer, layer.number_of_states)
             for layer in self._sink_layers:
                 layer.drop()
             return
@@ -318,9 +332,16 @@ class SinkCache(Cache):
             streams.ring.rollback(-tokens_to_remove)
             streams.tokens_seen += tokens_to_remove
             streams.clean += tokens_to_remove
+            self._forget_beginning()
         for layer in self._state_layers:
             if layer.record_past:
                 LinearAttentionLayer.crop(layer, tokens_to_remove)
+
+    def _forget_beginning(self) -> None:
+        # What was taken back may have been among it.
+        streams = self._streams
+        if streams.beginning is not None and streams.tokens_seen < streams.beginning.shape[1]:
+            streams.beginning = streams.beginning[:, : streams.tokens_seen]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was."""

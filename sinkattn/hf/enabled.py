@@ -75,6 +75,8 @@ class Enabled:
                 "input_ids: expected at least one token that the cache has not seen; generate takes the whole sequence "
                 "so far, sinkattn.hf.stream_tokens the new tokens alone"
             )
+        if self.decoder.training:
+            raise RuntimeError("model: is in training mode; sinkattn is for inference, call model.eval()")
         if kwargs.get("output_attentions") or self.decoder.config.output_attentions:
             raise ValueError("output_attentions: attention weights are never formed by sinkattn, got True")
         cache = kwargs.get("past_key_values")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from sinkattn.hf.cache import SinkCache, find_swap
 
@@ -27,7 +27,7 @@ def generate(model: PreTrainedModel, inputs: Tensor | None = None, *args, **kwar
             "cache_implementation: an enabled model generates from its SinkCache, got "
             f"{kwargs['cache_implementation']!r}"
         )
-    _check_assistant(model, kwargs)
+    _check_assistant(model, args[0] if args else kwargs.get("generation_config"), kwargs)
     cache = kwargs.get("past_key_values")
     if cache is None:
         kwargs["past_key_values"] = SinkCache(model)
@@ -39,8 +39,10 @@ def generate(model: PreTrainedModel, inputs: Tensor | None = None, *args, **kwar
     return type(model).generate(model, inputs, *args, **kwargs)
 
 
-def _check_assistant(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    config = kwargs.get("generation_config") or model.generation_config
+def _check_assistant(model: PreTrainedModel, config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
+    config = config or model.generation_config
+    if kwargs.get("assistant_early_exit") or config.assistant_early_exit:
+        raise ValueError("assistant_early_exit: an enabled model runs all of its layers; use an assistant_model")
     candidates = kwargs.get("prompt_lookup_num_tokens") or config.prompt_lookup_num_tokens or 0
     if (assistant := kwargs.get("assistant_model")) is not None:
         if "heuristic" in (assistant.generation_config.num_assistant_tokens_schedule or ""):
@@ -60,8 +62,8 @@ def _check_assistant(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
 def _continuation(cache: SinkCache, ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
     """What `generate` has to be told when it gets new ids alone: a mask as long as the stream, and positions."""
     seen = cache.tokens_seen
-    if attention_mask is not None and attention_mask.shape != ids.shape:
-        return {}  # told already
+    if (attention_mask is not None and attention_mask.shape != ids.shape) or len(ids) != len(cache.seen):
+        return {}  # told already, or cannot be taken
     new = torch.ones_like(ids) if attention_mask is None else attention_mask.to(torch.int64)
     # Only how many of the past tokens were none of padding matters, not which.
     past = torch.arange(seen, 0, -1, device=ids.device) <= cache.seen.unsqueeze(1)

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from sinkattn.hf.cache import SinkCache, SinkLayer, Streams
 from sinkattn.hf.enabled import Enabled, check_equal, check_positions, readable, sample_ids
 from sinkattn.hf.probe import UnsupportedModelError, evaluation_mode, find_decoder, trained_length
-from sinkattn.ops import RingLayout, check_no_gradients
+from sinkattn.ops import RingLayout, check_no_gradients, check_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -172,13 +172,14 @@ class ReencodeCache(SinkCache):
         if first > self._first:
             ids = torch.cat((ids[:, :sinks], ids[:, sinks + first - self._first :]), dim=1)
         self.ids, self._first, self._peak = ids, first, peak
+        self._remember_beginning()
         self.layers[0].batch_size = len(new)
         self._count(seen)
         self._streams.arriving = None
 
     def abandon(self) -> None:
         """Close a forward that failed: its tokens do not count."""
-        self._streams.arriving = None
+        self._streams.arriving = self._streams.ids = None
         if self.tokens_seen == 0:
             self._drop()
 
@@ -198,11 +199,13 @@ class ReencodeCache(SinkCache):
             raise RuntimeError(f"past_key_values: can go back {left} tokens more (headroom {headroom}), got {count}")
         self.ids = self.ids[:, : self.ids.shape[1] - count]
         self._count(self.tokens_seen - count)
+        self._forget_beginning()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was."""
         if self.ids is not None:
             beam_idx = beam_idx.to(self.ids.device, torch.int64)
+            check_tensor("beam_idx", beam_idx, (len(self.ids),), torch.int64, self.ids.device)
             super().reorder_cache(beam_idx)
             self.ids = self.ids[beam_idx]
             self.context.reorder_cache(beam_idx)
@@ -245,8 +248,6 @@ class Reencode(Enabled):
                 "rows of equal length, or one by one"
             )
         check_positions(kwargs.get("position_ids"), positions.unsqueeze(0))
-        if self.decoder.training:
-            raise RuntimeError("dropout: sinkattn is for inference, call model.eval()")
         if torch.is_grad_enabled():
             check_no_gradients(*self.decoder.parameters())
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from sinkattn import ops
 from sinkattn.hf import adapters
@@ -89,24 +89,21 @@ def enable(
         if adds_positions(model):
             enable_by_reencoding(model, layout)
             return model
-        swap = Swap(model, layout, backend, adapters.find(model) or probe(model))
+        findings = adapters.find(model) or probe(model)
+        swap = trial = Swap(model, layout, backend, findings)
+        if num_sinks + window < PROBE_TOKENS:
+            # Long enough for several tokens to follow on several.
+            trial = Swap(model, ops.RingLayout(num_sinks, PROBE_TOKENS), backend, findings)
         with evaluation_mode(model):
-            ids = sample_ids(model, min(PROBE_TOKENS, num_sinks + window))
-            before = model(input_ids=ids, use_cache=False)[0]
+            before = model(input_ids=sample_ids(model, PROBE_TOKENS), use_cache=False)[0]
             try:
-                swap.install()
-                # In two calls, so that whatever else a model carries from call to call is carried here.
-                cache = SinkCache(model)
-                parts = ids.tensor_split(2, dim=1) if ids.shape[1] > 1 else (ids,)
-                states = _states_in_modules(swap)
-                after = torch.cat([model(input_ids=part, past_key_values=cache)[0] for part in parts], dim=1)
-                if changed := _states_in_modules(swap) ^ states:
-                    names = sorted({name for name, *_ in changed})
-                    raise UnsupportedModelError(
-                        f"{type(model).__name__}: keeps a stream's state in its modules: {names}"
-                    )
-                check_equal(model, before, after)
+                trial.install()
+                _try_out(trial, before)
+                if trial is not swap:
+                    trial.remove()
+                    swap.install()
             except BaseException:
+                trial.remove()
                 swap.remove()
                 raise
     return model
@@ -201,7 +198,10 @@ class Swap(Enabled):
                 )
 
     def _native_layers(self) -> list[Any]:
-        return DynamicCache(config=self.findings.decoder.config).layers
+        config = self.decoder.config
+        layers = DynamicCache(config=config).layers
+        # transformers 5.17 leaves out the last ones if they take their keys from others.
+        return layers + [DynamicLayer() for _ in range(config.num_hidden_layers - len(layers))]
 
     def _kinds(self) -> dict[nn.Module, Kind]:
         layers, layout = self.findings.layers, self.layout
@@ -423,6 +423,8 @@ def _check_model(model: PreTrainedModel, layout: ops.RingLayout) -> None:
     name = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name}: encoder-decoder models are not supported")
+    if config is not model.config and any("mrope_section" in rope for rope in rope_parameters(model)):
+        raise UnsupportedModelError(f"{name}: positions in images are not those of a stream; load its text model alone")
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) != 1 or "meta" in devices:
         raise UnsupportedModelError(f"{name}: expected all parameters on one device, loaded, got {sorted(devices)}")
@@ -432,6 +434,18 @@ def _check_model(model: PreTrainedModel, layout: ops.RingLayout) -> None:
             f"{name}: num_sinks + window must not exceed the {trained} positions it was trained for, "
             f"got {layout.num_sinks + layout.window}"
         )
+
+
+def _try_out(swap: Swap, before: Tensor) -> None:
+    """Refuse a model whose outputs on a short input are not what they were ``before``."""
+    # In two calls, so that whatever else a model carries from call to call is carried here.
+    parts = sample_ids(swap.model, PROBE_TOKENS).tensor_split(2, dim=1)
+    cache, states = SinkCache(swap.model), _states_in_modules(swap)
+    after = torch.cat([swap.model(input_ids=part, past_key_values=cache)[0] for part in parts], dim=1)
+    if changed := _states_in_modules(swap) ^ states:
+        names = sorted({name for name, *_ in changed})
+        raise UnsupportedModelError(f"{type(swap.model).__name__}: keeps a stream's state in its modules: {names}")
+    check_equal(swap.model, before, after)
 
 
 def _states_in_modules(swap: Swap) -> set[tuple[str, int, int]]:
@@ -460,6 +474,8 @@ def _padding(attention_mask: Any, cache: SinkCache, batch: int, tokens: int) -> 
             )
         if present.all():
             return None
+    elif cache.has_states:
+        return None  # a single token is none of padding where there has been none before
     if cache.has_states:
         raise ValueError(
             "attention_mask: padding is not supported in models with layers that keep a state, expected ones; run rows "

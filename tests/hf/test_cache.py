@@ -2,6 +2,7 @@
 
 import copy
 
+import families
 import pytest
 import torch
 from hf_models import build, random_ids
@@ -195,3 +196,26 @@ def test_a_cache_works_in_its_model_only():
     sinkattn.enable(model, S, W)
     with pytest.raises(ValueError, match="before the last enable"):
         feed(model, cache, ids)
+
+
+@torch.no_grad()
+def test_a_hybrid_recovers_from_a_failed_first_forward():
+    model = sinkattn.enable(families.build("lfm2"), 4, 12)
+    cache, ids = sinkattn.SinkCache(model), random_ids(2, 40)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        feed(model, cache, random_ids(3, 9))
+    handle.remove()
+    assert torch.equal(feed(model, cache, ids[:, :30]), feed(model, sinkattn.SinkCache(model), ids[:, :30]))
+    handle = model.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        feed(model, cache, ids[:, 30:])
+    handle.remove()
+    with pytest.raises(RuntimeError, match="interrupted"):
+        feed(model, cache, ids[:, 30:])
+    cache.reset()
+    assert torch.equal(feed(model, cache, ids), feed(model, sinkattn.SinkCache(model), ids))

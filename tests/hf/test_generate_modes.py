@@ -7,6 +7,7 @@ import torch
 from hf_models import build, random_ids
 from test_generate import S, W, greedy
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -63,6 +64,10 @@ def test_too_little_headroom_is_named_before_anything_runs():
     assistant = build("llama", num_hidden_layers=1)
     with pytest.raises(ValueError, match="headroom: expected 20 or more"):
         model.generate(prompt, max_new_tokens=5, assistant_model=assistant)
+    with pytest.raises(ValueError, match="headroom: expected 6 or more"):
+        model.generate(prompt, GenerationConfig(max_new_tokens=5, prompt_lookup_num_tokens=6))
+    with pytest.raises(ValueError, match="assistant_early_exit: an enabled model runs all of its layers"):
+        model.generate(prompt, max_new_tokens=5, assistant_early_exit=1)
     assistant.generation_config.num_assistant_tokens_schedule = "heuristic"
     with pytest.raises(ValueError, match="expected a num_assistant_tokens_schedule of 'constant'"):
         model.generate(prompt, max_new_tokens=5, assistant_model=assistant)
@@ -176,6 +181,28 @@ def test_turns_with_nothing_but_the_new_ids():
     whole = torch.cat((text, random_ids(1, 5, seed=9)), dim=1)
     got = model.generate(whole, past_key_values=cache, max_new_tokens=30, do_sample=False)
     assert torch.equal(got, greedy(model, whole, 30))
+
+
+@torch.no_grad()
+def test_what_a_stream_began_with_is_what_counts():
+    """Fed token by token, or with candidates that were taken back; new ids may begin with the same token."""
+    model = sinkattn.enable(build("llama"), S, W, headroom=4)
+    first, new = random_ids(1, 20), random_ids(1, 40, seed=1)
+    new[0, 0] = first[0, 0]
+    whole = torch.cat((first, new), dim=1)
+    want = greedy(model, whole, 30)
+    for ids in (new, whole):
+        cache = sinkattn.SinkCache(model)
+        for i in range(20):
+            model(torch.cat((first[:, i : i + 1], random_ids(1, 2, seed=i)), dim=1), past_key_values=cache)
+            cache.crop(-2)
+        got = model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False)
+        assert torch.equal(got[:, -30:], want[:, -30:])
+    # Of embeddings nobody has ids: what comes later is new.
+    cache = sinkattn.SinkCache(model)
+    model(inputs_embeds=model.get_input_embeddings()(first), past_key_values=cache)
+    got = model.generate(new, past_key_values=cache, max_new_tokens=30, do_sample=False)
+    assert torch.equal(got[:, -30:], want[:, -30:])
 
 
 def test_turns_of_padded_rows():

@@ -5,6 +5,7 @@ import gc
 import threading
 import weakref
 
+import families
 import pytest
 import torch
 from hf_models import build, random_ids
@@ -351,6 +352,18 @@ def test_a_generate_of_the_instance_comes_back():
     own = model.generate = lambda: None
     sinkattn.disable(sinkattn.enable(model, S, W))
     assert model.generate is own
+
+
+@pytest.mark.parametrize(("num_sinks", "window"), [(0, 1), (1, 1), (0, 2)])
+def test_a_tiny_layout_hides_nothing(num_sinks, window):
+    """Jamba's own continuation by several tokens starts its state anew; with one token in sight nobody would see."""
+    with pytest.raises(UnsupportedModelError, match="on a short input the swapped model differs"):
+        sinkattn.enable(families.build("jamba"), num_sinks, window)
+    model, ids = build("llama"), random_ids(1, 30)
+    with torch.no_grad():
+        last = model(ids[:, -1:]).logits[:, -1] if num_sinks + window == 1 else None
+        got = sinkattn.enable(model, num_sinks, window)(ids).logits[:, -1]
+    assert last is None or torch.allclose(got, last, atol=1e-5)
 
 
 def test_an_interrupted_enable_leaves_nothing_behind(monkeypatch):

@@ -81,10 +81,13 @@ def test_device_maps(tmp_path):
         sinkattn.enable(model, S, W)
 
 
-def test_training_mode_is_kept_and_gradients_are_refused():
+def test_training_mode_is_kept_but_not_run_in_and_gradients_are_refused():
     model = build("llama").train()
     sinkattn.enable(model, S, W)
     assert model.training
+    with pytest.raises(RuntimeError, match=r"is in training mode; .* call model.eval\(\)"):
+        model(random_ids(1, 5))
+    model.eval()
     with pytest.raises(RuntimeError, match="computes no gradients"):
         model(random_ids(1, 5))
     assert_streams(model)
