@@ -69,7 +69,7 @@ def select_backend(
     if wanted not in BACKENDS:
         raise ValueError(f"{source}: expected one of {BACKENDS}, got {wanted!r}")
     # What stands against Triton cannot be looked up while torch.compile traces: the operator does it when it runs.
-    traced = torch.compiler.is_compiling()
+    traced = torch.compiler.is_dynamo_compiling()
     if wanted == "auto":
         if device.type == "cpu":
             return "cpu"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,9 @@ LEFT_OUT = ("sdpa cudnn", "flash-attn", "flashinfer")
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # Benchmarks do not run beside others: pytest-benchmark would see a worker of pytest-xdist, and leave them out.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
 
 
 @pytest.mark.slow

@@ -251,7 +251,7 @@ class SinkCache(Cache):
         ids, streams.ids = streams.ids, None
         if streams.tokens_seen == 0:
             streams.beginning = None if ids is None else ids[:, :MOST_REMEMBERED].clone()
-        elif torch.compiler.is_compiling():
+        elif torch.compiler.is_dynamo_compiling():
             pass  # not a new graph for each of the first tokens
         elif streams.tokens_seen < LEAST_REMEMBERED and streams.beginning is not None and ids is not None:
             more = ids[:, : LEAST_REMEMBERED - streams.tokens_seen]

@@ -95,7 +95,7 @@ class Enabled:
 
 def readable(x: Tensor, tokens: int) -> bool:
     """Whether to read a tensor: that would stop a GPU at every step, and end a graph that is traced."""
-    return tokens > 1 or (x.is_cpu and not torch.compiler.is_compiling())
+    return tokens > 1 or (x.is_cpu and not torch.compiler.is_dynamo_compiling())
 
 
 def check_positions(position_ids: Any, positions: Tensor, present: Tensor | None = None) -> None:

@@ -27,23 +27,38 @@ def generate(model: PreTrainedModel, inputs: Tensor | None = None, *args, **kwar
             "cache_implementation: an enabled model generates from its SinkCache, got "
             f"{kwargs['cache_implementation']!r}"
         )
-    _check_assistant(model, args[0] if args else kwargs.get("generation_config"), kwargs)
+    config = (args[0] if args else kwargs.get("generation_config")) or model.generation_config
+    _check_assistant(model, config, kwargs)
     cache = kwargs.get("past_key_values")
     if cache is None:
         kwargs["past_key_values"] = SinkCache(model)
     ids = kwargs.get("input_ids") if inputs is None else inputs
-    if isinstance(cache, SinkCache) and isinstance(ids, Tensor) and not cache.continues_with(ids):
+    if isinstance(cache, SinkCache) and isinstance(ids, Tensor) and cache.tokens_seen:
+        if kwargs.get("assistant_model") is not None:
+            raise ValueError(
+                f"assistant_model: expected a new stream, for the assistant has not read what came before; got a cache "
+                f"that has seen {cache.tokens_seen} tokens"
+            )
+        if _candidates(config, kwargs) and cache.continues_with(ids):
+            raise ValueError(
+                "input_ids: expected the new ids alone, for prompt lookup in transformers feeds all that it is given; "
+                f"got those of the whole stream ({ids.shape[1]})"
+            )
         kwargs |= _continuation(cache, ids, kwargs.get("attention_mask"))
     # A saved configuration may say otherwise; then every step would bring all tokens anew.
     kwargs["use_cache"] = True
     return type(model).generate(model, inputs, *args, **kwargs)
 
 
-def _check_assistant(model: PreTrainedModel, config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
-    config = config or model.generation_config
+def _candidates(config: GenerationConfig, kwargs: dict[str, Any]) -> int:
+    """Tokens that prompt lookup proposes at once; 0 without it."""
+    return kwargs.get("prompt_lookup_num_tokens") or config.prompt_lookup_num_tokens or 0
+
+
+def _check_assistant(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
     if kwargs.get("assistant_early_exit") or config.assistant_early_exit:
         raise ValueError("assistant_early_exit: an enabled model runs all of its layers; use an assistant_model")
-    candidates = kwargs.get("prompt_lookup_num_tokens") or config.prompt_lookup_num_tokens or 0
+    candidates = _candidates(config, kwargs)
     if (assistant := kwargs.get("assistant_model")) is not None:
         if "heuristic" in (assistant.generation_config.num_assistant_tokens_schedule or ""):
             raise ValueError(
@@ -60,12 +75,16 @@ def _check_assistant(model: PreTrainedModel, config: GenerationConfig | None, kw
 
 
 def _continuation(cache: SinkCache, ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
-    """What `generate` has to be told when it gets new ids alone: a mask as long as the stream, and positions."""
-    seen = cache.tokens_seen
-    if (attention_mask is not None and attention_mask.shape != ids.shape) or len(ids) != len(cache.seen):
-        return {}  # told already, or cannot be taken
-    new = torch.ones_like(ids) if attention_mask is None else attention_mask.to(torch.int64)
+    """What `generate` has to be told when it goes on: a mask as long as the stream, and positions."""
+    seen, whole = cache.tokens_seen, cache.continues_with(ids)
+    if len(ids) != len(cache.seen):
+        return {}  # cannot be taken
+    if attention_mask is not None and (whole or attention_mask.shape != ids.shape):
+        return {}  # told already
+    # Made here, or it would be guessed from tokens for padding, which a model may well have generated.
+    new = torch.ones_like(ids[:, seen:] if whole else ids) if attention_mask is None else attention_mask.to(torch.int64)
     # Only how many of the past tokens were none of padding matters, not which.
     past = torch.arange(seen, 0, -1, device=ids.device) <= cache.seen.unsqueeze(1)
-    positions = cache.seen.unsqueeze(1) + (new.cumsum(dim=1) - 1).clamp(min=0)
-    return {"attention_mask": torch.cat((past.to(new.dtype), new), dim=1), "position_ids": positions}
+    mask = torch.cat((past.to(new.dtype), new), dim=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    return {"attention_mask": mask, "position_ids": positions if whole else positions[:, seen:]}

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
@@ -303,7 +304,7 @@ class Swap(Enabled):
 
     def _enter(self, running: Forward | None) -> Forward | None:
         # Returns what was running before.
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             before, self._traced = self._traced, running
         else:
             before = _running.get()
@@ -324,10 +325,14 @@ class Swap(Enabled):
         """Attention of one layer over its ring."""
         if dropout:
             raise RuntimeError(f"dropout: sinkattn is for inference, call model.eval(); got {dropout}")
-        running = self._traced or _running.get()
+        # What is traced has no context variable; what runs after a break of its graph finds it empty.
+        running = self._traced if torch.compiler.is_dynamo_compiling() else _running.get() or self._traced
         if running is None or running.swap is not self:
             raise RuntimeError("attention modules of an enabled model run only as part of the model")
         running.layers_run += 1
+        if (skipped := key.shape[2] - query.shape[2]) > 0:
+            # Some models leave out queries whose outputs nobody will read (Gemma 4, in a prompt).
+            query = functional.pad(query, (0, 0, skipped, 0))
         layer = running.cache.layers[module.layer_idx]
         if not layer.is_initialized:
             layer.lazy_initialization(key, value)
@@ -371,7 +376,7 @@ class Swap(Enabled):
         )
         if padding is not None and padding.order is not None:
             out = _reorder_tokens(out, padding.order.argsort(dim=1))
-        return out
+        return out[:, :, skipped:]
 
 
 def _reorder_tokens(x: Tensor, order: Tensor) -> Tensor:

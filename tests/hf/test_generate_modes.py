@@ -2,6 +2,7 @@
 
 import threading
 
+import families
 import pytest
 import torch
 from hf_models import build, random_ids
@@ -55,6 +56,61 @@ def test_assisted_decoding_equals_greedy(assistant_streams):
         sinkattn.enable(assistant, S, W, headroom=8)
     got = model.generate(prompt, max_new_tokens=NEW, assistant_model=assistant, do_sample=False)
     assert torch.equal(got, greedy(model, prompt, NEW))
+
+
+def test_assistance_in_a_second_turn():
+    """Prompt lookup goes on from new ids alone; whole streams, which transformers would feed again, are refused."""
+    model, prompt = sinkattn.enable(build("llama"), S, W, headroom=6), random_ids(1, 10).repeat(1, 4)
+    cache, options = sinkattn.SinkCache(model), {"max_new_tokens": 40, "do_sample": False}
+    text = model.generate(prompt, past_key_values=cache, prompt_lookup_num_tokens=6, **options)
+    whole = torch.cat((text, random_ids(1, 9, seed=3)), dim=1)
+    with pytest.raises(ValueError, match="input_ids: expected the new ids alone"):
+        model.generate(whole, past_key_values=cache, prompt_lookup_num_tokens=6, **options)
+    assistant = build("llama", num_hidden_layers=1)
+    assistant.generation_config.num_assistant_tokens = 5
+    with pytest.raises(ValueError, match="assistant_model: expected a new stream"):
+        model.generate(whole, past_key_values=cache, assistant_model=assistant, **options)
+    new = whole[:, cache.get_seq_length() :]
+    got = model.generate(new, past_key_values=cache, prompt_lookup_num_tokens=6, **options)
+    assert torch.equal(got[:, -40:], greedy(model, whole, 40)[:, -40:])
+
+
+def test_generated_padding_ids_are_no_padding_in_the_next_turn():
+    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 20)
+    cache = sinkattn.SinkCache(model)
+    text = model.generate(ids, past_key_values=cache, max_new_tokens=10, min_new_tokens=10, do_sample=False)
+    text[0, 25] = 0
+    whole = torch.cat((text, torch.zeros_like(ids[:, :1]), ids), dim=1)
+    got = model.generate(whole, past_key_values=cache, max_new_tokens=20, do_sample=False)
+    assert cache.seen.tolist() == [len(whole[0]) + 19]
+    assert got.shape == (1, whole.shape[1] + 20)
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text-shared", "gemma4_text-shared"])
+def test_prompts_of_models_that_share_keys(family):
+    """They leave out all but the last query of a prompt in the layers that share."""
+    model, ids = sinkattn.enable(families.build(family), S, W), random_ids(2, 40)
+    assert torch.equal(model.generate(ids, max_new_tokens=40, do_sample=False), greedy(model, ids, 40))
+
+
+@torch.no_grad()
+def test_threads_are_not_disturbed_by_one_that_compiles():
+    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 60)
+    want, stop = model(ids).logits, threading.Event()
+
+    def compile_on_and_on():
+        while not stop.is_set():
+            torch.compiler.reset()
+            torch.compile(lambda x: (x * 2).relu() + x.sum(), backend="eager")(torch.ones(3))
+
+    worker = threading.Thread(target=compile_on_and_on)
+    worker.start()
+    try:
+        for _ in range(60):
+            assert torch.equal(model(ids).logits, want)
+    finally:
+        stop.set()
+        worker.join()
 
 
 def test_too_little_headroom_is_named_before_anything_runs():
