@@ -245,6 +245,14 @@ class SinkCache(Cache):
             return False  # nobody has the ids of embeddings
         return len(beginning) != len(ids) or torch.equal(ids[:, : beginning.shape[1]], beginning)
 
+    def repeats_beginning(self, ids: Tensor) -> bool:
+        """Whether ``ids`` are no more than what the stream began with, and long enough for that to be no chance."""
+        beginning = self._streams.beginning
+        if beginning is None or len(beginning) != len(ids) or ids.shape[1] < LEAST_REMEMBERED:
+            return False
+        known = beginning[:, : ids.shape[1]]
+        return torch.equal(ids[:, : known.shape[1]], known)
+
     def _remember_beginning(self) -> None:
         # Before the tokens of a forward count.
         streams = self._streams
@@ -268,8 +276,8 @@ class SinkCache(Cache):
             raise ValueError(f"past_key_values: max_batch_size is {self._max_batch_size}, got a batch of {batch}")
         if streams.broken:
             raise RuntimeError(
-                "past_key_values: a forward was interrupted after it had overwritten a part of the window; call "
-                "reset() and start the stream anew"
+                "past_key_values: a forward was interrupted when it had overwritten a part of what the next needs; "
+                "call reset() and start the stream anew"
             )
         streams.arriving, streams.ids = tokens, ids
 

@@ -29,6 +29,9 @@ def generate(model: PreTrainedModel, inputs: Tensor | None = None, *args, **kwar
         )
     config = (args[0] if args else kwargs.get("generation_config")) or model.generation_config
     _check_assistant(model, config, kwargs)
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and not mask[:, -1].all():
+        raise ValueError("attention_mask: expected padding on the left to generate from, got some on the right")
     cache = kwargs.get("past_key_values")
     if cache is None:
         kwargs["past_key_values"] = SinkCache(model)
@@ -44,7 +47,7 @@ def generate(model: PreTrainedModel, inputs: Tensor | None = None, *args, **kwar
                 "input_ids: expected the new ids alone, for prompt lookup in transformers feeds all that it is given; "
                 f"got those of the whole stream ({ids.shape[1]})"
             )
-        kwargs |= _continuation(cache, ids, kwargs.get("attention_mask"))
+        kwargs |= _continuation(cache, ids, mask)
     # A saved configuration may say otherwise; then every step would bring all tokens anew.
     kwargs["use_cache"] = True
     return type(model).generate(model, inputs, *args, **kwargs)
@@ -81,6 +84,11 @@ def _continuation(cache: SinkCache, ids: Tensor, attention_mask: Tensor | None) 
         return {}  # cannot be taken
     if attention_mask is not None and (whole or attention_mask.shape != ids.shape):
         return {}  # told already
+    if not whole and cache.repeats_beginning(ids):
+        raise ValueError(
+            f"input_ids: expected new ids, or all of the stream and more (more than {seen} tokens), got {ids.shape[1]} "
+            "that the stream began with; if they are meant to come again, give an attention_mask of ones for all tokens"
+        )
     # Made here, or it would be guessed from tokens for padding, which a model may well have generated.
     new = torch.ones_like(ids[:, seen:] if whole else ids) if attention_mask is None else attention_mask.to(torch.int64)
     # Only how many of the past tokens were none of padding matters, not which.

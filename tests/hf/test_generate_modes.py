@@ -75,6 +75,21 @@ def test_assistance_in_a_second_turn():
     assert torch.equal(got[:, -40:], greedy(model, whole, 40)[:, -40:])
 
 
+def test_inputs_that_cannot_be_meant_are_refused():
+    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(2, 20)
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[1, -3:] = 0
+    with pytest.raises(ValueError, match="attention_mask: expected padding on the left"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=5)
+    cache = sinkattn.SinkCache(model)
+    model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False)
+    with pytest.raises(ValueError, match="that the stream began with; if they are meant to come again"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=5)
+    again = torch.ones(2, cache.get_seq_length() + 20, dtype=torch.int64)
+    positions = torch.arange(49, 69).expand(2, 20)
+    model.generate(ids, past_key_values=cache, attention_mask=again, position_ids=positions, max_new_tokens=5)
+
+
 def test_generated_padding_ids_are_no_padding_in_the_next_turn():
     model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 20)
     cache = sinkattn.SinkCache(model)
