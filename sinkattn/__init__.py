@@ -1,7 +1,7 @@
 """Endless streams for transformers models: a ring-buffer KV cache with attention sinks.
 
 `enable` makes a loaded transformers model stream; `RingKVCache` and `sink_attention` do the same without
-transformers, which is imported only when one of `enable`, `disable` or `SinkCache` is asked for.
+transformers, which is imported only when `enable`, `disable`, `SinkCache` or `UnsupportedModelError` is asked for.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from sinkattn.ring_cache import RingKVCache, sink_attention
 from sinkattn.rope import Rope
 
 if TYPE_CHECKING:
-    from sinkattn.hf import SinkCache, disable, enable
+    from sinkattn.hf import SinkCache, UnsupportedModelError, disable, enable
 
 __version__ = "0.1.0"
 
@@ -21,6 +21,7 @@ __all__ = [
     "RingLayout",
     "Rope",
     "SinkCache",
+    "UnsupportedModelError",
     "build_info",
     "disable",
     "enable",
@@ -30,7 +31,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("SinkCache", "disable", "enable"):
+    if name in ("SinkCache", "UnsupportedModelError", "disable", "enable"):
         from sinkattn import hf
 
         return getattr(hf, name)

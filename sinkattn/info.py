@@ -47,7 +47,9 @@ def model_facts(model: Any, num_sinks: int, window: int) -> dict[str, Any]:
             return {**facts, "reencoded_tokens_per_token": extra_tokens(swap.layout)}
         layers = swap.findings.layers.values()
         rotary = [_rotary(layer, cache.layers[layer.index].keys.shape[-1]) for layer in layers]
-        return {**facts, "rotary_by_layer": rotary}
+        kept = [_kept(swap.kinds[module].layout) for module in swap.findings.layers]
+        others = len(cache.layers) - len(rotary)
+        return {**facts, "rotary_by_layer": rotary, "kept_by_layer": kept, "layers_with_other_states": others}
     finally:
         disable(model)
 
@@ -67,14 +69,17 @@ def lines(info: dict[str, Any]) -> Iterator[str]:
     if model := info.get("model"):
         layout = f"{model['num_sinks']} sinks + window of {model['window']}"
         if not model["accepted"]:
-            yield f"model: {model['class']} is refused with {layout}: {model['reason']}"
+            yield f"model: refused with {layout}: {model['reason']}"
             return
         kinds = model.get("rotary_by_layer", [])
         yield f"model: {model['class']} is accepted with {layout}"
         if (extra := model.get("reencoded_tokens_per_token")) is not None:
             yield f"    absolute positions: streams by re-encoding, {extra:.2f} extra tokens for each token on average"
-        for kind in dict.fromkeys(kinds):
-            yield f"    rotary embedding: {kind} in {kinds.count(kind)} of {len(kinds)} layers"
+        for name, each in (("positions", kinds), ("kept", model.get("kept_by_layer", []))):
+            for kind in dict.fromkeys(each):
+                yield f"    {name}: {kind} in {each.count(kind)} of {len(each)} attention layers"
+        if others := model.get("layers_with_other_states"):
+            yield f"    other layers: {others}, with a state of their own or none"
         yield f"    cache: {size_text(model['cache_bytes_per_stream'])} per stream"
 
 
@@ -95,6 +100,11 @@ def _obstacle(device: torch.device, backend: ops.Backend) -> str | None:
     except RuntimeError as error:
         return str(error)
     return None
+
+
+def _kept(layout: Any) -> str:
+    sinks = f"{layout.num_sinks} sinks + " if layout.num_sinks else ""
+    return f"{sinks}window of {layout.window}"
 
 
 def _rotary(layer: Any, head_dim: int) -> str:

@@ -223,7 +223,7 @@ def test_info(capsys, monkeypatch):
     assert cli.main(["info", "--model", "demo", "--device", "cpu", "--window", "300"]) == 0
     text = capsys.readouterr().out
     assert "cpu: cpu runs" in text
-    assert "is refused with 4 sinks + window of 300" in text
+    assert "refused with 4 sinks + window of 300" in text
     assert "256 positions" in text
 
 

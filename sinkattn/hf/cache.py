@@ -243,15 +243,15 @@ class SinkCache(Cache):
         beginning = streams.beginning
         if beginning is None:
             return False  # nobody has the ids of embeddings
-        return len(beginning) != len(ids) or torch.equal(ids[:, : beginning.shape[1]], beginning)
+        return len(beginning) != len(ids) or self.common_beginning(ids) == beginning.shape[1]
 
-    def repeats_beginning(self, ids: Tensor) -> bool:
-        """Whether ``ids`` are no more than what the stream began with, and long enough for that to be no chance."""
+    def common_beginning(self, ids: Tensor) -> int:
+        """How many of the first ``ids`` ``[batch, tokens]`` are, in all rows, those that the stream began with."""
         beginning = self._streams.beginning
-        if beginning is None or len(beginning) != len(ids) or ids.shape[1] < LEAST_REMEMBERED:
-            return False
-        known = beginning[:, : ids.shape[1]]
-        return torch.equal(ids[:, : known.shape[1]], known)
+        if beginning is None or len(beginning) != len(ids):
+            return 0
+        known = min(beginning.shape[1], ids.shape[1])
+        return int((beginning[:, :known] == ids[:, :known]).all(dim=0).cumprod(dim=0).sum())
 
     def _remember_beginning(self) -> None:
         # Before the tokens of a forward count.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from sinkattn.hf.cache import SinkCache, find_swap
+from sinkattn.hf.cache import LEAST_REMEMBERED, SinkCache, find_swap
 
 # Tokens that an assistant proposes at once if its configuration does not say: transformers' own default.
 ASSISTANT_TOKENS = 20
@@ -81,13 +81,19 @@ def _continuation(cache: SinkCache, ids: Tensor, attention_mask: Tensor | None) 
     """What `generate` has to be told when it goes on: a mask as long as the stream, and positions."""
     seen, whole = cache.tokens_seen, cache.continues_with(ids)
     if len(ids) != len(cache.seen):
-        return {}  # cannot be taken
+        if not whole or ids.shape[1] <= seen:
+            raise ValueError(
+                f"past_key_values: holds {len(cache.seen)} streams, got new ids of {len(ids)}; after several beams or "
+                "returned sequences, go on with all ids and the same number of them"
+            )
+        return {}
     if attention_mask is not None and (whole or attention_mask.shape != ids.shape):
         return {}  # told already
-    if not whole and cache.repeats_beginning(ids):
+    if not whole and (common := cache.common_beginning(ids)) >= LEAST_REMEMBERED:
         raise ValueError(
-            f"input_ids: expected new ids, or all of the stream and more (more than {seen} tokens), got {ids.shape[1]} "
-            "that the stream began with; if they are meant to come again, give an attention_mask of ones for all tokens"
+            f"input_ids: expected new ids, or all of the stream ({seen} tokens) and more; got {ids.shape[1]}, of which "
+            f"the first {common} are those that the stream began with; if they are meant to come again, give an "
+            "attention_mask of ones for all tokens and position_ids"
         )
     # Made here, or it would be guessed from tokens for padding, which a model may well have generated.
     new = torch.ones_like(ids[:, seen:] if whole else ids) if attention_mask is None else attention_mask.to(torch.int64)

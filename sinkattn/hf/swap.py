@@ -64,8 +64,10 @@ def enable(
     Args:
         model: a causal language model of transformers, in any float dtype, on one device; peft may have wrapped it.
         num_sinks: tokens at the start of a stream that stay visible for ever.
-        window: most recent tokens a query sees, itself included.
-        headroom: spare slots; so many tokens can be taken back (assisted decoding).
+        window: most recent tokens a query sees, itself included. In a model where some layers have a sliding window of
+            their own, they keep that instead.
+        headroom: spare slots; so many tokens can be taken back: as many as prompt lookup or an assistant proposes at
+            once (``prompt_lookup_num_tokens``, ``num_assistant_tokens``).
         backend: "auto", "cpu", "triton" or "reference"; the environment variable SINKATTN_BACKEND overrides.
 
     Returns:
@@ -77,6 +79,8 @@ def enable(
         RuntimeError: a backend that cannot run on the model's device.
     """
     layout = ops.RingLayout(num_sinks, window, headroom)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
     if find_swap(model) is not None:
         raise ValueError("model: is enabled already; call sinkattn.disable(model) first")
     if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):

@@ -83,8 +83,13 @@ def test_inputs_that_cannot_be_meant_are_refused():
         model.generate(ids, attention_mask=mask, max_new_tokens=5)
     cache = sinkattn.SinkCache(model)
     model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False)
-    with pytest.raises(ValueError, match="that the stream began with; if they are meant to come again"):
-        model.generate(ids, past_key_values=cache, max_new_tokens=5)
+    edited = random_ids(2, 90, seed=4)
+    edited[:, :18] = ids[:, :18]
+    for wrong, common in ((ids, 20), (edited, 18)):
+        with pytest.raises(ValueError, match=f"the first {common} are those that the stream began with; if they are"):
+            model.generate(wrong, past_key_values=cache, max_new_tokens=5)
+    with pytest.raises(ValueError, match="holds 2 streams, got new ids of 1; after several beams"):
+        model.generate(ids[:1], past_key_values=cache, max_new_tokens=5)
     again = torch.ones(2, cache.get_seq_length() + 20, dtype=torch.int64)
     positions = torch.arange(49, 69).expand(2, 20)
     model.generate(ids, past_key_values=cache, attention_mask=again, position_ids=positions, max_new_tokens=5)
