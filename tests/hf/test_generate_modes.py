@@ -5,6 +5,7 @@ import threading
 import families
 import pytest
 import torch
+import transformers
 from hf_models import build, random_ids
 from test_generate import S, W, greedy
 from transformers import (
@@ -70,6 +71,8 @@ def test_assistance_in_a_second_turn():
     assistant.generation_config.num_assistant_tokens = 5
     with pytest.raises(ValueError, match="assistant_model: expected a new stream"):
         model.generate(whole, past_key_values=cache, assistant_model=assistant, **options)
+    if transformers.__version__ < "5.23":
+        return  # it makes a mask for the new ids alone, which is refused
     new = whole[:, cache.get_seq_length() :]
     got = model.generate(new, past_key_values=cache, prompt_lookup_num_tokens=6, **options)
     assert torch.equal(got[:, -40:], greedy(model, whole, 40)[:, -40:])
