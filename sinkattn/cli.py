@@ -1,4 +1,4 @@
-"""The command line: ``sinkattn demo | generate | info``, also as ``python -m sinkattn``.
+"""The command line: ``sinkattn demo | generate | eval | info``, also as ``python -m sinkattn``.
 
 Exit codes: 0 when done, 2 for what the user can put right (one line on stderr says what), 130 when interrupted.
 `generate` has no end of its own, so Ctrl-C is how it ends: code 0.
@@ -16,9 +16,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import sinkattn
+from sinkattn.arguments import (
+    add_command,
+    add_layout,
+    add_model,
+    check_writable,
+    load_model,
+    model_facts,
+    model_line,
+    positive,
+)
+from sinkattn.evaluate import commands as evaluate
 from sinkattn.user_errors import UserError, as_user_error, require
 
 
@@ -43,35 +52,37 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sinkattn {sinkattn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    demo = _command(commands, "demo", run_demo, "compare four ways to stream a text through a model")
-    _add_model(demo)
-    _add_layout(demo, 124, "124")
+    demo = add_command(commands, "demo", run_demo, "compare four ways to stream a text through a model")
+    add_model(demo)
+    add_layout(demo, 124, "124")
     demo.add_argument("--text", metavar="FILE", help="UTF-8 text, - for stdin (default: Python's standard library)")
-    demo.add_argument("--tokens", type=_positive, default=16_000, help="length of the stream (default: %(default)s)")
+    demo.add_argument("--tokens", type=positive, default=16_000, help="length of the stream (default: %(default)s)")
     demo.add_argument(
-        "--dense-tokens", type=_positive, default=5_000, help="stop the dense model there (default: %(default)s)"
+        "--dense-tokens", type=positive, default=5_000, help="stop the dense model there (default: %(default)s)"
     )
     demo.add_argument(
-        "--samples", type=_positive, default=1_000, help="tokens scored in each part (default: %(default)s)"
+        "--samples", type=positive, default=1_000, help="tokens scored in each part (default: %(default)s)"
     )
     demo.add_argument("--seed", type=int, default=0, help="of the tokens that are scored (default: %(default)s)")
     demo.add_argument("--plot", type=Path, default=Path("demo.png"), metavar="FILE", help="picture (default: demo.png)")
     demo.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
 
-    generate = _command(commands, "generate", run_generate, "generate text without end; Ctrl-C ends it")
-    _add_model(generate)
-    _add_layout(generate, None, "1020, or what the model was trained for")
+    generate = add_command(commands, "generate", run_generate, "generate text without end; Ctrl-C ends it")
+    add_model(generate)
+    add_layout(generate, None, "1020, or what the model was trained for")
     generate.add_argument("--prompt", metavar="TEXT", help="default: read from stdin")
-    generate.add_argument("--max-new-tokens", type=_positive, help="default: no end")
+    generate.add_argument("--max-new-tokens", type=positive, help="default: no end")
     generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
     generate.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (default: all)")
     generate.add_argument("--top-p", type=float, default=1.0, help="sample from the top probability p (default: all)")
     generate.add_argument("--seed", type=int, help="makes sampling repeatable")
     generate.add_argument("--stop-at-eos", action="store_true", help="end where the model ends its text")
 
-    info = _command(commands, "info", run_info, "what was built, and which backend will run where")
-    _add_model(info, default="none; --model demo is the one that ships with sinkattn")
-    _add_layout(info, None, "1020, or what the model was trained for")
+    evaluate.add_commands(commands)
+
+    info = add_command(commands, "info", run_info, "what was built, and which backend will run where")
+    add_model(info, default="none; --model demo is the one that ships with sinkattn")
+    add_layout(info, None, "1020, or what the model was trained for")
     info.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -81,44 +92,42 @@ def run_demo(args: argparse.Namespace) -> int:
     for name in ("matplotlib.figure", "psutil", "rich"):
         require(name)
     from sinkattn import demo, report
-    from sinkattn.progress import DemoProgress
+    from sinkattn.plots import check_format, draw
+    from sinkattn.progress import StreamProgress
+    from sinkattn.recorder import Recorder
     from sinkattn.text import TokenStream, open_text
 
     settings = demo.Settings(**{field.name: getattr(args, field.name) for field in fields(demo.Settings)})
-    _check_writable(args.plot, args.json)
+    check_writable(args.plot, args.json)
     with as_user_error(ValueError):
+        check_format(args.plot)
         settings.check()
         text = open_text(args.text, sys.stdin)
-    model, tokenizer = _load(args)
-    from sinkattn.hf.probe import trained_length
-
+    model, tokenizer = load_model(args)
     stream = TokenStream(text, tokenizer)
     about = {
-        "model": {
-            "name": args.model or "the one that ships with sinkattn",
-            "shipped": args.model is None,
-            "class": type(model).__name__,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": str(model.device),
-            "trained_length": trained_length(model),
-        },
+        "model": model_facts(model, args.model),
         "text": {
             "description": text.description,
-            "start_token": stream.has_start_token,
+            "start_token": stream.start_token is not None,
         },
     }
-    of = about["model"]
-    print(f"Model: {of['name']} ({of['class']}, {of['dtype']}, {of['device']})")
+    print(model_line(about["model"]))
     print(f"Text: {text.description}", flush=True)
-    with as_user_error(ValueError, RuntimeError), DemoProgress() as progress:
-        result = demo.run(model, stream, settings, progress.watch, progress.resident)
+    with as_user_error(ValueError, RuntimeError), StreamProgress() as progress:
+        bars: dict[str, Callable[..., None]] = {}
+
+        def watch(name: str, recorder: Recorder, tokens: int) -> None:
+            if name not in bars:
+                bars[name] = progress.add(name, tokens)
+            bars[name](recorder.end, f"loss {recorder.running_loss:.3f}")
+
+        result = demo.run(model, stream, settings, watch, progress.resident)
     about["text"]["started_over"] = stream.laps
     figures = report.as_dict(result, about)
     report.show(result, about)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
-    from sinkattn.plots import draw
-
     with as_user_error(OSError, ValueError):
         draw(figures, args.plot)
     print(f"Picture: {args.plot}" + (f", figures: {args.json}" if args.json else ""))
@@ -132,7 +141,7 @@ def run_generate(args: argparse.Namespace) -> int:
         if sys.stdin.isatty():
             raise UserError("prompt: give --prompt TEXT, or pipe a text into stdin")
         prompt = sys.stdin.read()
-    model, tokenizer = _load(args)
+    model, tokenizer = load_model(args)
     from sinkattn.hf import SinkCache
     from sinkattn.hf.stream import stream_text, stream_tokens
 
@@ -204,60 +213,10 @@ def run_info(args: argparse.Namespace) -> int:
     if args.model is not None:
         name = args.model
         args.model = None if name == "demo" else name
-        model, _ = _load(args)
+        model, _ = load_model(args)
         facts["model"] = {"name": name, **info.model_facts(model, args.num_sinks, _window(model, args))}
     print(json.dumps(facts, indent=2) if args.json else "\n".join(info.lines(facts)))
     return 0
-
-
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _add_model(parser: argparse.ArgumentParser, default: str = "the small one that ships with sinkattn") -> None:
-    where = "on the Hugging Face hub, or a folder"
-    parser.add_argument("--model", metavar="NAME_OR_PATH", help=f"{where} (default: {default})")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"), help="default: the checkpoint's"
-    )
-
-
-def _add_layout(parser: argparse.ArgumentParser, window: int | None, default: str) -> None:
-    parser.add_argument("--num-sinks", type=_count, default=4, metavar="N", help="first tokens kept (default: 4)")
-    parser.add_argument("--window", type=_positive, default=window, metavar="N", help=f"last ones (default: {default})")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, got {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, got {text!r}")
-    return int(text)
-
-
-def _check_writable(*paths: Path | None) -> None:
-    """Say before a long run, not after it, that its results cannot be written."""
-    for path in paths:
-        if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-            raise UserError(f"cannot write {path}: {path.parent} is no folder that can be written to")
-
-
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
-    with as_user_error(ImportError):
-        from sinkattn.hf.load import load
-    with as_user_error(ValueError, RuntimeError):
-        model, tokenizer = load(args.model, device=args.device, dtype=args.dtype)
-    if args.model is None and "OMP_NUM_THREADS" not in os.environ:
-        # The shipped model is so small that a second thread costs far more than it brings.
-        torch.set_num_threads(1)
-    return model, tokenizer
 
 
 def _window(model: Any, args: argparse.Namespace) -> int:

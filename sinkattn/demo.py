@@ -7,23 +7,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from sinkattn.hf import SinkCache, disable, enable
-from sinkattn.hf.stream import keep_last_logits
+from sinkattn.evaluate.methods import CacheSize, Dense, Method, Recomputed, Streamed
+from sinkattn.evaluate.perplexity import chunks
 from sinkattn.recorder import Recorder, sample_positions
 from sinkattn.text import TokenStream
 
-CHUNK = 256
 TURNS = 1_000
 DENSE_SECONDS = 60.0
 
@@ -64,7 +60,7 @@ class Settings:
 
 
 @dataclass
-class Method:
+class Measured:
     """One way to stream, and what was measured of it."""
 
     recorder: Recorder
@@ -94,7 +90,7 @@ class Result:
     """What a demonstration found."""
 
     settings: Settings
-    methods: dict[str, Method] = field(default_factory=dict)
+    methods: dict[str, Measured] = field(default_factory=dict)
     turns: Turns | None = None
 
 
@@ -103,7 +99,7 @@ Watch = Callable[[str, Recorder, int], None]
 
 
 def run(model: Any, stream: TokenStream, settings: Settings, watch: Watch, resident: Callable[[], int]) -> Result:
-    """Run the four methods one after the other; the model is given back as it came.
+    """Run the four methods one after the other; the model is not changed.
 
     Args:
         model: a transformers causal language model that `sinkattn.enable` accepts, in evaluation mode.
@@ -124,117 +120,95 @@ def run(model: Any, stream: TokenStream, settings: Settings, watch: Watch, resid
 
     def begin(name: str, tokens: int) -> tuple[Recorder, Callable[[], None]]:
         recorder = Recorder(tokens, size, samples)
-        result.methods[name] = Method(recorder)
+        result.methods[name] = Measured(recorder)
         return recorder, lambda: watch(name, recorder, tokens)
 
-    with torch.inference_mode():
-        # First, while nothing else has taken memory.
-        with enabled(model, settings.num_sinks, settings.window):
-            cache = SinkCache(model)
-            _token_by_token(model, cache, iter(stream), tokens, *begin("sinkattn", tokens), resident)
-            result.methods["sinkattn"].cache_bytes = kv_bytes(cache)
-            rounds = min(TURNS, max(1, tokens // 10))
-            result.turns = _in_turns(model, cache, list(islice(stream, size + rounds)), rounds)
-        with enabled(model, 0, size):
-            cache = SinkCache(model)
-            _in_chunks(model, cache, iter(stream), tokens, *begin("window", tokens))
-            result.methods["window"].cache_bytes = kv_bytes(cache)
+    # First, while nothing else has taken memory.
+    sinks = Streamed(model, CacheSize(settings.num_sinks, settings.window))
+    _token_by_token(sinks, iter(stream), tokens, *begin("sinkattn", tokens), resident)
+    rounds = min(TURNS, max(1, tokens // 10))
+    result.turns = _in_turns(sinks, Streamed(model, sinks.size), list(islice(stream, size + rounds)), rounds)
 
-        recorder, watch_dense = begin("dense", dense_end)
-        cache = _token_by_token(model, None, iter(stream), dense_end, recorder, watch_dense, resident, DENSE_SECONDS)
-        result.methods["dense"].cache_bytes = kv_bytes(cache)
-        if recorder.end < dense_end:
-            result.methods["dense"].stopped = f"time budget of {DENSE_SECONDS:.0f} s"
-        elif dense_end < tokens:
-            result.methods["dense"].stopped = f"budget of {dense_end:,} tokens"
+    window = Streamed(model, CacheSize(0, size))
+    _in_chunks(window, iter(stream), tokens, *begin("window", tokens))
 
-        _recompute(model, iter(stream), size, *begin("recompute", int(samples[-1]) + 1))
+    dense = Dense(model)
+    recorder, watch_dense = begin("dense", dense_end)
+    _token_by_token(dense, iter(stream), dense_end, recorder, watch_dense, resident, DENSE_SECONDS)
+    if recorder.end < dense_end:
+        result.methods["dense"].stopped = f"time budget of {DENSE_SECONDS:.0f} s"
+    elif dense_end < tokens:
+        result.methods["dense"].stopped = f"budget of {dense_end:,} tokens"
+
+    recomputed = Recomputed(model, size, stream.start_token)
+    _at_samples(recomputed, iter(stream), *begin("recompute", int(samples[-1]) + 1))
+    for name, method in {"sinkattn": sinks, "window": window, "dense": dense}.items():
+        result.methods[name].cache_bytes = method.kv_bytes
     return result
 
 
-@contextmanager
-def enabled(model: Any, num_sinks: int, window: int) -> Iterator[None]:
-    """`enable` for the time of a block."""
-    enable(model, num_sinks, window)
-    try:
-        yield
-    finally:
-        disable(model)
-
-
-def kv_bytes(cache: Any) -> int:
-    """Bytes of keys and values in a transformers cache; 0 for None."""
-    layers = [] if cache is None else cache.layers
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.is_initialized)
-
-
 def _token_by_token(
-    model, cache, ids: Iterator[int], tokens: int, recorder: Recorder, watch, resident, seconds: float = math.inf
-):
-    """Feed one token after the other; returns the cache. A cache of None becomes transformers' own, which grows."""
-    fed = torch.tensor([[next(ids)]], device=model.device)
+    method: Method,
+    ids: Iterator[int],
+    tokens: int,
+    recorder: Recorder,
+    watch: Callable[[], None],
+    resident: Callable[[], int],
+    seconds: float = math.inf,
+) -> None:
+    """Feed one token after the other, for so many seconds at most."""
+    fed, wanted = torch.tensor([next(ids)]), torch.ones(1, dtype=torch.bool)
     end = time.perf_counter() + seconds
     for position in range(tokens):
-        target = next(ids)
+        target = torch.tensor([next(ids)])
         began = time.perf_counter()
         if began > end:
             break
-        out = model(input_ids=fed, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        fed = torch.tensor([[target]], device=model.device)
-        # .item() waits for the device, so the time is that of the whole forward.
-        loss = F.cross_entropy(out.logits[:, -1].float(), fed[0]).item()
+        # The loss comes to the host, so the time is that of the whole forward.
+        loss = float(method.feed(fed, target, wanted).losses)
         recorder.add(position, loss, time.perf_counter() - began)
         if recorder.memory_is_due():
-            recorder.add_memory(resident(), kv_bytes(cache))
+            recorder.add_memory(resident(), method.kv_bytes)
             watch()
+        fed = target
     watch()
-    return cache
 
 
-def _in_turns(model, old_cache, ids: list[int], rounds: int) -> Turns:
+def _in_turns(old: Streamed, young: Streamed, ids: list[int], rounds: int) -> Turns:
     """Time the next tokens of a stream against those of a new one whose window is just full."""
     size = len(ids) - rounds
-    young_cache = SinkCache(model)
-    model(input_ids=torch.tensor([ids[:size]], device=model.device), past_key_values=young_cache, use_cache=True)
-    old_seen = old_cache.tokens_seen
+    nothing = torch.zeros(size, dtype=torch.bool)
+    young.feed(torch.tensor(ids[:size]), torch.tensor(ids[:size]), nothing)
+    old_seen = old.cache.tokens_seen
     times = np.zeros((rounds, 2))
     for turn, token in enumerate(ids[size:]):
-        fed = torch.tensor([[token]], device=model.device)
         for which in (0, 1) if turn % 2 else (1, 0):
             began = time.perf_counter()
-            model(input_ids=fed, past_key_values=(young_cache, old_cache)[which], use_cache=True).logits.sum().item()
+            (young, old)[which].step(token)
             times[turn, which] = time.perf_counter() - began
-    young, old = np.median(times, axis=0)
-    return Turns(rounds, size, old_seen, float(young), float(old), float(np.median(times[:, 1] / times[:, 0])) - 1)
+    medians = np.median(times, axis=0)
+    change = float(np.median(times[:, 1] / times[:, 0])) - 1
+    return Turns(rounds, size, old_seen, float(medians[0]), float(medians[1]), change)
 
 
-def _in_chunks(model, cache, ids: Iterator[int], tokens: int, recorder: Recorder, watch) -> None:
+def _in_chunks(method: Method, ids: Iterator[int], tokens: int, recorder: Recorder, watch: Callable[[], None]) -> None:
     """Feed many tokens at once: the losses are those of feeding them one by one, as the contract promises."""
-    last = next(ids)
-    for begin in range(0, tokens, CHUNK):
-        targets = list(islice(ids, min(CHUNK, tokens - begin)))
-        fed = torch.tensor([[last, *targets]], device=model.device)
-        logits = model(input_ids=fed[:, :-1], past_key_values=cache, use_cache=True).logits
-        losses = F.cross_entropy(logits[0].float(), fed[0, 1:], reduction="none")
-        for position, loss in enumerate(losses.tolist(), begin):
+    for first, fed, targets in chunks(ids, tokens):
+        losses = method.feed(fed, targets, torch.ones(len(fed), dtype=torch.bool)).losses
+        for position, loss in enumerate(losses.tolist(), first):
             recorder.add(position, loss)
         watch()
+
+
+def _at_samples(method: Method, ids: Iterator[int], recorder: Recorder, watch: Callable[[], None]) -> None:
+    """Feed the tokens up to each sampled position, where alone a prediction is made."""
+    last, done = next(ids), 0
+    for position in recorder.samples.tolist():
+        targets = list(islice(ids, position + 1 - done))
+        fed, done = [last, *targets[:-1]], position + 1
         last = targets[-1]
-
-
-def _recompute(model, ids: Iterator[int], size: int, recorder: Recorder, watch) -> None:
-    """At the sampled positions, a fresh forward over the first token and the last ``size - 1``."""
-    options = {"use_cache": False, **keep_last_logits(model)}
-    first = next(ids)
-    recent = deque([first], maxlen=size)
-    for position in range(recorder.samples[-1] + 1):
-        target = next(ids)
-        if recorder.is_sample(position):
-            began = time.perf_counter()
-            fed = torch.tensor([[first, *islice(recent, 1, None)]], device=model.device)
-            logits = model(input_ids=fed, **options).logits[:, -1]
-            loss = F.cross_entropy(logits.float(), torch.tensor([target], device=model.device)).item()
-            recorder.add(position, loss, time.perf_counter() - began)
-            watch()
-        recent.append(target)
+        wanted = torch.tensor([False] * (len(fed) - 1) + [True])
+        began = time.perf_counter()
+        loss = float(method.feed(torch.tensor(fed), torch.tensor(targets), wanted).losses[-1])
+        recorder.add(position, loss, time.perf_counter() - began)
+        watch()

@@ -30,6 +30,13 @@ def merged(series: list[dict[str, Any]], key: str, least: int = LEAST_TOKENS) ->
     return middles, means
 
 
+def check_format(path: Path) -> None:
+    """Raise ValueError for a file ending that is no picture format, before the work that the picture is of."""
+    formats = require("matplotlib.backend_bases").FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(f"plot: expected a file ending among {', '.join(sorted(formats))}, got {path.name}")
+
+
 def draw(report: dict[str, Any], path: Path) -> None:
     """Write the picture of a report (see `sinkattn.report.as_dict`) to a file; its ending says which format.
 

@@ -1,35 +1,31 @@
-"""Live progress of the demonstration on stderr."""
+"""Live progress of long work on stderr."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import psutil
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sinkattn.recorder import Recorder
-from sinkattn.report import size_text
+from sinkattn.report import console, size_text
 
 
-class DemoProgress:
-    """One line for each method: tokens, tokens per second, resident memory, running loss."""
+class StreamProgress:
+    """Bars, one for each part of the work, with tokens or whatever they count, its speed and the resident memory."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        console = Console(stderr=True)
-        if not console.is_terminal:
-            console = Console(stderr=True, width=120)
         self._progress = Progress(
-            TextColumn("{task.description:<10}"),
+            TextColumn("{task.description:<14}"),
             BarColumn(bar_width=20),
-            TextColumn("{task.completed:>9,.0f} / {task.total:,.0f} tokens"),
-            TextColumn("{task.fields[speed]:>12}  {task.fields[memory]:>9}  loss {task.fields[loss]:.3f}"),
+            TextColumn("{task.completed:>9,.0f} / {task.total:,.0f}"),
+            TextColumn("{task.fields[speed]:>9}/s  {task.fields[memory]:>9}  {task.fields[note]}"),
             TimeElapsedColumn(),
-            console=console,
+            console=console(stderr=True),
             refresh_per_second=4,
         )
-        self._tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> DemoProgress:
+    def __enter__(self) -> StreamProgress:
         """Start drawing."""
         self._progress.start()
         return self
@@ -42,17 +38,15 @@ class DemoProgress:
         """Resident memory of this process in bytes."""
         return self._process.memory_info().rss
 
-    def watch(self, name: str, recorder: Recorder, tokens: int) -> None:
-        """Show where a method is (see `sinkattn.demo.Watch`)."""
-        done = recorder.end
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=tokens, speed="", memory="", loss=0.0)
-        task = self._progress.tasks[self._tasks[name]]
-        speed = recorder.recorded / task.elapsed if task.elapsed else 0.0
-        self._progress.update(
-            task.id,
-            completed=done,
-            speed=f"{speed:,.0f} tokens/s",
-            memory=size_text(self.resident()),
-            loss=recorder.running_loss,
-        )
+    def add(self, name: str, total: int) -> Callable[..., None]:
+        """A new bar; call it with what is done, and a note."""
+        number = self._progress.add_task(name, total=total, speed="", memory="", note="")
+        task = next(task for task in self._progress.tasks if task.id == number)
+
+        def update(done: int, note: str = "") -> None:
+            speed = done / task.elapsed if task.elapsed else 0.0
+            self._progress.update(
+                number, completed=done, speed=f"{speed:,.0f}", memory=size_text(self.resident()), note=note
+            )
+
+        return update

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 import sinkattn
-from sinkattn.demo import CHUNK, Method, Result
+from sinkattn.demo import Measured, Result
+from sinkattn.evaluate.perplexity import CHUNK
 from sinkattn.recorder import Span
 
 
@@ -106,7 +107,7 @@ def parts(result: Result) -> list[tuple[int, int]]:
     return [(low, high) for low, high in spans if low < high]
 
 
-def _score(method: Method, low: int, high: int) -> dict[str, Any] | None:
+def _score(method: Measured, low: int, high: int) -> dict[str, Any] | None:
     if (mean := method.recorder.mean_loss(low, high)) is None:
         return None
     return {"begin": low, "end": high, "samples": mean[1], "loss": mean[0], "perplexity": math.exp(mean[0])}
@@ -121,16 +122,20 @@ def size_text(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
-def show(result: Result, about: dict[str, Any]) -> None:
-    """Print the table and its remarks."""
+def console(stderr: bool = False) -> Any:
+    """Console of rich; wide enough for a table where there is no terminal."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=140)
-    console.print(table(result))
+    out = Console(stderr=stderr, highlight=False)
+    return out if out.is_terminal else Console(stderr=stderr, highlight=False, width=140)
+
+
+def show(result: Result, about: dict[str, Any]) -> None:
+    """Print the table and its remarks."""
+    out = console()
+    out.print(table(result))
     for line in remarks(result, about):
-        console.print(line, markup=False)
+        out.print(line, markup=False)
 
 
 def table(result: Result) -> Any:
@@ -153,7 +158,7 @@ def table(result: Result) -> Any:
     return out
 
 
-def _times(name: str, method: Method) -> str:
+def _times(name: str, method: Measured) -> str:
     first, last = method.recorder.first_span(), method.recorder.last_span()
     if name == "window" or first is None or last is None:
         return "not timed"
@@ -178,15 +183,17 @@ def remarks(result: Result, about: dict[str, Any]) -> list[str]:
     sink = result.methods["sinkattn"].recorder
     first, last, change = sink.first_span(), sink.last_span(), time_change(result)
     turns, size = result.turns, result.settings.cache_tokens
-    start = "start token" if about["text"]["start_token"] else "first token"
-    why = ", which is the sink of this model" if about["model"]["shipped"] else ""
+    fed = f"the last {size} tokens"
+    if about["text"]["start_token"]:
+        why = ", which is the sink of this model" if about["model"]["shipped"] else ""
+        fed = f"the start token{why}, and the last {size - 1} tokens"
     samples = " + ".join(f"{_score(result.methods['recompute'], *part)['samples']:,}" for part in parts(result))
     lines = [
         f"Losses are means over the same {samples} tokens, drawn at random, in every row.",
         f"first → last: median over the first and over the last {last.tokens:,} tokens with a full window; for dense, "
         f"{result.methods['dense'].recorder.last_span().tokens:,}.",
         f"[1] As sinkattn, so not timed. Fed in chunks of {CHUNK} tokens, which gives the losses of single tokens.",
-        f"[2] A fresh forward over the {start} and the last {size - 1} tokens. It keeps the {start}{why}.",
+        f"[2] A fresh forward over {fed}.",
         "",
         f"sinkattn, resident memory: {size_text(sink.resident_when_full)} when the window was full, at most "
         f"{size_text(sink.resident_growth)} more after.",

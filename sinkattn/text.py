@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from sinkattn.user_errors import require
+
 # Characters read at once; a piece ends at the end of a line, or after as many again.
 PIECE = 8192
 
@@ -121,6 +123,39 @@ class Pipe:
             yield piece
 
 
+class HubDataset:
+    """The texts of a data set of the Hugging Face hub, or of a local folder, read as they are needed.
+
+    Args:
+        name: ``NAME`` or ``NAME:CONFIG``.
+        split: part of the data set.
+        column: that holds the texts.
+
+    Raises:
+        TextError: if there is no such data set, part or column.
+    """
+
+    def __init__(self, name: str, split: str, column: str) -> None:
+        datasets = require("datasets")
+        self.description = f"{name}, {split}"
+        self._column = column
+        path, _, config = name.partition(":")
+        try:
+            self._rows = datasets.load_dataset(path, config or None, split=split, streaming=True)
+            first = next(iter(self._rows), None)
+        except Exception as error:  # any of many, from as many packages
+            lines = str(error).strip().splitlines()
+            message = lines[0] if lines else type(error).__name__
+            raise TextError(f"dataset: cannot read {self.description}: {message}") from error
+        if first is not None and not isinstance(first.get(column), str):
+            raise TextError(f"column: {self.description} has no texts in {column!r}, its columns are {sorted(first)}")
+
+    def pieces(self) -> Iterator[str]:
+        """The texts in pieces, a line break after each."""
+        for row in self._rows:
+            yield from _pieces(io.StringIO(row[self._column] + "\n"))
+
+
 def open_text(name: str | None, stdin: TextIO) -> Text:
     """Text by its name on the command line: a file, ``-`` for stdin, None for the standard library."""
     if name is None:
@@ -134,29 +169,27 @@ class TokenStream:
     Args:
         text: the text.
         tokenizer: a transformers tokenizer. A start token spelled out in the text is taken as text.
+        with_start: False leaves the start token out.
 
     Attributes:
+        start_token: id that the stream begins with; None without.
         laps: how often the text has been started over, at most, by any iteration so far.
     """
 
-    def __init__(self, text: Text, tokenizer: Any) -> None:
+    def __init__(self, text: Text, tokenizer: Any, with_start: bool = True) -> None:
         self.text = text
         self.tokenizer = tokenizer
+        self.start_token: int | None = tokenizer.bos_token_id if with_start else None
         self.laps = 0
         # The only memory that would grow with the text: a cache of up to 10,000 words. It saves no time here.
         resize = getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "_resize_cache", None)
         if resize is not None:
             resize(0)
 
-    @property
-    def has_start_token(self) -> bool:
-        """Whether the stream begins with a start token."""
-        return self.tokenizer.bos_token_id is not None
-
     def __iter__(self) -> Iterator[int]:
         """Endless ids from the beginning of the stream. Raises TextError if the text is empty."""
-        if self.has_start_token:
-            yield self.tokenizer.bos_token_id
+        if self.start_token is not None:
+            yield self.start_token
         lap = 0
         while True:
             empty = True

@@ -279,7 +279,7 @@ def test_table_shows_the_figures(result):
     assert "stopped at 50: budget of 50 tokens" in text
     remarks = "\n".join(report.remarks(result, ABOUT))
     assert "same 20 + 20 tokens" in remarks
-    assert "start token and the last 11 tokens. It keeps the start token." in remarks
+    assert "A fresh forward over the start token, and the last 11 tokens." in remarks
     assert "1.0 MiB when the window was full, at most 0 B more" in remarks
     assert "started over 2 times" in remarks
 

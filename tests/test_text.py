@@ -122,7 +122,7 @@ def test_stream_begins_with_the_start_token_and_starts_over_without_it():
 
 def test_stream_without_start_token():
     stream = TokenStream(Pipe(io.StringIO("ab")), NoStart())
-    assert not stream.has_start_token
+    assert stream.start_token is None
     assert list(islice(stream, 3)) == [98, 99, 98]
 
 

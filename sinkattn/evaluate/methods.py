@@ -1,0 +1,241 @@
+"""Ways to run a model over a stream: sinks and a window, dense attention, recomputation; all fed the same tokens.
+
+Every way has its own twin of the model, which shares the weights, so that all run side by side over one reading of the
+text and the model itself is never changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from sinkattn.hf import SinkCache, enable
+from sinkattn.hf.cache import find_swap
+from sinkattn.hf.probe import trained_length
+from sinkattn.hf.reencode import Reencode
+from sinkattn.hf.stream import keep_last_logits
+
+# Tokens in the forwards of one batch of recomputations.
+BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Sinks and window, both in tokens, written ``S+W``."""
+
+    num_sinks: int
+    window: int
+
+    @classmethod
+    def parse(cls, text: str) -> CacheSize:
+        """From ``S+W``; raises ValueError for any other text."""
+        if not (match := re.fullmatch(r"(\d+)\+([1-9]\d*)", text)):
+            raise ValueError(f"cache: expected sinks + window, such as 4+1020, got {text!r}")
+        return cls(int(match[1]), int(match[2]))
+
+    @property
+    def total(self) -> int:
+        """Tokens that a query sees."""
+        return self.num_sinks + self.window
+
+    def __str__(self) -> str:
+        return f"{self.num_sinks}+{self.window}"
+
+
+class Scores(NamedTuple):
+    """What a model made of the next tokens."""
+
+    losses: Tensor
+    """Nats, fp64 ``[tokens]`` on the CPU; NaN where no prediction was made."""
+    hits: Tensor
+    """Whether the token was the likeliest of all, bool ``[tokens]`` on the CPU."""
+
+
+class Predictor(Protocol):
+    """Whoever reads one stream and predicts its tokens."""
+
+    name: str
+
+    def feed(self, ids: Tensor, targets: Tensor, wanted: Tensor) -> Scores:
+        """Take ``ids`` in and predict the token after each.
+
+        Args:
+            ids: the next tokens of the stream, int64 ``[tokens]`` on the CPU.
+            targets: the token after each of them.
+            wanted: bool ``[tokens]``, the predictions that are needed; others are made if they cost nothing.
+        """
+
+    def reset(self) -> None:
+        """Begin a new stream."""
+
+
+class Method(Predictor, Protocol):
+    """A way to run a model over one stream, token by token too."""
+
+    model: PreTrainedModel
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """Bytes of keys and values that it keeps; None if it keeps none."""
+
+    def step(self, token: int) -> None:
+        """Take one token in, predict the next and wait for the device: what there is to time."""
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules of a model that shares its parameters and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes of keys and values in a transformers cache; 0 for None."""
+    tensors = (getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values"))
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+class Cached:
+    """What methods with a cache have in common."""
+
+    model: PreTrainedModel
+    cache: Any
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values in the cache."""
+        return kv_bytes(self.cache)
+
+    @torch.inference_mode()
+    def feed(self, ids: Tensor, targets: Tensor, wanted: Tensor) -> Scores:
+        """See `Predictor.feed`; makes all predictions."""
+        device = self.model.device
+        logits = self.model(input_ids=ids[None].to(device), past_key_values=self.cache, use_cache=True).logits[0]
+        return _scores(logits, targets.to(device))
+
+    @torch.inference_mode()
+    def step(self, token: int) -> None:
+        """See `Method.step`."""
+        ids = torch.tensor([[token]], device=self.model.device)
+        self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits[0, -1].argmax().item()
+
+
+class Streamed(Cached):
+    """sinkattn: the first tokens and a window of recent ones; no sinks make it window attention.
+
+    Raises:
+        ValueError: sinks and window that the model cannot take, or a model that `sinkattn.enable` refuses.
+    """
+
+    def __init__(self, model: PreTrainedModel, size: CacheSize) -> None:
+        self.name = str(size)
+        self.size = size
+        self.model = enable(twin(model), size.num_sinks, size.window)
+        self.reset()
+
+    def reset(self) -> None:
+        """See `Predictor.reset`."""
+        self.cache = SinkCache(self.model)
+
+
+def dense_limit(streamed: Streamed) -> int | None:
+    """Tokens that dense attention can take with the positions that the model has; None if they never run out."""
+    absolute = isinstance(find_swap(streamed.model), Reencode)
+    return trained_length(streamed.model) if absolute else None
+
+
+class Dense(Cached):
+    """Dense attention: every token sees all before it, and the cache grows."""
+
+    name = "dense"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.reset()
+
+    def reset(self) -> None:
+        """See `Predictor.reset`."""
+        self.cache = DynamicCache(config=self.model.config)
+
+
+class Recomputed:
+    """Sliding window with recomputation: a fresh forward over the last tokens for every prediction.
+
+    Args:
+        model: the model.
+        size: tokens in a forward.
+        start_token: stands in the place of the first of them once the stream is longer; None for none.
+    """
+
+    kv_bytes = None
+
+    def __init__(self, model: PreTrainedModel, size: int, start_token: int | None) -> None:
+        self.name = f"recomputed {size}"
+        self.size = size
+        self.model = model
+        self._start = [] if start_token is None else [start_token]
+        self._options = {"use_cache": False, **keep_last_logits(model)}
+        self.reset()
+
+    def reset(self) -> None:
+        """See `Predictor.reset`."""
+        self._recent = torch.empty(0, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def feed(self, ids: Tensor, targets: Tensor, wanted: Tensor) -> Scores:
+        """See `Predictor.feed`; makes the wanted predictions alone."""
+        losses = torch.full(ids.shape, torch.nan, dtype=torch.float64)
+        hits = torch.zeros(ids.shape, dtype=torch.bool)
+        known = torch.cat((self._recent, ids))
+        ends = wanted.nonzero()[:, 0] + len(self._recent) + 1
+        # Until the stream is as long as a forward, each has a length of its own.
+        batches = [*ends[ends < self.size].split(1), *ends[ends >= self.size].split(max(1, BATCH_TOKENS // self.size))]
+        for batch in batches:
+            if not len(batch):
+                continue
+            length = min(self.size, int(batch[0]))
+            rows = known[batch[:, None] + torch.arange(-length, 0)]
+            if length == self.size:
+                rows[:, : len(self._start)] = torch.tensor(self._start, dtype=torch.int64)
+            at = batch - len(self._recent) - 1
+            logits = self.model(input_ids=rows.to(self.model.device), **self._options).logits[:, -1]
+            losses[at], hits[at] = _scores(logits, targets[at].to(logits.device))
+        self._recent = known[-self.size :]
+        return Scores(losses, hits)
+
+    @torch.inference_mode()
+    def step(self, token: int) -> None:
+        """See `Method.step`."""
+        self._recent = torch.cat((self._recent, torch.tensor([token])))[-self.size :]
+        self.model(input_ids=self._recent[None].to(self.model.device), **self._options).logits[0, -1].argmax().item()
+
+
+class OneShot:
+    """Every stretch that is fed stands alone: dense attention over a first token and this stretch."""
+
+    name = "one-shot"
+
+    def __init__(self, model: PreTrainedModel, first_token: int) -> None:
+        self.model = model
+        self._first = torch.tensor([first_token])
+
+    def reset(self) -> None:
+        """See `Predictor.reset`; nothing is kept."""
+
+    @torch.inference_mode()
+    def feed(self, ids: Tensor, targets: Tensor, wanted: Tensor) -> Scores:
+        """See `Predictor.feed`; the first of ``ids`` belongs to what came before."""
+        fed, device = torch.cat((self._first, ids[1:])), self.model.device
+        logits = self.model(input_ids=fed[None].to(device), use_cache=False).logits[0]
+        return _scores(logits, targets.to(device))
+
+
+def _scores(logits: Tensor, targets: Tensor) -> Scores:
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return Scores(losses.double().cpu(), (logits.argmax(dim=-1) == targets).cpu())
