@@ -16,9 +16,9 @@ from sinkattn.user_errors import UserError, as_user_error
 def add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str
 ) -> argparse.ArgumentParser:
-    """A new command; its parser sets ``run`` and ``command``."""
+    """A new command; its parser sets ``run`` and ``prog``, its whole name."""
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, prog=parser.prog)
     return parser
 
 

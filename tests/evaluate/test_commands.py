@@ -1,0 +1,150 @@
+"""``sinkattn eval``: every command end to end with the shipped model, its files, and one clear line for errors."""
+
+import csv
+import json
+import math
+
+import pytest
+
+from sinkattn import cli
+
+SMALL = {
+    "ppl": ["--tokens", "400", "--dense-tokens", "300", "--cache", "0+32", "4+28"],
+    "streameval": ["--count", "8", "--distances", "1", "5", "--every", "2", "--cache", "4+60"],
+    "stream-qa": ["--count", "12", "--cache", "0+64", "4+60"],
+    "latency": ["--sizes", "16", "32", "--lengths", "40", "300", "--rounds", "2"],
+    "sinks": ["--cache", "32", "--tokens", "200"],
+}
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def evaluate(name, *more):
+    return cli.main(["eval", name, "--device", "cpu", *SMALL[name], *more])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_command_prints_and_writes_its_figures(name, tmp_path, capsys):
+    assert evaluate(name, "--json", "out.json", "--plot", "out.png") == 0
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["evaluation"] == name
+    assert figures["model"]["class"] == "LlamaForCausalLM"
+    assert figures["machine"]["threads"] >= 1
+    assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
+    printed = capsys.readouterr()
+    assert "Model: the one that ships with sinkattn" in printed.out
+    assert "Figures: out.json\nPicture: out.png\n" in printed.out
+    # Progress goes to stderr, so that the table can be piped on.
+    assert "/s" in printed.err
+
+
+def test_the_table_of_ppl_shows_the_figures(capsys, tmp_path):
+    assert evaluate("ppl", "--json", "out.json", "--csv", "out.csv", "--recompute-every", "4") == 0
+    text = capsys.readouterr().out
+    figures = json.loads((tmp_path / "out.json").read_text())
+    for name, label in (("4+28", "4+28 sinks + window"), ("0+32", "0+32 window alone")):
+        method = figures["methods"][name]
+        row = next(line for line in text.splitlines() if label in line)
+        assert f"{method['all']['loss']:.3f}" in row
+        assert f"{math.exp(method['minus_recomputed']['loss']):.4f}" in row
+        assert "64.0 KiB" in row
+    dense = next(line for line in text.splitlines() if "dense, cache grows" in line)
+    assert "not reached" in dense
+    rows = list(csv.DictReader((tmp_path / "out.csv").open()))
+    assert {row["method"] for row in rows} == {"0+32", "4+28", "recomputed 32", "dense"}
+    assert sum(int(row["tokens"]) for row in rows if row["method"] == "4+28") == 400
+
+
+def test_figures_tell_how_the_stream_was_made(tmp_path):
+    (tmp_path / "short.txt").write_text("for name in names:\n    print(name)\n" * 5)
+    assert evaluate("ppl", "--text", "short.txt", "--no-start-token", "--json", "out.json") == 0
+    text = json.loads((tmp_path / "out.json").read_text())["text"]
+    assert text["description"] == "short.txt"
+    assert not text["start_token"]
+    assert text["started_over"] >= 2
+
+
+def test_questions_come_from_a_file(tmp_path, capsys):
+    pairs = [{"question": f"x{i} = {i}, x{i} =", "answer": f"{i}"} for i in range(5)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    assert evaluate("stream-qa", "--questions", "pairs.jsonl", "--json", "out.json") == 0
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["questions"] == "pairs.jsonl"
+    assert list(figures["methods"]) == ["one-shot", "0+64", "4+60"]
+    assert {method["questions"] for method in figures["methods"].values()} == {5}
+    assert "5 questions, a stream of" in capsys.readouterr().out
+
+
+def test_a_folder_serves_as_a_data_set(tmp_path):
+    pytest.importorskip("datasets")
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "test.txt").write_text("import os\n" * 60)
+    assert evaluate("ppl", "--dataset", str(folder), "--json", "out.json") == 0
+    assert json.loads((tmp_path / "out.json").read_text())["text"]["description"] == f"{folder}, test"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("ppl", ["--text", "nothing.txt"], "text: cannot read nothing.txt: No such file or directory"),
+        ("sinks", ["--text", "empty.txt"], "text: empty.txt is empty"),
+        ("ppl", ["--text", "empty.txt"], "text: empty.txt is empty"),
+        ("ppl", ["--model", "./nowhere"], "model: no folder with a transformers model at nowhere"),
+        (
+            "ppl",
+            ["--cache", "4+300", "--dense-tokens", "0"],
+            "must not exceed the 256 positions it was trained for, got 304",
+        ),
+        ("ppl", ["--cache", "4:8"], "cache: expected sinks + window, such as 4+1020, got '4:8'"),
+        (
+            "sinks",
+            ["--cache", "300", "--tokens", "400"],
+            "must not exceed the 256 positions it was trained for, got 300",
+        ),
+        ("latency", ["--sizes", "300"], "must not exceed the 256 positions it was trained for, got 300"),
+        ("latency", ["--sizes", "3"], "sizes: expected more than the 4 sinks, got 3"),
+        ("streameval", ["--cache", "300+4"], "must not exceed the 256 positions"),
+        ("streameval", ["--distances", "5000"], "distance: expected at most 1225 lines, got 5000"),
+        ("stream-qa", ["--cache", "4+300"], "must not exceed the 256 positions"),
+        ("stream-qa", ["--questions", "none.jsonl"], "questions: cannot read none.jsonl: No such file or directory"),
+        ("stream-qa", ["--questions", "empty.txt"], "questions: empty.txt is empty"),
+        ("ppl", ["--tokens", "20"], "tokens: expected more than sinks + window (32), got 20"),
+        ("ppl", ["--json", "no/where.json"], "cannot write no/where.json"),
+        ("ppl", ["--csv", "no/where.csv"], "cannot write no/where.csv"),
+        ("latency", ["--plot", "x.badending"], "plot: expected a file ending among"),
+    ],
+)
+def test_what_a_user_can_put_right_is_said_in_one_line(name, arguments, message, tmp_path, capsys):
+    (tmp_path / "empty.txt").touch()
+    assert evaluate(name, *arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"sinkattn eval {name}: ")
+    assert message in last
+
+
+def test_data_sets_that_cannot_be_read_are_refused(tmp_path, capsys):
+    pytest.importorskip("datasets")
+    assert evaluate("ppl", "--dataset", "./nowhere") == 2
+    assert "dataset: cannot read ./nowhere, test: " in capsys.readouterr().err
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "test.jsonl").write_text('{"words": "a"}\n')
+    assert evaluate("ppl", "--dataset", "./texts") == 2
+    assert "column: ./texts, test has no texts in 'text', its columns are ['words']" in capsys.readouterr().err
+
+
+def test_usage(capsys):
+    for arguments in (["eval"], ["eval", "nonsense"], ["eval", "ppl", "--text", "a", "--dataset", "b"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == 2
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["eval", "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in SMALL)

@@ -1,0 +1,96 @@
+"""Right answers: those that greedy generation gives, for any tokenizer."""
+
+from itertools import islice
+
+import pytest
+import torch
+
+import sinkattn
+from sinkattn.evaluate import exact_match
+from sinkattn.evaluate.exact_match import Tally, encode
+from sinkattn.evaluate.items import Item, code_items, line_items
+from sinkattn.evaluate.methods import CacheSize, Dense, OneShot, Recomputed, Streamed
+from sinkattn.text import StandardLibrary
+
+
+def test_tokens_of_an_answer_are_those_that_spell_it(tokenizer):
+    for item in islice(line_items(2, 3), 20):
+        ids, is_answer = encode(item, tokenizer)
+        assert tokenizer.decode(ids) == item.context + item.answer + item.closing
+        assert tokenizer.decode(ids[is_answer]).strip() == item.answer
+
+
+def greedy_answers(model, tokenizer, items, size):
+    """What `generate` answers, each question asked on the stream with all right answers before it."""
+    sinkattn.enable(model, size.num_sinks, size.window)
+    try:
+        stream, right = [tokenizer.bos_token_id], []
+        for item in items:
+            ids, is_answer = encode(item, tokenizer)
+            begin = int(is_answer.nonzero()[0])
+            length = int(is_answer.sum())
+            fed = torch.tensor([[*stream, *ids[:begin].tolist()]])
+            made = model.generate(fed, max_new_tokens=length, do_sample=False)[0, fed.shape[1] :]
+            right.append(torch.equal(made, ids[is_answer]))
+            stream += ids.tolist()
+        return right
+    finally:
+        sinkattn.disable(model)
+
+
+@pytest.mark.parametrize("kind", ["lines", "code"])
+@pytest.mark.parametrize("size", [CacheSize(4, 60), CacheSize(0, 40)], ids=str)
+def test_right_answers_are_those_of_greedy_generation(kind, size, model, tokenizer):
+    items = list(islice(line_items(2, 2) if kind == "lines" else code_items(StandardLibrary().pieces()), 16))
+    seen = []
+    [tally], _ = exact_match.run(
+        [Streamed(model, size)], items, tokenizer, 16, lambda done, tokens, tallies: seen.append(sum(tallies[0].right))
+    )
+    right = [bool(after - before) for before, after in zip([0, *seen], seen, strict=False)]
+    assert right == greedy_answers(model, tokenizer, items, size)
+    assert 0 < sum(right) == sum(tally.right)
+
+
+def test_lines_are_known_inside_the_window_and_beyond_it_not(model, tokenizer):
+    size = CacheSize(4, 60)
+    predictors = [Streamed(model, size), Recomputed(model, 64, 0), Dense(model)]
+    accuracies = {}
+    for distance in (1, 15):
+        tallies, tokens = exact_match.run(
+            predictors[: 3 if distance == 1 else 2], line_items(distance, 5), tokenizer, 60, lambda *progress: None
+        )
+        accuracies[distance] = [tally.accuracy for tally in tallies]
+    assert tokens > 2000
+    assert min(accuracies[1][:2]) > 0.7
+    assert max(accuracies[15]) < 0.05
+
+
+def test_one_shot_knows_nothing_of_the_questions_before(model, tokenizer):
+    [tally], _ = exact_match.run([OneShot(model, 0)], line_items(1, 2), tokenizer, 20, lambda *progress: None)
+    assert tally.accuracy > 0.7
+    # The line asked for stands in the item before.
+    [tally], _ = exact_match.run([OneShot(model, 0)], line_items(3, 2), tokenizer, 20, lambda *progress: None)
+    assert tally.accuracy < 0.2
+
+
+def test_tally_by_quarters():
+    tally = Tally(8)
+    for number in range(8):
+        tally.add(number, number in (0, 1, 2, 7))
+    facts = tally.as_dict()
+    assert facts["accuracy_by_quarter"] == [1.0, 0.5, 0.0, 0.5]
+    assert (facts["questions"], facts["accuracy"]) == (8, 0.5)
+    assert facts["low"] < 0.5 < facts["high"]
+    assert Tally(3).accuracy == 0.0
+
+
+def test_a_stream_without_start_token_begins_with_a_line_break(tokenizer):
+    class Bare:
+        bos_token_id = None
+
+        def __call__(self, *args, **kwargs):
+            return tokenizer(*args, **kwargs)
+
+    assert exact_match.first_token(Bare()) == tokenizer("\n", add_special_tokens=False).input_ids[0]
+    assert exact_match.first_token(tokenizer) == tokenizer.bos_token_id
+    assert encode(Item("a ", "b", "\n"), tokenizer)[1].any()

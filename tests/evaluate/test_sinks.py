@@ -1,0 +1,96 @@
+"""Has a model sinks: the shipped one has, a fresh one has not; and what the verdict makes of losses."""
+
+import io
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sinkattn.evaluate import sinks
+from sinkattn.evaluate.sinks import Beginning, Result
+from sinkattn.evaluate.statistics import Mean
+from sinkattn.text import Pipe, TokenStream
+
+
+def beginning(name, losses, margin=0.005):
+    means = {count: Mean(1000, loss, margin) for count, loss in losses.items()}
+    gains = {count: Mean(1000, loss - losses[0], margin) for count, loss in losses.items()}
+    return Beginning(name, means, gains)
+
+
+def losses_of(*values):
+    return dict(zip(sinks.SINK_COUNTS, values, strict=True))
+
+
+HELPED = losses_of(3.5, 2.5, 2.501, 2.504, 2.52)
+FLAT = losses_of(2.5, 2.501, 2.5, 2.502, 2.505)
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "recommended", "words"),
+    [
+        (HELPED, FLAT, 1, "lowers the loss by 1.000 nats per token. Other first tokens do not: the sink is the token"),
+        (HELPED, HELPED, 1, "Other first tokens do as well: the place makes the sink"),
+        (HELPED, losses_of(3.5, 3.0, 3.0, 3.0, 3.0), 1, "Other first tokens bring 51% of that at most"),
+        (losses_of(9.0, 3.0, 2.6, 2.4, 2.395), FLAT, 4, "keeping the first 4 tokens lowers the loss by 6.600"),
+        (FLAT, FLAT, 0, "No attention sinks"),
+    ],
+)
+def test_verdicts(first, other, recommended, words):
+    result = Result(128, [beginning("start token", first), beginning("no start token", other)])
+    assert result.recommended == recommended
+    assert words in result.verdict
+
+
+def test_a_gain_within_its_margin_is_no_sink():
+    noisy = beginning("start token", losses_of(2.55, 2.5, 2.5, 2.5, 2.5), margin=0.08)
+    assert "No attention sinks" in Result(128, [noisy, noisy]).verdict
+
+
+def test_the_sink_of_the_shipped_model_is_its_start_token(model, stream):
+    done = {}
+    result = sinks.run(model, stream, 64, 1500, lambda name, tokens: done.update({name: tokens}))
+    assert done == dict.fromkeys(("start token", "no start token", "4 line breaks"), 1500)
+    assert result.recommended == 1
+    assert "the sink is the token that this stream begins with" in result.verdict
+    losses = [[mean.loss for mean in each.losses.values()] for each in result.beginnings]
+    assert losses[0][0] - losses[0][1] > 0.5
+    assert max(abs(a - losses[1][0]) for row in losses[1:] for a in row) < 0.2
+    assert result.mass.shape == (4, 2, 4)
+    assert result.mass[0, 1].max() > 0.4 > 0.05 > result.mass[1:].max()
+
+
+def test_an_untrained_model_has_none(tokenizer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    stream = TokenStream(Pipe(io.StringIO("some words\n" * 50)), tokenizer)
+    result = sinks.run(LlamaForCausalLM(config).eval(), stream, 32, 400, lambda *progress: None)
+    assert result.recommended == 0
+    assert "No attention sinks" in result.verdict
+
+
+def test_mass_is_the_mean_attention_of_the_second_half(model, ids):
+    mass = sinks.attention_on_first_tokens(model, iter(ids.tolist()), 32, stretches=2)
+    rows = torch.stack((ids[:32], torch.cat((ids[:1], ids[32:63]))))
+    with torch.no_grad():
+        hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(rows))
+        attention = model.model.layers[0].self_attn
+        query, key = (p(hidden).unflatten(-1, (4, 32)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+        angles = torch.arange(32)[:, None] * model.model.rotary_emb.inv_freq.repeat(2)
+        half = lambda x: torch.cat((-x[..., 16:], x[..., :16]), -1)  # noqa: E731
+        query, key = (x * angles.cos() + half(x) * angles.sin() for x in (query, key))
+        scores = query @ key.mT / math.sqrt(32) + torch.full((32, 32), -math.inf).triu(1)
+        expected = scores.softmax(-1)[:, :, 16:, :4].mean((0, 2)).T
+    torch.testing.assert_close(mass[:, 0], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("total", "tokens", "message"),
+    [(8, 100, "cache: expected more than 8 tokens, got 8"), (32, 32, "tokens: expected more than .* 32")],
+)
+def test_sizes_that_leave_nothing_to_compare_are_refused(total, tokens, message, model, stream):
+    with pytest.raises(ValueError, match=message):
+        sinks.run(model, stream, total, tokens, lambda *progress: None)

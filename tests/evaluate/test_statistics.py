@@ -1,0 +1,70 @@
+"""Means over blocks: their sums against NumPy, their intervals against how often they hold the truth."""
+
+import math
+
+import numpy as np
+import pytest
+
+from sinkattn.evaluate.statistics import Blocks, Sums, t_quantile, wilson
+
+
+def test_sums_are_those_of_each_stretch():
+    sums = Sums(np.array([10, 20, 25, 50]))
+    losses = np.arange(60.0)
+    losses[12] = math.nan
+    for begin in range(0, 60, 7):
+        sums.add(begin, losses[begin : begin + 7])
+    means = {begin: (end, count, mean) for begin, end, count, mean in sums.means()}
+    assert means == {10: (20, 9, np.nanmean(losses[10:20])), 20: (25, 5, 22.0), 25: (50, 25, 37.0)}
+
+
+def test_mean_is_over_all_that_counts():
+    blocks = Blocks(100, 1100)
+    values = np.random.default_rng(0).normal(size=1200)
+    blocks.add(0, values)
+    mean = blocks.mean()
+    assert mean.tokens == 1000
+    assert mean.loss == pytest.approx(values[100:1100].mean(), abs=1e-12)
+    assert mean.perplexity == pytest.approx(math.exp(mean.loss))
+
+
+@pytest.mark.parametrize(("correlation", "length"), [(0.0, 4000), (0.8, 4000), (0.0, 300)])
+def test_intervals_hold_the_true_mean_as_often_as_they_say(correlation, length):
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(400):
+        noise = rng.normal(size=length)
+        for i in range(1, length):
+            noise[i] += correlation * noise[i - 1]
+        blocks = Blocks(0, length)
+        blocks.add(0, 3.0 + noise)
+        mean = blocks.mean()
+        held += abs(mean.loss - 3.0) < mean.margin
+    assert 0.915 < held / 400 < 0.98
+
+
+def test_a_difference_is_surer_than_its_parts():
+    rng = np.random.default_rng(2)
+    common = rng.normal(size=2000)
+    one, other = Blocks(0, 2000), Blocks(0, 2000)
+    one.add(0, 2 + common)
+    other.add(0, 1.9 + common + 0.01 * rng.normal(size=2000))
+    difference = one.difference(other)
+    assert difference.loss == pytest.approx(0.1, abs=2e-3)
+    assert difference.margin < 2e-3 < one.mean().margin
+
+
+def test_too_few_tokens_have_no_interval_and_none_no_mean():
+    few = Blocks(0, 20)
+    assert few.mean() is None
+    few.add(0, np.ones(20))
+    assert few.mean().margin is None
+
+
+def test_quantiles_are_those_of_the_tables():
+    # Student's t, 97.5 %; Wilson's interval for 8 of 10 (0.490, 0.943).
+    for freedom, value in ((7, 2.365), (10, 2.228), (30, 2.042), (63, 1.998)):
+        assert t_quantile(freedom) == pytest.approx(value, abs=0.01)
+    assert wilson(8, 10) == pytest.approx((0.490, 0.943), abs=5e-4)
+    assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson(0, 50)[0] == 0.0
