@@ -40,6 +40,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
@@ -54,6 +55,7 @@ from transformers import (
 )
 
 from sinkattn.evaluate.exact_match import encode as encode_item
+from sinkattn.evaluate.exact_match import first_token
 from sinkattn.evaluate.items import Item, LineSource, line_question, line_text
 from sinkattn.hf.load import SHIPPED
 from sinkattn.text import is_held_out, path_hash
@@ -218,7 +220,7 @@ def lines_text(args: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, Draw,
 
     def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         ids, is_answer = zip(*(encode_item(item, tokenizer) for item in draw_lines(rng)), strict=True)
-        sample = np.concatenate(([tokenizer.bos_token_id], *ids))[: CONTEXT + 1]
+        sample = np.concatenate(([first_token(tokenizer)], *ids))[: CONTEXT + 1]
         return sample, np.where(np.concatenate(([False], *is_answer))[1 : CONTEXT + 1], 1.0, OTHERS_WEIGHT)
 
     rng = np.random.default_rng(args.seed + 1)
@@ -259,8 +261,6 @@ def build_model(args: argparse.Namespace, vocab_size: int, start_id: int | None)
             attn_implementation="eager",
         )
         model = GraniteSWAForCausalLM(config)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("sinks" not in name)
     else:
         config = LlamaConfig(**sizes)
         model = LlamaForCausalLM(config)
@@ -290,7 +290,8 @@ def train(args: argparse.Namespace) -> None:
     print(about, flush=True)
 
     model = build_model(args, len(tokenizer), tokenizer.bos_token_id)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Sink logits stay at 0.
+    parameters = [parameter for name, parameter in model.named_parameters() if "sinks" not in name]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def weighted_loss(ids: Tensor, weights: Tensor) -> Tensor:
@@ -338,13 +339,17 @@ def train(args: argparse.Namespace) -> None:
 TEXTS = {"python": python_text, "lines": lines_text}
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the description as it is and tells defaults."""
+
+
 def main() -> None:
     """Train one model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the model")
-    parser.add_argument("--variant", choices=VARIANTS, default="sink-token", help="default: %(default)s")
-    parser.add_argument("--text", choices=TEXTS, default="python", help="default: %(default)s")
-    parser.add_argument("--base", type=Path, default=SHIPPED, help="model that lines go on with (default: the shipped)")
+    parser.add_argument("--variant", choices=VARIANTS, default="sink-token", help="how samples begin, and the softmax")
+    parser.add_argument("--text", choices=TEXTS, default="python", help="what to learn")
+    parser.add_argument("--base", type=Path, default=SHIPPED, help="model that lines go on with")
     parser.add_argument("--repeats", action=argparse.BooleanOptionalAction, default=True, help="copied chunks")
     parser.add_argument("--offset", action=argparse.BooleanOptionalAction, default=True, help="embedding offset")
     parser.add_argument("--seed", type=int, default=0)
@@ -357,6 +362,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile: slower")
     args = parser.parse_args()
 
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
     train(args)

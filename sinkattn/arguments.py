@@ -55,7 +55,11 @@ def positive(text: str) -> int:
 def check_writable(*paths: Path | None) -> None:
     """Say before a long run, not after it, that its results cannot be written."""
     for path in paths:
-        if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        if path is None:
+            continue
+        if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+            raise UserError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'write-protected'}")
+        if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
             raise UserError(f"cannot write {path}: {path.parent} is no folder that can be written to")
 
 

@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{args.prog}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        _leave_stdout()
+        return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -178,8 +181,7 @@ def run_generate(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         pass
     except BrokenPipeError:
-        # Nobody reads any more; Python would complain when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_stdout()
     seconds = time.perf_counter() - began
     count = counter.count
     from sinkattn.report import size_text
@@ -190,6 +192,11 @@ def run_generate(args: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def _leave_stdout() -> None:
+    """Nobody reads any more; Python would complain when it flushes stdout at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Counter:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 
-from sinkattn.evaluate.methods import CacheSize, Dense, Method, Recomputed, Streamed
+from sinkattn.evaluate.methods import CacheSize, Dense, Method, Recomputed, Streamed, dense_limit
 from sinkattn.evaluate.perplexity import chunks
 from sinkattn.recorder import Recorder, sample_positions
 from sinkattn.text import TokenStream
@@ -112,6 +112,10 @@ def run(model: Any, stream: TokenStream, settings: Settings, watch: Watch, resid
         ValueError: for settings that leave nothing to compare, an empty text, or a model that is refused.
     """
     settings.check()
+    sinks = Streamed(model, CacheSize(settings.num_sinks, settings.window))
+    if (limit := dense_limit(sinks)) is not None:
+        settings = replace(settings, dense_tokens=min(settings.dense_tokens, limit))
+        settings.check()
     rng = np.random.default_rng(settings.seed)
     size, tokens, dense_end = settings.cache_tokens, settings.tokens, settings.dense_end
     parts = ((size, dense_end), (dense_end, tokens))
@@ -124,7 +128,6 @@ def run(model: Any, stream: TokenStream, settings: Settings, watch: Watch, resid
         return recorder, lambda: watch(name, recorder, tokens)
 
     # First, while nothing else has taken memory.
-    sinks = Streamed(model, CacheSize(settings.num_sinks, settings.window))
     _token_by_token(sinks, iter(stream), tokens, *begin("sinkattn", tokens), resident)
     rounds = min(TURNS, max(1, tokens // 10))
     result.turns = _in_turns(sinks, Streamed(model, sinks.size), list(islice(stream, size + rounds)), rounds)

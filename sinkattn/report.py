@@ -14,7 +14,7 @@ import torch
 
 import sinkattn
 from sinkattn.demo import Measured, Result
-from sinkattn.evaluate.perplexity import CHUNK
+from sinkattn.evaluate.methods import CHUNK
 from sinkattn.recorder import Span
 
 

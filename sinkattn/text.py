@@ -153,7 +153,8 @@ class HubDataset:
     def pieces(self) -> Iterator[str]:
         """The texts in pieces, a line break after each."""
         for row in self._rows:
-            yield from _pieces(io.StringIO(row[self._column] + "\n"))
+            if row[self._column] is not None:
+                yield from _pieces(io.StringIO(row[self._column] + "\n"))
 
 
 def open_text(name: str | None, stdin: TextIO) -> Text:

@@ -17,6 +17,8 @@ def as_user_error(*kinds: type[Exception]) -> Iterator[None]:
     """Turn exceptions of these kinds into a `UserError` with the first line of their message."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # whoever read the output has left: nothing to put right
     except kinds as error:
         lines = str(error).strip().splitlines()
         raise UserError(lines[0] if lines else type(error).__name__) from error

@@ -20,7 +20,7 @@ from sinkattn.arguments import (
     model_line,
     positive,
 )
-from sinkattn.user_errors import as_user_error, require
+from sinkattn.user_errors import UserError, as_user_error, require
 
 
 def add_commands(commands: Any) -> None:
@@ -35,7 +35,10 @@ def add_commands(commands: Any) -> None:
     _add_caches(ppl)
     ppl.add_argument("--tokens", type=positive, default=50_000, help="length of the stream (default: %(default)s)")
     ppl.add_argument(
-        "--dense-tokens", type=count, default=5_000, help="stop the dense model there; 0: leave it out (default: 5000)"
+        "--dense-tokens",
+        type=count,
+        metavar="N",
+        help="stop the dense model there; 0: leave it out (default: 5000, or twice the widest cache)",
     )
     ppl.add_argument(
         "--recompute-every",
@@ -54,12 +57,12 @@ def add_commands(commands: Any) -> None:
         "--distances",
         type=positive,
         nargs="+",
-        default=[1, 2, 5, 10, 15, 20, 30, 50],
+        default=[1, 2, 5, 10, 15, 20, 50],
         metavar="N",
-        help="lines back; a stream for each (default: 1 2 5 10 15 20 30 50)",
+        help="lines back; a stream for each (default: 1 2 5 10 15 20 50)",
     )
     lines.add_argument("--every", type=positive, default=10, metavar="N", help="lines for each question (default: 10)")
-    _add_questions(lines, 500)
+    _add_questions(lines, 150)
     lines.add_argument("--no-recompute", action="store_true", help="leave recomputation out")
     lines.add_argument("--seed", type=int, default=0, help="of the lines (default: 0)")
     _add_output(lines)
@@ -88,7 +91,7 @@ def add_commands(commands: Any) -> None:
         nargs="+",
         default=[500, 1000, 2000, 4000, 8000],
         metavar="N",
-        help="tokens of a stream, for sinkattn and dense attention (default: 500 1000 2000 4000 8000)",
+        help="tokens of a stream, for the largest size and dense attention (default: 500 1000 2000 4000 8000)",
     )
     latency.add_argument("--rounds", type=positive, default=50, help="tokens timed in each case (default: 50)")
     _add_output(latency)
@@ -96,7 +99,7 @@ def add_commands(commands: Any) -> None:
     sinks = add_command(evaluations, "sinks", run_sinks, "has a model attention sinks, and how many to keep")
     add_model(sinks)
     _add_text(sinks)
-    sinks.add_argument("--cache", type=positive, metavar="N", help="sinks and window together (default: by the model)")
+    sinks.add_argument("--size", type=positive, metavar="N", help="sinks and window together (default: by the model)")
     sinks.add_argument("--tokens", type=positive, default=10_000, help="of each stream (default: %(default)s)")
     _add_output(sinks)
 
@@ -105,8 +108,8 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", metavar="FILE", help="UTF-8 text, - for stdin (default: Python's standard library)")
     source.add_argument("--dataset", metavar="NAME[:CONFIG]", help="data set of the Hugging Face hub, or a folder")
-    parser.add_argument("--split", default="test", help="of the data set (default: %(default)s)")
-    parser.add_argument("--column", default="text", help="of the data set (default: %(default)s)")
+    parser.add_argument("--split", help="of the data set (default: test)")
+    parser.add_argument("--column", help="of the data set (default: text)")
     parser.add_argument("--no-start-token", action="store_true", help="begin the stream without one")
 
 
@@ -132,9 +135,11 @@ def run_ppl(args: argparse.Namespace) -> int:
         from sinkattn.evaluate.report import perplexity_dict, perplexity_table, write_csv
 
         stream = session.stream()
-        settings = perplexity.Settings(
-            session.caches((0, 1, 4)), args.tokens, min(args.dense_tokens, args.tokens), args.recompute_every
-        )
+        caches = session.caches((0, 1, 4))
+        dense = args.dense_tokens
+        if dense is None:
+            dense = max(5_000, 2 * max(cache.total for cache in caches))
+        settings = perplexity.Settings(caches, args.tokens, min(dense, args.tokens), args.recompute_every)
         with session.progress as progress:
             bar = progress.add("tokens", args.tokens)
 
@@ -143,8 +148,8 @@ def run_ppl(args: argparse.Namespace) -> int:
                 bar(done, "  ".join(f"{name} {mean.loss:.3f}" for name, mean in losses if mean))
 
             result = perplexity.run(session.model, stream, settings, watch)
-        figures = perplexity_dict(result)
-        session.finish({**figures, "text": session.text_facts(stream)}, perplexity_table(figures))
+        figures = {**perplexity_dict(result), "text": session.text_facts(stream, stream.laps)}
+        session.finish(figures, perplexity_table(figures))
         if args.csv:
             write_csv(figures, args.csv)
     return 0
@@ -158,7 +163,7 @@ def run_streameval(args: argparse.Namespace) -> int:
         from sinkattn.evaluate.methods import Recomputed, Streamed
         from sinkattn.evaluate.report import streameval_dict, streameval_table
 
-        streams = {distance: line_items(distance, args.every, args.seed) for distance in args.distances}
+        streams = {distance: line_items(distance, args.every, args.seed) for distance in sorted(args.distances)}
         caches = session.caches((0, 4))
         first = exact_match.first_token(session.tokenizer)
         predictors = [Streamed(session.model, cache) for cache in caches]
@@ -183,7 +188,7 @@ def run_stream_qa(args: argparse.Namespace) -> int:
     with _session(args) as session:
         from sinkattn.evaluate import exact_match
         from sinkattn.evaluate.items import code_items, read_items
-        from sinkattn.evaluate.methods import OneShot, Streamed
+        from sinkattn.evaluate.methods import OneShot, Streamed, dense_limit
         from sinkattn.evaluate.report import stream_qa_dict, stream_qa_table
         from sinkattn.text import StandardLibrary
 
@@ -193,8 +198,8 @@ def run_stream_qa(args: argparse.Namespace) -> int:
             items = read_items(args.questions)[: args.count]
         number = len(items)
         first = exact_match.first_token(session.tokenizer)
-        predictors = [OneShot(session.model, first)]
-        predictors += [Streamed(session.model, cache) for cache in session.caches((0, 4))]
+        streamed = [Streamed(session.model, cache) for cache in session.caches((0, 4))]
+        predictors = [OneShot(session.model, first, dense_limit(streamed[0])), *streamed]
         with session.progress as progress:
             watch = session.accuracies(predictors, progress.add("questions", number))
             tallies, tokens = exact_match.run(predictors, items, session.tokenizer, number, watch)
@@ -210,13 +215,15 @@ def run_latency(args: argparse.Namespace) -> int:
         from sinkattn.evaluate.methods import CacheSize
         from sinkattn.evaluate.report import latency_dict, latency_table
 
-        sizes = sorted(args.sizes or session.sizes())
-        lengths = sorted(args.lengths)
+        sizes = sorted(set(args.sizes or session.sizes(args.num_sinks)))
+        lengths = sorted(set(args.lengths))
+        if sizes[0] <= args.num_sinks:
+            raise ValueError(f"sizes: expected more than the {args.num_sinks} sinks, got {sizes[0]}")
         with session.progress as progress:
             bar = progress.add("window", len(sizes))
             by_window = latency.by_window(session.model, args.num_sinks, sizes, args.rounds, bar)
             bar = progress.add("length", len(lengths))
-            cache = CacheSize(args.num_sinks, session.total - args.num_sinks)
+            cache = CacheSize(args.num_sinks, sizes[-1] - args.num_sinks)
             by_length = latency.by_length(session.model, cache, lengths, args.rounds, bar)
         figures = latency_dict(by_window, by_length, cache, args.rounds)
         session.finish(figures, latency_table(figures))
@@ -238,8 +245,8 @@ def run_sinks(args: argparse.Namespace) -> int:
                     bars[name] = progress.add(name, args.tokens)
                 bars[name](done)
 
-            result = sinks.run(session.model, stream, args.cache or session.total, args.tokens, watch)
-        figures = {**result.as_dict(), "text": session.text_facts(stream)}
+            result = sinks.run(session.model, stream, args.size or session.total, args.tokens, watch)
+        figures = {**result.as_dict(), "text": session.text_facts(stream, result.laps)}
         session.finish(figures, sinks_table(figures))
     return 0
 
@@ -258,14 +265,18 @@ class _Session:
 
     @property
     def total(self) -> int:
-        """Sinks and window together, where nobody says: half of the trained length, at most 1024."""
-        length = self.facts["trained_length"]
-        return 1024 if length is None else max(16, min(1024, length // 2))
+        """Sinks and window together, where nobody says: half of what the model can take, at most 1024."""
+        return max(16, self._most(2048) // 2)
 
-    def sizes(self) -> list[int]:
-        """Several totals up to the trained length, at most 4096."""
-        most = min(4096, self.facts["trained_length"] or 4096)
-        return [most // 2**power for power in range(4, -1, -1) if most // 2**power > 4] or [most]
+    def sizes(self, num_sinks: int) -> list[int]:
+        """Several totals up to what the model can take, at most 4096."""
+        most = self._most(4096)
+        return [most // 2**power for power in range(4, -1, -1) if most // 2**power > num_sinks] or [most]
+
+    def _most(self, most: int) -> int:
+        from sinkattn.hf.load import default_window
+
+        return default_window(self.model, 0, most)
 
     def caches(self, sink_counts: tuple[int, ...]) -> tuple[Any, ...]:
         """Sizes that were asked for; by default of the usual total, with so many sinks."""
@@ -280,16 +291,21 @@ class _Session:
         from sinkattn.text import HubDataset, TokenStream, open_text
 
         args = self.args
-        text = HubDataset(args.dataset, args.split, args.column) if args.dataset else open_text(args.text, sys.stdin)
+        if args.dataset:
+            text = HubDataset(args.dataset, args.split or "test", args.column or "text")
+        elif args.split or args.column:
+            raise UserError("split, column: these are of a data set; give --dataset NAME")
+        else:
+            text = open_text(args.text, sys.stdin)
         print(f"Text: {text.description}", flush=True)
         return TokenStream(text, self.tokenizer, not args.no_start_token)
 
-    def text_facts(self, stream: Any) -> dict[str, Any]:
+    def text_facts(self, stream: Any, laps: int) -> dict[str, Any]:
         """What a report says of the text."""
         return {
             "description": stream.text.description,
             "start_token": stream.start_token is not None,
-            "started_over": stream.laps,
+            "started_over": laps,
         }
 
     def accuracies(self, predictors: list[Any], bar: Any) -> Any:

@@ -41,9 +41,9 @@ class Tally:
         return sum(self.right) / max(1, sum(self.asked))
 
     def as_dict(self) -> dict[str, Any]:
-        """Accuracy with its 95 % confidence interval, and that of each quarter of the stream."""
+        """Accuracy with its 95 % confidence interval, and that of each quarter, None without questions."""
         low, high = wilson(sum(self.right), sum(self.asked))
-        parts = [right / asked for right, asked in zip(self.right, self.asked, strict=True) if asked]
+        parts = [right / asked if asked else None for right, asked in zip(self.right, self.asked, strict=True)]
         return {
             "questions": sum(self.asked),
             "accuracy": self.accuracy,
@@ -54,19 +54,33 @@ class Tally:
 
 
 def first_token(tokenizer: Any) -> int:
-    """The token that a stream of questions begins with: the start token, or where there is none a line break."""
+    """The token that a stream of questions begins with: the start token, or where there is none a line break.
+
+    Raises ValueError for a tokenizer that has neither.
+    """
     if tokenizer.bos_token_id is not None:
         return tokenizer.bos_token_id
-    return tokenizer("\n", add_special_tokens=False).input_ids[0]
+    if not (line_break := tokenizer("\n", add_special_tokens=False).input_ids):
+        raise ValueError("tokenizer: has neither a start token nor a line break, so there is nothing to begin with")
+    return line_break[-1]
 
 
 def encode(item: Item, tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Token ids of an item, int64 ``[tokens]``, and which of them spell the answer, bool ``[tokens]``."""
+    """Token ids of an item, int64 ``[tokens]``, and which of them spell the answer, bool ``[tokens]``.
+
+    A token that spells a part of the answer and a part of what stands around it belongs to the answer. Raises
+    ValueError for an answer that the tokenizer cannot spell.
+    """
     text = item.context + item.answer + item.closing
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoding = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+    )
     begin, end = len(item.context), len(item.context) + len(item.answer)
     is_answer = [low < end and high > begin for low, high in encoding.offset_mapping]
-    return torch.tensor(encoding.input_ids), torch.tensor(is_answer)
+    ids, is_answer = torch.tensor(encoding.input_ids), torch.tensor(is_answer, dtype=torch.bool)
+    if not is_answer.any() or tokenizer.unk_token_id in ids[is_answer].tolist():
+        raise ValueError(f"questions: this tokenizer cannot spell the answer {item.answer!r}")
+    return ids, is_answer
 
 
 def run(

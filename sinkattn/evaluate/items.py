@@ -104,7 +104,7 @@ def read_items(path: Path) -> list[Item]:
         ValueError: a file that cannot be read, is empty, or has a line that is no such object; the message says which.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ValueError(f"questions: cannot read {path}: {reason}") from error
@@ -128,7 +128,7 @@ def read_items(path: Path) -> list[Item]:
 
 def code_items(pieces: Iterator[str]) -> Iterator[Item]:
     """Passages of code whose last word is to be told, from a text: questions for a model that reads Python."""
-    lines = (line for piece in pieces for line in piece.splitlines() if line.strip())
+    lines = (line for piece in pieces for line in piece.split("\n") if line.strip())
     while passage := list(islice(lines, PASSAGE)):
         if match := re.fullmatch(r"(.*\W)(\w{3,})(\W*)", passage[-1]):
             context = "".join(f"{line}\n" for line in passage[:-1])

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkattn.evaluate.methods import CacheSize, Dense, Method, Recomputed, Streamed, dense_limit
-from sinkattn.evaluate.perplexity import CHUNK, WARM_UP, time_in_turns
+from sinkattn.evaluate.perplexity import time_in_turns
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def by_window(model: PreTrainedModel, num_sinks: int, sizes: list[int], rounds: 
         if size <= num_sinks:
             raise ValueError(f"sizes: expected more than the {num_sinks} sinks, got {size}")
         methods = {"sinkattn": Streamed(model, CacheSize(num_sinks, size - num_sinks))}
-        if (limit := dense_limit(methods["sinkattn"])) is None or size + rounds + WARM_UP <= limit:
+        if (limit := dense_limit(methods["sinkattn"])) is None or size < limit:
             methods["dense"] = Dense(model)
         methods["recomputed"] = Recomputed(model, size, None)
         costs += _costs(methods, dict.fromkeys(methods, size), 0, size, rounds)
@@ -53,17 +53,20 @@ def by_window(model: PreTrainedModel, num_sinks: int, sizes: list[int], rounds: 
 
 
 def by_length(model: PreTrainedModel, cache: CacheSize, lengths: list[int], rounds: int, watch: Watch) -> list[Cost]:
-    """Costs of sinks and a window, and of dense attention, after so many tokens of a stream, in ascending order."""
+    """Costs of sinks and a window, and of dense attention, after so many tokens of a stream, in ascending order.
+
+    The tokens that are timed stay in the stream of the former: it has seen a few more.
+    """
     streamed = Streamed(model, cache)
     methods: dict[str, Method] = {"sinkattn": streamed, "dense": Dense(model)}
     limit = dense_limit(streamed)
     costs, seen = [], 0
     for done, length in enumerate(lengths):
-        if limit is not None and length + rounds + WARM_UP > limit:
+        if limit is not None and length >= limit:
             methods.pop("dense", None)
         sizes = {"sinkattn": min(length, cache.total), "dense": length}
         costs += _costs(methods, sizes, seen, length, rounds)
-        seen = length + rounds + WARM_UP
+        seen = length
         watch(done + 1, len(lengths))
     return costs
 
@@ -71,15 +74,14 @@ def by_length(model: PreTrainedModel, cache: CacheSize, lengths: list[int], roun
 def _costs(methods: dict[str, Method], sizes: dict[str, int], seen: int, length: int, rounds: int) -> list[Cost]:
     model = next(iter(methods.values())).model
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (max(0, length - seen),), generator=torch.Generator().manual_seed(0))
-    nothing = torch.zeros(CHUNK, dtype=torch.bool)
-    for chunk in ids.split(CHUNK):
-        for method in methods.values():
-            method.feed(chunk, chunk, nothing[: len(chunk)])
+    ids = torch.randint(vocabulary, (length - seen,), generator=torch.Generator().manual_seed(0))
+    for method in methods.values():
+        method.feed(ids, ids, torch.zeros(len(ids), dtype=torch.bool))
+    kept = [method.kv_bytes for method in methods.values()]
     seconds = time_in_turns([*methods.values()], 0, rounds)
     return [
-        Cost(name, sizes[name], length, each, method.kv_bytes, _peak_bytes(method))
-        for (name, method), each in zip(methods.items(), seconds, strict=True)
+        Cost(name, sizes[name], length, *each, _peak_bytes(method))
+        for (name, method), *each in zip(methods.items(), seconds, kept, strict=True)
     ]
 
 

@@ -7,6 +7,7 @@ text and the model itself is never changed.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from sinkattn.hf import SinkCache, enable
 from sinkattn.hf.cache import find_swap
@@ -22,6 +24,8 @@ from sinkattn.hf.probe import trained_length
 from sinkattn.hf.reencode import Reencode
 from sinkattn.hf.stream import keep_last_logits
 
+# Tokens fed at once: bounds the memory that their logits take.
+CHUNK = 256
 # Tokens in the forwards of one batch of recomputations.
 BATCH_TOKENS = 8192
 
@@ -86,19 +90,19 @@ class Method(Predictor, Protocol):
         """Bytes of keys and values that it keeps; None if it keeps none."""
 
     def step(self, token: int) -> None:
-        """Take one token in, predict the next and wait for the device: what there is to time."""
+        """Take one token in, predict the next and wait for the device: what there is to time.
+
+        The token need not stay in the stream.
+        """
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the modules of a model that shares its parameters and buffers."""
+    """A copy of the modules of a model that shares its parameters and buffers.
+
+    Every method runs one, so that none sees what another leaves in a module, such as frequencies for a longer stream.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def kv_bytes(cache: Any) -> int:
-    """Bytes of keys and values in a transformers cache; 0 for None."""
-    tensors = (getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values"))
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 class Cached:
@@ -107,23 +111,22 @@ class Cached:
     model: PreTrainedModel
     cache: Any
 
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of keys and values in the cache."""
-        return kv_bytes(self.cache)
-
     @torch.inference_mode()
     def feed(self, ids: Tensor, targets: Tensor, wanted: Tensor) -> Scores:
         """See `Predictor.feed`; makes all predictions."""
-        device = self.model.device
-        logits = self.model(input_ids=ids[None].to(device), past_key_values=self.cache, use_cache=True).logits[0]
-        return _scores(logits, targets.to(device))
+        scores = [
+            _scores(self._forward(fed).logits[0], following)
+            for fed, following in zip(ids.split(CHUNK), targets.split(CHUNK), strict=True)
+        ]
+        return Scores(*(torch.cat(each) for each in zip(*scores, strict=True)))
 
     @torch.inference_mode()
     def step(self, token: int) -> None:
         """See `Method.step`."""
-        ids = torch.tensor([[token]], device=self.model.device)
-        self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits[0, -1].argmax().item()
+        self._forward(torch.tensor([token])).logits[0, -1].argmax().item()
+
+    def _forward(self, ids: Tensor) -> Any:
+        return self.model(input_ids=ids[None].to(self.model.device), past_key_values=self.cache, use_cache=True)
 
 
 class Streamed(Cached):
@@ -139,6 +142,11 @@ class Streamed(Cached):
         self.model = enable(twin(model), size.num_sinks, size.window)
         self.reset()
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes that the cache keeps."""
+        return self.cache.nbytes
+
     def reset(self) -> None:
         """See `Predictor.reset`."""
         self.cache = SinkCache(self.model)
@@ -151,17 +159,42 @@ def dense_limit(streamed: Streamed) -> int | None:
 
 
 class Dense(Cached):
-    """Dense attention: every token sees all before it, and the cache grows."""
+    """The model as transformers has it: every token sees all before it, and the cache grows."""
 
     name = "dense"
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        self.model = twin(model)
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.reset()
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values in the cache."""
+        tensors = (getattr(layer, name, None) for layer in self.cache.layers for name in ("keys", "values"))
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def reset(self) -> None:
         """See `Predictor.reset`."""
         self.cache = DynamicCache(config=self.model.config)
+        self._seen = 0
+
+    def step(self, token: int) -> None:
+        """See `Method.step`; takes the token back, so that what is timed is always a cache of the same length."""
+        super().step(token)
+        for layer in self.cache.layers:
+            if type(layer) is DynamicLayer:
+                layer.keys, layer.values = layer.keys[..., :-1, :], layer.values[..., :-1, :]
+        self._seen -= 1
+
+    def _forward(self, ids: Tensor) -> Any:
+        options = {}
+        if self._takes_positions:
+            # Some models count from 0 in every call that does not say.
+            options["position_ids"] = torch.arange(self._seen, self._seen + len(ids), device=self.model.device)[None]
+        self._seen += len(ids)
+        fed = ids[None].to(self.model.device)
+        return self.model(input_ids=fed, past_key_values=self.cache, use_cache=True, **options)
 
 
 class Recomputed:
@@ -178,8 +211,9 @@ class Recomputed:
     def __init__(self, model: PreTrainedModel, size: int, start_token: int | None) -> None:
         self.name = f"recomputed {size}"
         self.size = size
-        self.model = model
-        self._start = [] if start_token is None else [start_token]
+        self.model = twin(model)
+        # A forward over one token is over the last one.
+        self._start = [] if start_token is None or size == 1 else [start_token]
         self._options = {"use_cache": False, **keep_last_logits(model)}
         self.reset()
 
@@ -205,7 +239,7 @@ class Recomputed:
                 rows[:, : len(self._start)] = torch.tensor(self._start, dtype=torch.int64)
             at = batch - len(self._recent) - 1
             logits = self.model(input_ids=rows.to(self.model.device), **self._options).logits[:, -1]
-            losses[at], hits[at] = _scores(logits, targets[at].to(logits.device))
+            losses[at], hits[at] = _scores(logits, targets[at])
         self._recent = known[-self.size :]
         return Scores(losses, hits)
 
@@ -217,25 +251,37 @@ class Recomputed:
 
 
 class OneShot:
-    """Every stretch that is fed stands alone: dense attention over a first token and this stretch."""
+    """Every stretch that is fed stands alone: dense attention over a first token and this stretch.
+
+    Args:
+        model: the model.
+        first_token: stands before each stretch.
+        limit: tokens that the model can take at once; None if there is no such limit.
+    """
 
     name = "one-shot"
 
-    def __init__(self, model: PreTrainedModel, first_token: int) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, first_token: int, limit: int | None = None) -> None:
+        self.model = twin(model)
         self._first = torch.tensor([first_token])
+        self._limit = limit
 
     def reset(self) -> None:
         """See `Predictor.reset`; nothing is kept."""
 
     @torch.inference_mode()
     def feed(self, ids: Tensor, targets: Tensor, wanted: Tensor) -> Scores:
-        """See `Predictor.feed`; the first of ``ids`` belongs to what came before."""
-        fed, device = torch.cat((self._first, ids[1:])), self.model.device
-        logits = self.model(input_ids=fed[None].to(device), use_cache=False).logits[0]
-        return _scores(logits, targets.to(device))
+        """See `Predictor.feed`; the first of ``ids`` belongs to what came before. ValueError beyond the limit."""
+        if self._limit is not None and len(ids) > self._limit:
+            most = f"{self._limit} tokens, the positions of this model"
+            raise ValueError(f"questions: expected at most {most}, got {len(ids)}")
+        fed = torch.cat((self._first, ids[1:]))
+        return _scores(self.model(input_ids=fed[None].to(self.model.device), use_cache=False).logits[0], targets)
 
 
 def _scores(logits: Tensor, targets: Tensor) -> Scores:
+    targets = targets.to(logits.device)
     losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    if not losses.isfinite().all():
+        raise ValueError("loss: the model gave one that is not finite; in half precision, try --dtype float32")
     return Scores(losses.double().cpu(), (logits.argmax(dim=-1) == targets).cpu())

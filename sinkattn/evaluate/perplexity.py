@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sinkattn.evaluate.methods import CacheSize, Dense, Method, Recomputed, Streamed, dense_limit
+from sinkattn.evaluate.methods import CHUNK, CacheSize, Dense, Method, Recomputed, Streamed, dense_limit
 from sinkattn.evaluate.statistics import Blocks, Sums
 from sinkattn.recorder import bucket_edges
 from sinkattn.text import TokenStream
 
-CHUNK = 256
 TIMED = 200
 WARM_UP = 3
 
@@ -53,8 +52,9 @@ class Settings:
             size = getattr(self, name)
             if size <= self.begin and (size or name == "tokens"):
                 raise ValueError(f"{name}: expected more than sinks + window ({self.begin}), got {size}")
-        if self.recompute_every < 0:
-            raise ValueError(f"recompute_every: expected 0 or more, got {self.recompute_every}")
+        if not 0 <= self.recompute_every <= self.tokens - self.begin:
+            most = self.tokens - self.begin
+            raise ValueError(f"recompute_every: expected 0 to {most}, or no token is hit, got {self.recompute_every}")
 
 
 @dataclass
@@ -115,9 +115,9 @@ def run(model: PreTrainedModel, stream: TokenStream, settings: Settings, watch: 
     """
     settings.check()
     streamed = [Streamed(model, cache) for cache in settings.caches]
-    if (limit := dense_limit(streamed[0])) is not None:
-        settings = replace(settings, dense_tokens=min(settings.dense_tokens, limit - TIMED - WARM_UP))
-        settings.check()
+    if (limit := dense_limit(streamed[0])) is not None and limit <= settings.dense_tokens:
+        # One position is kept for the token that is timed.
+        settings = replace(settings, dense_tokens=limit - 1 if limit - 1 > settings.begin else 0)
     methods: list[Method] = [*streamed]
     if settings.recompute_every:
         start = stream.start_token
@@ -145,9 +145,11 @@ def run(model: PreTrainedModel, stream: TokenStream, settings: Settings, watch: 
             track.sampled.add(first, np.where(sampled[:most], losses, np.nan))
             track.end = first + len(losses)
         watch(first + len(fed), result.tracks)
+    for track in result.tracks:
+        track.kv_bytes = track.method.kv_bytes
     seconds = time_in_turns([track.method for track in result.tracks], int(fed[-1]), TIMED)
     for track, each in zip(result.tracks, seconds, strict=True):
-        track.seconds, track.kv_bytes = each, track.method.kv_bytes
+        track.seconds = each
     return result
 
 

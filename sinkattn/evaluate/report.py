@@ -30,6 +30,17 @@ def label(predictor: Predictor) -> str:
     return "dense, cache grows" if isinstance(predictor, Dense) else "one question at a time"
 
 
+def count_text(number: int, word: str) -> str:
+    """A number of things."""
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
+
+
+def laps_lines(text: dict[str, Any]) -> list[str]:
+    """What a reader must know of a text that was read more than once."""
+    laps = text["started_over"]
+    return [f"The text was shorter than the stream: it was started over {count_text(laps, 'time')}."] if laps else []
+
+
 # Perplexity
 
 
@@ -67,44 +78,58 @@ def _track_dict(result: Result, track: Track) -> dict[str, Any]:
 
 
 def perplexity_table(figures: dict[str, Any]) -> Table:
-    """One row for each method."""
-    settings = figures["settings"]
-    begin, dense, tokens = settings["counted_from"], settings["dense_tokens"], settings["tokens"]
+    """One row for each method; figures in a column are of the same tokens."""
+    settings, methods = figures["settings"], figures["methods"]
+    begin, tokens, every = settings["counted_from"], settings["tokens"], settings["recompute_every"]
+    dense = settings["dense_tokens"]
     out = Table(header_style="bold", caption_justify="left", caption_style="")
     out.add_column("method")
+    columns = {}
     if dense and dense < tokens:
-        out.add_column(f"loss, perplexity\ntokens {begin:,} to {dense - 1:,}", justify="right")
-    out.add_column(f"loss, perplexity\ntokens {begin:,} to {tokens - 1:,}", justify="right")
-    out.add_column("perplexity /\nrecomputed", justify="right")
-    out.add_column("ms per token\nat the end", justify="right")
-    out.add_column("KV cache\nat the end", justify="right")
-    for method in figures["methods"].values():
-        means = [method["early"], method["all"]] if dense and dense < tokens else [method["all"]]
-        if method["end"] < tokens:
-            means[-1] = None
-        cells = [_mean_text(mean) if mean else "not reached" for mean in means]
-        bytes_text = "none" if method["kv_cache_bytes"] is None else size_text(method["kv_cache_bytes"])
-        ms = f"{method['seconds_per_token'] * 1e3:.2f}"
-        out.add_row(method["label"], *cells, _ratio_text(method["minus_recomputed"]), ms, bytes_text)
-    lines = ["± is half a 95 % confidence interval, from means over blocks of the stream."]
-    if every := settings["recompute_every"]:
-        lines.append(f"Recomputation is scored at one token in {every}; ratios are over the same tokens on both sides.")
-    lines.append("Times are medians of tokens taken in turns at the end of the stream; dense at its own end.")
-    out.caption = "\n".join(lines)
+        columns["early"] = f"perplexity, tokens\n{begin:,} to {dense - 1:,}"
+    columns["all"] = f"loss, perplexity, tokens\n{begin:,} to {tokens - 1:,}"
+    if every:
+        columns["sampled"] = f"the same, at\none token in {every}"
+        columns["ratio"] = "perplexity /\nrecomputed"
+    columns |= {"ms": "ms per token\nat the end", "bytes": "KV cache\nat the end"}
+    for header in columns.values():
+        out.add_column(header, justify="right")
+    for name, method in methods.items():
+        whole, sampled = method["end"] == tokens, name.startswith("recomputed")
+        cells = {
+            "early": "" if sampled else _perplexity_text(method["early"]),
+            "all": "" if sampled else _mean_text(method["all"]) if whole else "not reached",
+            "sampled": _mean_text(method["sampled"]) if whole and every else "",
+            "ratio": _ratio_text(method["minus_recomputed"]),
+            "ms": f"{method['seconds_per_token'] * 1e3:.2f}",
+            "bytes": "none" if method["kv_cache_bytes"] is None else size_text(method["kv_cache_bytes"]),
+        }
+        out.add_row(method["label"], *(cells[column] for column in columns))
+    lines = ["± and brackets are 95 % confidence intervals, from means over blocks of the stream."]
+    if every:
+        lines.append("Ratios are over the same tokens on both sides.")
+    end = "; dense at its own end" if dense else ""
+    lines.append(f"Times are medians of tokens taken in turns at the end of the stream{end}.")
+    out.caption = "\n".join(lines + laps_lines(figures["text"]))
     return out
+
+
+def _perplexity_text(mean: dict[str, Any]) -> str:
+    return f"{mean['perplexity']:.{2 if mean['perplexity'] < 100 else 0}f}"
 
 
 def _mean_text(mean: dict[str, Any]) -> str:
     margin = "" if mean["margin"] is None else f" ± {mean['margin']:.3f}"
-    perplexity = mean["perplexity"]
-    return f"{mean['loss']:.3f}{margin}, {perplexity:.{2 if perplexity < 100 else 0}f}"
+    return f"{mean['loss']:.3f}{margin}, {_perplexity_text(mean)}"
 
 
 def _ratio_text(difference: dict[str, Any] | None) -> str:
     if difference is None:
         return ""
-    ratio = math.exp(difference["loss"])
-    return f"{ratio:.4f}" + ("" if difference["margin"] is None else f" ± {ratio * difference['margin']:.4f}")
+    loss, margin = difference["loss"], difference["margin"]
+    if margin is None:
+        return f"{math.exp(loss):.4f}"
+    return f"{math.exp(loss):.4f} ({math.exp(loss - margin):.4f} to {math.exp(loss + margin):.4f})"
 
 
 def write_csv(figures: dict[str, Any], path: Path) -> None:
@@ -143,22 +168,28 @@ def streameval_table(figures: dict[str, Any]) -> Table:
     settings = figures["settings"]
     methods = figures["methods"].values()
     out = Table(header_style="bold", caption_justify="left", caption_style="")
-    out.add_column("lines back", justify="right")
-    out.add_column("tokens of\nthe stream", justify="right")
+    for header in ("lines back", "tokens back,\nabout", "tokens of\nthe stream"):
+        out.add_column(header, justify="right")
     for method in methods:
         out.add_column(f"{method['label']}\nright (last quarter)", justify="right")
     for distance, tokens in figures["stream_tokens"].items():
         cells = [_accuracy_text(method["by_distance"][distance]) for method in methods]
-        out.add_row(f"{distance}", f"{tokens:,}", *cells)
+        back = distance * tokens / (settings["count"] * settings["every"])
+        out.add_row(f"{distance}", f"{back:.0f}", f"{tokens:,}", *cells)
     out.caption = (
         f"{settings['count']:,} questions for each distance, one every {settings['every']} lines. "
-        "In brackets, the last quarter of the stream."
+        "In brackets, the last quarter of the stream.\n"
+        "What stands further back than a window reaches cannot be known: there 0 % is right."
     )
     return out
 
 
 def _accuracy_text(tally: dict[str, Any]) -> str:
-    return f"{tally['accuracy']:.1%} ({tally['accuracy_by_quarter'][-1]:.1%})"
+    return f"{tally['accuracy']:.1%} ({_share_text(tally['accuracy_by_quarter'][-1])})"
+
+
+def _share_text(share: float | None) -> str:
+    return "none" if share is None else f"{share:.1%}"
 
 
 def stream_qa_dict(args: Namespace, predictors: list[Predictor], tallies: list[Tally], tokens: int) -> dict[str, Any]:
@@ -179,7 +210,7 @@ def stream_qa_table(figures: dict[str, Any]) -> Table:
     for name in ("method", "right answers", "95 % interval", "by quarter of the stream"):
         out.add_column(name, justify="left" if name == "method" else "right")
     for method in figures["methods"].values():
-        quarters = "  ".join(f"{accuracy:.1%}" for accuracy in method["accuracy_by_quarter"])
+        quarters = "  ".join(map(_share_text, method["accuracy_by_quarter"]))
         interval = f"{method['low']:.1%} to {method['high']:.1%}"
         out.add_row(method["label"], f"{method['accuracy']:.1%}", interval, quarters)
     asked = max(method["questions"] for method in figures["methods"].values())
@@ -207,8 +238,8 @@ def latency_table(figures: dict[str, Any]) -> Table:
     for name in methods:
         out.add_column(f"{name}\nms per token", justify="right")
     out.add_column("recomputed /\nsinkattn", justify="right")
-    out.add_column("KV cache\nsinkattn", justify="right")
-    out.add_column("\ndense", justify="right")
+    out.add_column("KV cache,\nsinkattn", justify="right")
+    out.add_column("KV cache,\ndense", justify="right")
     cache = figures["settings"]["cache_of_lengths"]
     for kind, key, text in (
         ("by_window", "size", "{:,} tokens in sight"),
@@ -233,26 +264,30 @@ def latency_table(figures: dict[str, Any]) -> Table:
 def sinks_table(figures: dict[str, Any]) -> Table:
     """One row for each beginning of the stream, one column for each number of sinks."""
     out = Table(header_style="bold", caption_justify="left", caption_style="")
-    out.add_column("the stream begins with")
+    out.add_column("the stream\nbegins with")
     beginnings = figures["beginnings"]
-    counts = list(next(iter(beginnings.values()))["losses"])
+    none, *counts = next(iter(beginnings.values()))["losses"]
+    out.add_column("no sinks\nloss", justify="right")
     for count in counts:
-        out.add_column(f"{count} sinks\nloss", justify="right")
+        out.add_column(f"{count_text(int(count), 'sink')}\nless by", justify="right")
     for name, each in beginnings.items():
-        out.add_row(name, *(_loss_text(each["losses"][count]) for count in counts))
+        gains = [_margin_text(-each["gains"][count]["loss"], each["gains"][count]["margin"]) for count in counts]
+        out.add_row(name, _margin_text(each["losses"][none]["loss"], each["losses"][none]["margin"]), *gains)
     lines = [figures["verdict"], f"Recommended: num_sinks={figures['recommended_num_sinks']}."]
     mass = figures["attention_on_first_tokens"]
     if mass is None:
         lines.append("This model does not tell its attention.")
     else:
-        heads = [(weight, layer, head) for layer, row in enumerate(mass[0]) for head, weight in enumerate(row)]
-        strongest = ", ".join(
-            f"{weight:.2f} (layer {layer}, head {head})" for weight, layer, head in sorted(heads)[:-6:-1]
+        tokens = figures["attention_tokens"]
+        heads = [(weight, layer, head) for layer, rows in enumerate(mass) for head, weight in enumerate(rows[0])]
+        most = ", ".join(f"{weight:.2f} (layer {layer}, head {head})" for weight, layer, head in sorted(heads)[:-5:-1])
+        lines.append(
+            f"Attention on the first token, in the second half of {tokens} tokens, where even attention would be "
+            f"{4 / (3 * tokens):.3f}: {most}"
         )
-        lines.append(f"Attention on the first token, in the second half of {figures['cache']} tokens: {strongest}")
-    out.caption = "\n".join(lines)
+    out.caption = "\n".join(lines + laps_lines(figures["text"]))
     return out
 
 
-def _loss_text(mean: dict[str, Any]) -> str:
-    return f"{mean['loss']:.3f}" + ("" if mean["margin"] is None else f" ± {mean['margin']:.3f}")
+def _margin_text(loss: float, margin: float | None) -> str:
+    return f"{loss:.3f}" + ("" if margin is None else f" ± {margin:.3f}")

@@ -27,6 +27,8 @@ LINE_BREAKS = 4
 # Nats per token, one percent of perplexity: less is not worth a sink.
 WORTH = 0.01
 FIRST_TOKENS = 4
+# Attention weights of all layers are held at once, and grow with the square of the tokens.
+MOST_MASS_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,12 @@ class Result:
     total: int
     """Sinks and window together."""
     beginnings: list[Beginning] = field(default_factory=list)
-    mass: Tensor | None = None
-    """Mean attention on each of the first four tokens, ``[4, layers, heads]``; None if the model does not tell it."""
+    laps: int = 0
+    """How often the text was started over."""
+    mass: list[Tensor] | None = None
+    """Mean attention on each of the first four tokens by each attention layer, ``[4, heads]``; None if not told."""
+    mass_tokens: int = 0
+    """Tokens of the stretches that this is of."""
 
     @property
     def recommended(self) -> int:
@@ -61,12 +67,19 @@ class Result:
     def verdict(self) -> str:
         """What the losses say, in a sentence or two."""
         first, *others = self.beginnings
-        if not self.recommended or not _helps(gain := first.gains[self.recommended]):
+        count = self.recommended
+        if not count:
             return "No attention sinks: without any the loss is as good, to one percent of perplexity."
-        kept = "1 token" if self.recommended == 1 else f"{self.recommended} tokens"
-        text = f"Attention sinks: keeping the first {kept} lowers the loss by {-gain.loss:.3f} nats per token."
-        most = max(SINK_COUNTS)
-        share = max(other.gains[most].loss / first.gains[most].loss for other in others)
+        gain = first.gains[count]
+        kept = "1 token" if count == 1 else f"{count} tokens"
+        text = f"keeping the first {kept} lowers the loss by {-gain.loss:.3f} nats per token"
+        if gain.margin is None or gain.loss + gain.margin > -WORTH:
+            margin = "" if gain.margin is None else f", give or take {gain.margin:.3f}"
+            return f"Not sure: {text}{margin}; more tokens would tell."
+        text = f"Attention sinks: {text}."
+        if not others:
+            return text
+        share = max(other.gains[count].loss / gain.loss for other in others)
         if share > 0.8:
             return f"{text} Other first tokens do as well: the place makes the sink, not the token."
         if share > 0.2:
@@ -86,7 +99,8 @@ class Result:
             },
             "recommended_num_sinks": self.recommended,
             "verdict": self.verdict,
-            "attention_on_first_tokens": None if self.mass is None else self.mass.tolist(),
+            "attention_on_first_tokens": None if self.mass is None else [layer.tolist() for layer in self.mass],
+            "attention_tokens": self.mass_tokens,
         }
 
 
@@ -113,7 +127,8 @@ def run(model: PreTrainedModel, stream: TokenStream, total: int, tokens: int, wa
         raise ValueError(f"tokens: expected more than those of the cache ({total}), got {tokens}")
     methods = [Streamed(model, CacheSize(count, total - count)) for count in SINK_COUNTS]
     result = Result(total)
-    for name, ids in _beginnings(stream).items():
+    bare = TokenStream(stream.text, stream.tokenizer, with_start=False)
+    for name, ids in _beginnings(stream, bare).items():
         blocks = [Blocks(total, tokens) for _ in methods]
         for method in methods:
             method.reset()
@@ -124,46 +139,43 @@ def run(model: PreTrainedModel, stream: TokenStream, total: int, tokens: int, wa
         losses = {count: each.mean() for count, each in zip(SINK_COUNTS, blocks, strict=True)}
         gains = {count: each.difference(blocks[0]) for count, each in zip(SINK_COUNTS, blocks, strict=True)}
         result.beginnings.append(Beginning(name, losses, gains))
-    result.mass = attention_on_first_tokens(model, iter(stream), total)
+    result.laps = max(stream.laps, bare.laps)
+    result.mass_tokens = min(total, MOST_MASS_TOKENS)
+    result.mass = attention_on_first_tokens(model, iter(stream), result.mass_tokens)
     return result
 
 
-def _beginnings(stream: TokenStream) -> dict[str, Iterator[int]]:
-    line_break = stream.tokenizer("\n", add_special_tokens=False).input_ids[-1:]
-    bare = TokenStream(stream.text, stream.tokenizer, with_start=False)
+def _beginnings(stream: TokenStream, bare: TokenStream) -> dict[str, Iterator[int]]:
     if stream.start_token is None:
         beginnings = {"as it comes": iter(stream)}
     else:
         beginnings = {"start token": iter(stream), "no start token": iter(bare)}
-    return {**beginnings, f"{LINE_BREAKS} line breaks": chain(line_break * LINE_BREAKS, iter(bare))}
+    # Some tokenizers know no line breaks.
+    if line_break := stream.tokenizer("\n", add_special_tokens=False).input_ids[-1:]:
+        beginnings[f"{LINE_BREAKS} line breaks"] = chain(line_break * LINE_BREAKS, iter(bare))
+    return beginnings
 
 
 @torch.inference_mode()
 def attention_on_first_tokens(
     model: PreTrainedModel, ids: Iterator[int], length: int, stretches: int = 8
-) -> Tensor | None:
-    """Mean attention on each of the first four tokens, fp32 ``[4, layers, heads]``; None if a model does not tell it.
+) -> list[Tensor] | None:
+    """Mean attention on each of the first four tokens, fp32 ``[4, heads]`` for each attention layer.
 
     Dense attention over stretches of ``length`` tokens that begin as the stream does; the mean is over all stretches
-    and over the queries of the second half of each.
+    and over the queries of the second half of each. None for a model that does not tell its attention.
     """
     eager = twin(model)
-    eager.set_attn_implementation("eager")
     first = next(ids)
-    sums = None
+    sums: list[Tensor] = []
     for _ in range(stretches):
         fed = torch.tensor([[first, *islice(ids, length - 1)]], device=model.device)
         try:
+            eager.set_attn_implementation("eager")
             attentions = eager(input_ids=fed, use_cache=False, output_attentions=True).attentions
-        except (NotImplementedError, ValueError):
+        except (NotImplementedError, RuntimeError, TypeError, ValueError):
             return None
         layers = [each for each in attentions or () if each is not None and each.shape[-2:] == (length, length)]
-        if not layers:
-            return None
-        mass = torch.stack([each[0, :, length // 2 :, :FIRST_TOKENS].float().mean(1).T for each in layers], dim=1)
-        sums = mass if sums is None else sums + mass
-    return (sums / stretches).cpu()
-
-
-def _helps(gain: Mean) -> bool:
-    return gain.loss + (gain.margin or 0.0) < -WORTH
+        mass = [each[0, :, length // 2 :, :FIRST_TOKENS].float().mean(1).T.cpu() for each in layers]
+        sums = [total + each for total, each in zip(sums, mass, strict=True)] if sums else mass
+    return [total / stretches for total in sums] or None

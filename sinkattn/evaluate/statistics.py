@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-BLOCKS = 64
+# Many blocks tell the spread of their means well, long ones depend less on each other.
+BLOCKS = 32
+BLOCK_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,14 @@ class Sums:
 
 
 class Blocks(Sums):
-    """Sums of losses over up to 64 equal blocks of the positions begin .. end - 1.
+    """Sums of losses over up to 32 equal blocks of the positions begin .. end - 1, of 32 or more each.
 
     Neighbouring losses depend on each other, so the spread of single losses says too little; means over long blocks
     hardly do, and the confidence interval is taken from these (the method of batch means).
     """
 
     def __init__(self, begin: int, end: int) -> None:
-        blocks = max(1, min(BLOCKS, (end - begin) // 8))
+        blocks = max(1, min(BLOCKS, (end - begin) // BLOCK_TOKENS))
         super().__init__(begin + np.arange(blocks + 1) * (end - begin) // blocks)
 
     def mean(self) -> Mean | None:
@@ -73,7 +75,9 @@ class Blocks(Sums):
         return _mean(self.counts, self.sums)
 
     def difference(self, other: Blocks) -> Mean | None:
-        """Mean of self - other, where both got losses at the same positions: blocks are compared with each other."""
+        """Mean of self - other, block by block. Raises ValueError if they did not get the same numbers of losses."""
+        if not np.array_equal(self.counts, other.counts):
+            raise ValueError("difference: expected losses at the same positions")
         return _mean(self.counts, self.sums - other.sums)
 
 

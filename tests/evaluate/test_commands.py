@@ -3,17 +3,28 @@
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from sinkattn import cli
+from sinkattn.evaluate import exact_match, pictures
+from sinkattn.evaluate.items import code_items, line_items
+from sinkattn.evaluate.methods import CacheSize, OneShot, Recomputed, Streamed
+from sinkattn.text import StandardLibrary
+
+ROOT = Path(__file__).parents[2]
 
 SMALL = {
     "ppl": ["--tokens", "400", "--dense-tokens", "300", "--cache", "0+32", "4+28"],
     "streameval": ["--count", "8", "--distances", "1", "5", "--every", "2", "--cache", "4+60"],
     "stream-qa": ["--count", "12", "--cache", "0+64", "4+60"],
     "latency": ["--sizes", "16", "32", "--lengths", "40", "300", "--rounds", "2"],
-    "sinks": ["--cache", "32", "--tokens", "200"],
+    "sinks": ["--size", "32", "--tokens", "200"],
 }
 
 
@@ -79,6 +90,64 @@ def test_questions_come_from_a_file(tmp_path, capsys):
     assert "5 questions, a stream of" in capsys.readouterr().out
 
 
+def test_accuracies_are_those_of_each_method_and_distance(tmp_path, model, tokenizer):
+    caches = ["0+24", "4+60"]
+    arguments = ["--count", "12", "--distances", "5", "1", "--every", "3", "--cache", *caches, "--seed", "7"]
+    assert cli.main(["eval", "streameval", "--device", "cpu", *arguments, "--json", "out.json", "--plot", "o.png"]) == 0
+    figures = json.loads((tmp_path / "out.json").read_text())
+    predictors = [Streamed(model, CacheSize.parse(cache)) for cache in caches]
+    predictors += [Recomputed(model, 24, tokenizer.bos_token_id), Recomputed(model, 64, tokenizer.bos_token_id)]
+    seen = set()
+    for distance in (1, 5):
+        items = line_items(distance, 3, 7)
+        tallies, tokens = exact_match.run(predictors, items, tokenizer, 12, lambda *progress: None)
+        assert figures["stream_tokens"][str(distance)] == tokens
+        for predictor, tally in zip(predictors, tallies, strict=True):
+            assert figures["methods"][predictor.name]["by_distance"][str(distance)] == tally.as_dict()
+            seen.add(tally.accuracy)
+    assert len(seen) > 1
+    drawn = Figure()
+    pictures.PICTURES["streameval"](drawn, figures)
+    lines = {line.get_color(): line.get_ydata() for line in drawn.axes[0].lines if len(line.get_ydata()) == 2}
+    means = [figures["methods"]["0+24"]["by_distance"][distance]["accuracy"] * 100 for distance in ("1", "5")]
+    assert lines[pictures.WINDOW].tolist() == means
+
+
+def test_accuracies_of_questions_are_those_of_each_method(tmp_path, model, tokenizer):
+    assert evaluate("stream-qa", "--count", "40", "--json", "out.json") == 0
+    figures = json.loads((tmp_path / "out.json").read_text())
+    predictors = [OneShot(model, tokenizer.bos_token_id)]
+    predictors += [Streamed(model, CacheSize.parse(cache)) for cache in ("0+64", "4+60")]
+    items = code_items(StandardLibrary().pieces())
+    tallies, _ = exact_match.run(predictors, items, tokenizer, 40, lambda *progress: None)
+    for predictor, tally in zip(predictors, tallies, strict=True):
+        of = figures["methods"][predictor.name]
+        assert {name: of[name] for name in tally.as_dict()} == tally.as_dict()
+    assert len({tally.accuracy for tally in tallies}) > 1
+
+
+def test_a_table_says_that_a_text_was_started_over(tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("for name in names:\n    print(name)\n" * 5)
+    for name in ("ppl", "sinks"):
+        assert evaluate(name, "--text", "short.txt") == 0
+        assert "The text was shorter than the stream: it was started over" in capsys.readouterr().out
+
+
+def test_readers_may_leave(tmp_path):
+    command = f"{sys.executable} -m sinkattn eval sinks --size 32 --tokens 100 2>errors.txt | head -n 1"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, (tmp_path / "errors.txt").read_text()
+    assert "Broken pipe" not in (tmp_path / "errors.txt").read_text()
+
+
 def test_a_folder_serves_as_a_data_set(tmp_path):
     pytest.importorskip("datasets")
     folder = tmp_path / "texts"
@@ -103,7 +172,7 @@ def test_a_folder_serves_as_a_data_set(tmp_path):
         ("ppl", ["--cache", "4:8"], "cache: expected sinks + window, such as 4+1020, got '4:8'"),
         (
             "sinks",
-            ["--cache", "300", "--tokens", "400"],
+            ["--size", "300", "--tokens", "400"],
             "must not exceed the 256 positions it was trained for, got 300",
         ),
         ("latency", ["--sizes", "300"], "must not exceed the 256 positions it was trained for, got 300"),
@@ -115,6 +184,9 @@ def test_a_folder_serves_as_a_data_set(tmp_path):
         ("stream-qa", ["--questions", "empty.txt"], "questions: empty.txt is empty"),
         ("ppl", ["--tokens", "20"], "tokens: expected more than sinks + window (32), got 20"),
         ("ppl", ["--json", "no/where.json"], "cannot write no/where.json"),
+        ("ppl", ["--json", "."], "cannot write .: it is a folder"),
+        ("ppl", ["--split", "train"], "split, column: these are of a data set"),
+        ("latency", ["--num-sinks", "16"], "sizes: expected more than the 16 sinks, got 16"),
         ("ppl", ["--csv", "no/where.csv"], "cannot write no/where.csv"),
         ("latency", ["--plot", "x.badending"], "plot: expected a file ending among"),
     ],

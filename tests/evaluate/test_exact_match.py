@@ -4,6 +4,8 @@ from itertools import islice
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import sinkattn
 from sinkattn.evaluate import exact_match
@@ -79,6 +81,10 @@ def test_tally_by_quarters():
         tally.add(number, number in (0, 1, 2, 7))
     facts = tally.as_dict()
     assert facts["accuracy_by_quarter"] == [1.0, 0.5, 0.0, 0.5]
+    two = Tally(2)
+    two.add(0, True)
+    two.add(1, False)
+    assert two.as_dict()["accuracy_by_quarter"] == [1.0, None, 0.0, None]
     assert (facts["questions"], facts["accuracy"]) == (8, 0.5)
     assert facts["low"] < 0.5 < facts["high"]
     assert Tally(3).accuracy == 0.0
@@ -91,6 +97,22 @@ def test_a_stream_without_start_token_begins_with_a_line_break(tokenizer):
         def __call__(self, *args, **kwargs):
             return tokenizer(*args, **kwargs)
 
-    assert exact_match.first_token(Bare()) == tokenizer("\n", add_special_tokens=False).input_ids[0]
+    assert exact_match.first_token(Bare()) == tokenizer("\n", add_special_tokens=False).input_ids[-1]
     assert exact_match.first_token(tokenizer) == tokenizer.bos_token_id
     assert encode(Item("a ", "b", "\n"), tokenizer)[1].any()
+
+
+def test_what_looks_like_a_special_token_is_text(tokenizer):
+    ids, _ = encode(Item("<s> a ", "b", "\n"), tokenizer)
+    assert tokenizer.bos_token_id not in ids
+
+
+def test_answers_that_a_tokenizer_cannot_spell_are_refused():
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    for answer in ("b", " "):
+        with pytest.raises(ValueError, match="questions: this tokenizer cannot spell the answer"):
+            encode(Item("a ", answer, "\n"), words)
+    with pytest.raises(ValueError, match="tokenizer: has neither a start token nor a line break"):
+        exact_match.first_token(words)

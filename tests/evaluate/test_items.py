@@ -71,6 +71,8 @@ def test_pairs_are_read_from_a_file(tmp_path):
         '{"question": " Two and two? ", "answer": "four", "more": 1}\n\n{"question": "Ü?", "answer": "ü"}\n'
     )
     first, second = read_items(file)
+    file.write_text('\ufeff{"question": "a\u2028b", "answer": "c"}\r\n')
+    assert [item.answer for item in read_items(file)] == ["c"]
     assert first.context + first.answer + first.closing == "Question: Two and two?\nAnswer: four\n\n"
     assert second.answer == "ü"
 
@@ -85,6 +87,7 @@ def test_pairs_are_read_from_a_file(tmp_path):
         (b'{"question": "a", "answer": " "}\n', "in line 1"),
         (b'{"question": "a", "answer": 3}\n', "in line 1"),
         (b"[1]\n", "in line 1"),
+        (b'{"question": "a", "answer": "b"}\n{"answer": "b"}', "in line 2"),
         (b"\xff\xfe", "cannot read .*: it is not UTF-8 text"),
     ],
 )

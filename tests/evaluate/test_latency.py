@@ -5,7 +5,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sinkattn.evaluate import latency
 from sinkattn.evaluate.methods import CacheSize
-from sinkattn.evaluate.perplexity import WARM_UP
 
 SLOT = 2048  # bytes of keys and values of a token in the shipped model
 
@@ -21,27 +20,27 @@ def test_costs_by_window(model):
         (method, size, size) for size in (16, 64) for method in ("sinkattn", "dense", "recomputed")
     ]
     assert all(cost.seconds > 0 and cost.peak_bytes is None for cost in costs)
-    grown = 3 + WARM_UP
     assert [cost.kv_bytes for cost in costs] == [
         16 * SLOT,
-        (16 + grown) * SLOT,
+        16 * SLOT,
         None,
         64 * SLOT,
-        (64 + grown) * SLOT,
+        64 * SLOT,
         None,
     ]
     assert seen == [(1, 2), (2, 2)]
 
 
 def test_costs_along_a_stream(model):
-    costs = latency.by_length(model, CacheSize(4, 28), [20, 600], rounds=2, watch=quiet)
+    costs = latency.by_length(model, CacheSize(4, 28), [20, 21, 600], rounds=2, watch=quiet)
+    costs = [cost for cost in costs if cost.seen != 21]
     assert [(cost.method, cost.size, cost.seen) for cost in costs] == [
         ("sinkattn", 20, 20),
         ("dense", 20, 20),
         ("sinkattn", 32, 600),
         ("dense", 600, 600),
     ]
-    assert [cost.kv_bytes for cost in costs] == [32 * SLOT, 25 * SLOT, 32 * SLOT, 605 * SLOT]
+    assert [cost.kv_bytes for cost in costs] == [32 * SLOT, 20 * SLOT, 32 * SLOT, 600 * SLOT]
 
 
 def test_dense_attention_is_left_out_where_positions_end():

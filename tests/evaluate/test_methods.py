@@ -5,6 +5,7 @@ from copy import deepcopy
 import naive
 import pytest
 import torch
+import transformers
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sinkattn.evaluate.methods import CacheSize, Dense, OneShot, Recomputed, Streamed, dense_limit, twin
@@ -78,11 +79,129 @@ def test_reset_begins_a_new_stream_and_a_step_takes_a_token(make, model, ids):
     method.reset()
     again, _ = fed_in_pieces(method, ids[:40])
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda m: Streamed(m, CacheSize(1, 9)), lambda m: Recomputed(m, 10, 0)], ids=["sink", "new"]
+)
+def test_a_step_takes_a_token_in(make, model, ids):
+    method = make(model)
+    first, _ = fed_in_pieces(method, ids[:40])
     method.reset()
     for token in ids[:30].tolist():
         method.step(token)
     rest = method.feed(ids[30:39], ids[31:40], torch.ones(9, dtype=torch.bool)).losses
     torch.testing.assert_close(rest, first[30:], atol=1e-4, rtol=0)
+
+
+def test_dense_takes_the_token_of_a_step_back(model, ids):
+    method = Dense(model)
+    first, _ = fed_in_pieces(method, ids[:40])
+    method.reset()
+    method.feed(ids[:30], ids[1:31], torch.ones(30, dtype=torch.bool))
+    kept = method.kv_bytes
+    for token in (5, 6, 7):
+        method.step(token)
+    assert method.kv_bytes == kept == 30 * 2048
+    rest = method.feed(ids[30:39], ids[31:40], torch.ones(9, dtype=torch.bool)).losses
+    torch.testing.assert_close(rest, first[30:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "tokens", "seen"),
+    [
+        (lambda m: Streamed(m, CacheSize(1, 9)), 1, 10),
+        (lambda m: Streamed(m, CacheSize(0, 7)), 1, 7),
+        (Dense, 1, 41),
+        (lambda m: Recomputed(m, 10, 0), 10, 10),
+    ],
+    ids=["sinks", "window", "dense", "recomputed"],
+)
+def test_a_step_is_the_work_that_its_name_says(make, tokens, seen, model, ids):
+    method = make(model)
+    fed_in_pieces(method, ids[:41])
+    shapes = []
+    hook = method.model.model.embed_tokens.register_forward_hook(lambda module, args, out: shapes.append(out.shape[1]))
+    method.step(3)
+    hook.remove()
+    assert shapes == [tokens]
+    if not isinstance(method, Recomputed):
+        # A token more is in the dense cache while it is read.
+        assert method.kv_bytes == (seen - isinstance(method, Dense)) * 2048
+
+
+@pytest.mark.parametrize("kind", ["bamba", "mistral with a window", "gpt2", "opt", "falcon", "gemma3", "lfm2"])
+def test_dense_fed_in_pieces_is_one_forward(kind):
+    tiny = make_tiny(kind)
+    ids = torch.randint(1, 90, (60,), generator=torch.Generator().manual_seed(1))
+    losses, _ = fed_in_pieces(Dense(tiny), ids)
+    with torch.no_grad():
+        logits = tiny(input_ids=ids[None, :-1], use_cache=False).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits.float(), ids[1:], reduction="none")
+    torch.testing.assert_close(losses, expected.double(), atol=2e-4, rtol=0)
+
+
+def make_tiny(kind):
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {**sizes, "intermediate_size": 48, "num_key_value_heads": 2}
+    name, config = {
+        "bamba": (
+            "Bamba",
+            {**more, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
+        ),
+        "mistral with a window": ("Mistral", {**more, "sliding_window": 9}),
+        "gpt2": ("GPT2", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}),
+        "opt": ("OPT", {**sizes, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+        "falcon": ("Falcon", {**sizes, "alibi": True, "new_decoder_architecture": False}),
+        "gemma3": (
+            "Gemma3",
+            {**more, "head_dim": 8, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
+        ),
+        "lfm2": ("Lfm2", {**more, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    }[kind]
+    torch.manual_seed(0)
+    lm = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
+    config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config"))(**config)
+    tiny = getattr(transformers, lm)(config).eval()
+    with torch.no_grad():
+        for parameter in tiny.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return tiny
+
+
+def test_methods_do_not_disturb_each_other():
+    """Frequencies of dynamic scaling grow with the longest stream that a module has seen."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        rope_parameters=rope,
+    )
+    tiny = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(1, 90, (80,), generator=torch.Generator().manual_seed(1))
+    alone, _ = fed_in_pieces(Recomputed(tiny, 32, None), ids)
+    fed_in_pieces(Dense(tiny), ids)
+    after, _ = fed_in_pieces(Recomputed(tiny, 32, None), ids)
+    assert torch.equal(alone, after)
+    assert not any("long" in name or "original" in name for name in tiny.state_dict())
+
+
+def test_losses_that_are_no_numbers_are_refused(model, ids):
+    other = deepcopy(model)
+    with torch.no_grad():
+        other.model.embed_tokens.weight[ids[20]] = torch.nan
+    with pytest.raises(ValueError, match="loss: the model gave one that is not finite"):
+        fed_in_pieces(Dense(other), ids[:40])
+
+
+def test_questions_longer_than_a_model_has_positions_are_refused(model):
+    one = torch.zeros(20, dtype=torch.int64)
+    with pytest.raises(ValueError, match="questions: expected at most 19 tokens, the positions of this model, got 20"):
+        OneShot(model, 0, 19).feed(one, one, one > 0)
 
 
 def test_bytes_are_those_of_keys_and_values(model, ids):

@@ -7,6 +7,7 @@ import naive
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sinkattn.evaluate import perplexity
 from sinkattn.evaluate.methods import CacheSize
@@ -75,8 +76,39 @@ def test_each_layout_is_compared_with_recomputation_of_its_size(result, expected
 def test_costs_are_measured(result):
     assert all(track.seconds > 0 for track in result.tracks)
     kept = {track.method.name: track.kv_bytes for track in result.tracks}
-    dense = 700 + perplexity.TIMED + perplexity.WARM_UP
-    assert kept == {"0+64": 64 * 2048, "4+60": 64 * 2048, "recomputed 64": None, "dense": dense * 2048}
+    assert kept == {"0+64": 64 * 2048, "4+60": 64 * 2048, "recomputed 64": None, "dense": 700 * 2048}
+
+
+def test_times_are_medians_of_turns(monkeypatch):
+    """By a clock that only the methods' steps move."""
+    now = [0.0]
+    monkeypatch.setattr(perplexity.time, "perf_counter", lambda: now[0])
+    order = []
+
+    class Method:
+        def __init__(self, name, times):
+            self.name, self.times = name, iter(times)
+
+        def step(self, token):
+            order.append(self.name)
+            now[0] += next(self.times)
+
+    slow = [100.0] * perplexity.WARM_UP
+    seconds = perplexity.time_in_turns([Method("a", [*slow, 1, 2, 9]), Method("b", [*slow, 5, 4, 4])], 0, 3)
+    assert seconds == [2, 4]
+    assert order.count("a") == order.count("b") == 3 + perplexity.WARM_UP
+    assert {tuple(order[i : i + 2]) for i in range(0, len(order), 2)} == {("a", "b"), ("b", "a")}
+
+
+def test_models_with_few_positions_run_without_dense(tokenizer):
+    config = GPT2Config(vocab_size=1024, n_positions=40, n_embd=16, n_layer=1, n_head=2)
+    absolute = GPT2LMHeadModel(config).eval()
+    text = Pipe(io.StringIO("import os\n" * 40))
+    for cache, expected in ((CacheSize(2, 20), 39), (CacheSize(4, 36), None)):
+        settings = Settings((cache,), tokens=200, dense_tokens=100, recompute_every=0)
+        tracks = perplexity.run(absolute, TokenStream(text, tokenizer), settings, lambda *progress: None).tracks
+        assert [track.end for track in tracks if track.method.name == "dense"] == ([expected] if expected else [])
+        assert tracks[0].kv_bytes > 0
 
 
 @pytest.mark.slow
@@ -123,7 +155,8 @@ def test_progress_is_told_after_every_chunk(model, stream):
         ({"caches": ()}, "cache: expected at least one"),
         ({"tokens": 64}, r"tokens: expected more than sinks \+ window \(64\), got 64"),
         ({"dense_tokens": 30}, r"dense_tokens: expected more than sinks \+ window \(64\), got 30"),
-        ({"recompute_every": -1}, "recompute_every: expected 0 or more"),
+        ({"recompute_every": -1}, "recompute_every: expected 0 to 1936"),
+        ({"recompute_every": 1937}, "recompute_every: expected 0 to 1936, or no token is hit, got 1937"),
         ({"caches": (CacheSize(4, 300),)}, "must not exceed the 256 positions it was trained for, got 304"),
     ],
 )
