@@ -127,7 +127,7 @@ def console(stderr: bool = False) -> Any:
     from rich.console import Console
 
     out = Console(stderr=stderr, highlight=False)
-    return out if out.is_terminal else Console(stderr=stderr, highlight=False, width=140)
+    return out if out.is_terminal else Console(stderr=stderr, highlight=False, width=150)
 
 
 def show(result: Result, about: dict[str, Any]) -> None:

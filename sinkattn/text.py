@@ -136,7 +136,7 @@ class HubDataset:
     """
 
     def __init__(self, name: str, split: str, column: str) -> None:
-        datasets = require("datasets")
+        datasets = require("datasets", "datasets")
         self.description = f"{name}, {split}"
         self._column = column
         path, _, config = name.partition(":")

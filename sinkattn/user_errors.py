@@ -24,10 +24,10 @@ def as_user_error(*kinds: type[Exception]) -> Iterator[None]:
         raise UserError(lines[0] if lines else type(error).__name__) from error
 
 
-def require(name: str) -> ModuleType:
-    """Import a module of the extra ``cli``; raises `UserError` saying how to install it."""
+def require(name: str, source: str = "'sinkattn[cli]'") -> ModuleType:
+    """Import a module that pip installs from ``source``; raises `UserError` saying so if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise UserError(f"this command needs {package}, which is not installed: pip install 'sinkattn[cli]'") from error
+        raise UserError(f"this command needs {package}, which is not installed: pip install {source}") from error

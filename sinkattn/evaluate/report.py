@@ -86,12 +86,12 @@ def perplexity_table(figures: dict[str, Any]) -> Table:
     out.add_column("method")
     columns = {}
     if dense and dense < tokens:
-        columns["early"] = f"perplexity, tokens\n{begin:,} to {dense - 1:,}"
-    columns["all"] = f"loss, perplexity, tokens\n{begin:,} to {tokens - 1:,}"
+        columns["early"] = f"perplexity,\n{begin:,} to {dense - 1:,}"
+    columns["all"] = f"loss, perplexity,\ntokens {begin:,} to {tokens - 1:,}"
     if every:
-        columns["sampled"] = f"the same, at\none token in {every}"
+        columns["sampled"] = f"perplexity, at\none in {every}"
         columns["ratio"] = "perplexity /\nrecomputed"
-    columns |= {"ms": "ms per token\nat the end", "bytes": "KV cache\nat the end"}
+    columns |= {"ms": "ms per\ntoken", "bytes": "KV cache\nat the end"}
     for header in columns.values():
         out.add_column(header, justify="right")
     for name, method in methods.items():
@@ -99,7 +99,7 @@ def perplexity_table(figures: dict[str, Any]) -> Table:
         cells = {
             "early": "" if sampled else _perplexity_text(method["early"]),
             "all": "" if sampled else _mean_text(method["all"]) if whole else "not reached",
-            "sampled": _mean_text(method["sampled"]) if whole and every else "",
+            "sampled": _perplexity_text(method["sampled"]) if whole and every else "",
             "ratio": _ratio_text(method["minus_recomputed"]),
             "ms": f"{method['seconds_per_token'] * 1e3:.2f}",
             "bytes": "none" if method["kv_cache_bytes"] is None else size_text(method["kv_cache_bytes"]),
