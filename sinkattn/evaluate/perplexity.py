@@ -163,10 +163,15 @@ def chunks(ids: Iterator[int], tokens: int) -> Iterator[tuple[int, torch.Tensor,
 
 
 def time_in_turns(methods: list[Method], token: int, rounds: int) -> list[float]:
-    """Median seconds of a step of each method, taken in turns, so that other work on the machine slows all alike."""
+    """Median seconds of a step of each method, taken in turns, so that other work on the machine slows all alike.
+
+    Each takes a step before the one that is timed: on a stream of its own, too, it would find in the processor's caches
+    what its last token left there, not what another method did.
+    """
     times = np.zeros((rounds, len(methods)))
     for turn in range(-WARM_UP, rounds):
         for which in range(len(methods)) if turn % 2 else reversed(range(len(methods))):
+            methods[which].step(token)
             began = time.perf_counter()
             methods[which].step(token)
             if turn >= 0:
