@@ -165,11 +165,11 @@ def run_streameval(args: argparse.Namespace) -> int:
 
         streams = {distance: line_items(distance, args.every, args.seed) for distance in sorted(args.distances)}
         caches = session.caches((0, 4))
-        first = exact_match.first_token(session.tokenizer)
         predictors = [Streamed(session.model, cache) for cache in caches]
         if not args.no_recompute:
+            start = session.tokenizer.bos_token_id
             predictors += [
-                Recomputed(session.model, total, first) for total in sorted({cache.total for cache in caches})
+                Recomputed(session.model, total, start) for total in sorted({cache.total for cache in caches})
             ]
         tallies = {}
         with session.progress as progress:
@@ -283,7 +283,7 @@ class _Session:
         from sinkattn.evaluate.methods import CacheSize
 
         if self.args.cache:
-            return tuple(map(CacheSize.parse, self.args.cache))
+            return tuple(dict.fromkeys(map(CacheSize.parse, self.args.cache)))
         return tuple(CacheSize(sinks, self.total - sinks) for sinks in sink_counts)
 
     def stream(self) -> Any:

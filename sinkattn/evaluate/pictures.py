@@ -43,7 +43,11 @@ def styles(methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         else:
             rank = counts.index(int(name.split("+")[0]))
             colour = WINDOW if word.startswith("0+") else SINKS[rank % len(SINKS)]
-            chosen[name] = {"color": colour, "linewidth": max(1.0, 4.0 - rank), "linestyle": LINES[place % len(LINES)]}
+            chosen[name] = {
+                "color": colour,
+                "linewidth": max(1.0, 3.0 - 0.7 * rank),
+                "linestyle": LINES[place % len(LINES)],
+            }
         if word == "recomputed":
             marker = MARKERS[place % len(MARKERS)]
             chosen[name] |= {"linestyle": "", "marker": marker, "markersize": 8, "markerfacecolor": "none"}
@@ -139,7 +143,8 @@ def _latency(figure: Any, figures: dict[str, Any]) -> None:
             costs = [cost for cost in figures[kind] if cost["method"] == name]
             if not costs:
                 continue
-            style = {"color": COLOURS[colour], "marker": "o", "markersize": 4, "label": name}
+            width = 3.2 if name == "sinkattn" else 1.4  # to be seen under another
+            style = {"color": COLOURS[colour], "marker": "o", "markersize": 4, "linewidth": width, "label": name}
             values = [cost[key] for cost in costs]
             time.plot(values, [cost["seconds"] * 1e3 for cost in costs], **style)
             if costs[0]["kv_bytes"] is not None:

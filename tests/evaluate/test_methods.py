@@ -25,10 +25,10 @@ def fed_in_pieces(method, ids, wanted=None):
 
 @pytest.mark.parametrize("size", ["0+64", "1+63", "4+60", "4+124"])
 def test_streamed_losses_are_those_of_gathering(size, model, ids):
-    size = CacheSize.parse(size)
+    size, ids = CacheSize.parse(size), ids[:601]
     expected = naive.losses(deepcopy(model).double(), ids, size.num_sinks, size.window)
     losses, _ = fed_in_pieces(Streamed(model, size), ids)
-    assert losses.shape == (2000,)
+    assert losses.shape == (600,)
     torch.testing.assert_close(losses, expected, atol=1e-4, rtol=0)
     assert abs(losses.mean() - expected.mean()) < 1e-5
     other = naive.losses(deepcopy(model).double(), ids[:200], size.num_sinks, size.window - 1)

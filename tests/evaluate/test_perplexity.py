@@ -116,7 +116,7 @@ def test_models_with_few_positions_run_without_dense(tokenizer):
 def test_the_shape_of_the_papers_result(model, stream):
     """Dense fails past the trained length, a window alone collapses, sinks do as well as recomputation."""
     caches = (CacheSize(0, 128), CacheSize(1, 127), CacheSize(4, 124))
-    settings = Settings(caches, tokens=20_000, dense_tokens=2_000, recompute_every=8)
+    settings = Settings(caches, tokens=12_000, dense_tokens=2_000, recompute_every=8)
     tracks = {
         track.method.name: track for track in perplexity.run(model, stream, settings, lambda *progress: None).tracks
     }
