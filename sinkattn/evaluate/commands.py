@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from sinkattn.arguments import (
@@ -143,16 +146,38 @@ def run_ppl(args: argparse.Namespace) -> int:
         with session.progress as progress:
             bar = progress.add("tokens", args.tokens)
 
-            def watch(done: int, tracks: list[perplexity.Track]) -> None:
+            def watch(done: int, tracks: list[perplexity.Track]) -> bool:
                 losses = ((track.method.name, track.all.mean()) for track in tracks)
                 bar(done, "  ".join(f"{name} {mean.loss:.3f}" for name, mean in losses if mean))
+                return not interrupted.is_set()
 
-            result = perplexity.run(session.model, stream, settings, watch)
+            with _ctrl_c() as interrupted:
+                result = perplexity.run(session.model, stream, settings, watch)
         figures = {**perplexity_dict(result), "text": session.text_facts(stream, stream.laps)}
         session.finish(figures, perplexity_table(figures))
         if args.csv:
             write_csv(figures, args.csv)
+    if interrupted.is_set():
+        print(f"{args.prog}: interrupted after {result.settings.tokens:,} tokens", file=sys.stderr)
+        return 130
     return 0
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[Event]:
+    """An event that Ctrl-C sets, so that what has been measured so far is not lost; a second one interrupts."""
+    pressed = Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def press(number: int, frame: Any) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run_streameval(args: argparse.Namespace) -> int:

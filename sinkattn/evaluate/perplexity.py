@@ -94,8 +94,8 @@ class Result:
         return next(matches, None)
 
 
-Watch = Callable[[int, list[Track]], None]
-"""Called after every chunk: tokens done, the tracks so far."""
+Watch = Callable[[int, list[Track]], bool]
+"""Called after every chunk with the tokens done and the tracks so far; says whether to go on."""
 
 
 def run(model: PreTrainedModel, stream: TokenStream, settings: Settings, watch: Watch) -> Result:
@@ -108,10 +108,11 @@ def run(model: PreTrainedModel, stream: TokenStream, settings: Settings, watch: 
         model: a transformers causal language model in evaluation mode.
         stream: the tokens.
         settings: methods and sizes.
-        watch: is told of progress.
+        watch: is told of progress, and may end the stream early; the settings of the result say where it ended.
 
     Raises:
         ValueError: for settings that leave nothing to compare, an empty text, or a model or window that is refused.
+        KeyboardInterrupt: if the stream is ended before any loss counts.
     """
     settings.check()
     streamed = [Streamed(model, cache) for cache in settings.caches]
@@ -144,7 +145,11 @@ def run(model: PreTrainedModel, stream: TokenStream, settings: Settings, watch: 
             track.series.add(first, losses)
             track.sampled.add(first, np.where(sampled[:most], losses, np.nan))
             track.end = first + len(losses)
-        watch(first + len(fed), result.tracks)
+        if not watch(first + len(fed), result.tracks):
+            result.settings = replace(settings, tokens=first + len(fed))
+            break
+    if result.settings.tokens <= begin:
+        raise KeyboardInterrupt
     for track in result.tracks:
         track.kv_bytes = track.method.kv_bytes
     seconds = time_in_turns([track.method for track in result.tracks], int(fed[-1]), TIMED)

@@ -17,6 +17,10 @@ from sinkattn.text import Pipe, StandardLibrary, TextError, TokenStream
 CACHES = (CacheSize(0, 64), CacheSize(4, 60))
 
 
+def go_on(*progress):
+    return True
+
+
 @pytest.fixture(scope="module")
 def expected(model, ids):
     model64 = deepcopy(model).double()
@@ -30,7 +34,7 @@ def expected(model, ids):
 def result(model, tokenizer):
     stream = TokenStream(StandardLibrary(), tokenizer)
     settings = Settings(CACHES, tokens=2000, dense_tokens=700, recompute_every=5)
-    return perplexity.run(model, stream, settings, lambda *progress: None)
+    return perplexity.run(model, stream, settings, go_on)
 
 
 def test_means_over_2000_tokens_are_those_of_a_naive_reference(result, expected):
@@ -107,7 +111,7 @@ def test_models_with_few_positions_run_without_dense(tokenizer):
     text = Pipe(io.StringIO("import os\n" * 40))
     for cache, expected in ((CacheSize(2, 20), 39), (CacheSize(4, 36), None)):
         settings = Settings((cache,), tokens=200, dense_tokens=100, recompute_every=0)
-        tracks = perplexity.run(absolute, TokenStream(text, tokenizer), settings, lambda *progress: None).tracks
+        tracks = perplexity.run(absolute, TokenStream(text, tokenizer), settings, go_on).tracks
         assert [track.end for track in tracks if track.method.name == "dense"] == ([expected] if expected else [])
         assert tracks[0].kv_bytes > 0
 
@@ -117,9 +121,7 @@ def test_the_shape_of_the_papers_result(model, stream):
     """Dense fails past the trained length, a window alone collapses, sinks do as well as recomputation."""
     caches = (CacheSize(0, 128), CacheSize(1, 127), CacheSize(4, 124))
     settings = Settings(caches, tokens=12_000, dense_tokens=2_000, recompute_every=8)
-    tracks = {
-        track.method.name: track for track in perplexity.run(model, stream, settings, lambda *progress: None).tracks
-    }
+    tracks = {track.method.name: track for track in perplexity.run(model, stream, settings, go_on).tracks}
     early = {name: track.early.mean().perplexity for name, track in tracks.items()}
     assert early["dense"] > 10 * early["4+124"]
     recomputed = tracks["recomputed 128"].sampled
@@ -133,21 +135,36 @@ def test_recomputation_without_start_token_takes_the_last_tokens_alone(model, to
     text = tokenizer.decode(ids[1:400])
     stream = TokenStream(Pipe(io.StringIO(text)), tokenizer, with_start=False)
     settings = Settings((CacheSize(4, 28),), tokens=200, dense_tokens=0, recompute_every=1)
-    run = perplexity.run(model, stream, settings, lambda *progress: None)
+    run = perplexity.run(model, stream, settings, go_on)
     expected = naive.recomputed_losses(model, ids[1:202], 32, keep_first=False)[32:200].mean()
     assert run.tracks[1].all.mean().loss == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_methods_can_be_left_out(model, stream):
     settings = Settings((CacheSize(1, 31),), tokens=300, dense_tokens=0, recompute_every=0)
-    assert [track.method.name for track in perplexity.run(model, stream, settings, lambda *_: None).tracks] == ["1+31"]
+    assert [track.method.name for track in perplexity.run(model, stream, settings, go_on).tracks] == ["1+31"]
 
 
 def test_progress_is_told_after_every_chunk(model, stream):
     done = []
     settings = Settings((CacheSize(1, 31),), tokens=600, dense_tokens=0, recompute_every=0)
-    perplexity.run(model, stream, settings, lambda tokens, tracks: done.append(tokens))
+    perplexity.run(model, stream, settings, lambda tokens, tracks: done.append(tokens) or True)
     assert done == [256, 512, 600]
+
+
+def test_a_stream_may_be_ended_early(model, stream, expected):
+    settings = Settings(CACHES, tokens=2000, dense_tokens=700, recompute_every=5)
+    result = perplexity.run(model, stream, settings, lambda done, tracks: done < 1000)
+    assert result.settings.tokens == 1024
+    for track in result.tracks[:2]:
+        mean = expected[track.method.name][64:1024].mean()
+        assert (track.end, track.all.mean().tokens) == (1024, 960)
+        assert track.all.mean().loss == pytest.approx(mean, abs=1e-4)
+        assert track.sampled.difference(result.recomputed(track).sampled).tokens == 192
+    with pytest.raises(KeyboardInterrupt):
+        perplexity.run(
+            model, stream, Settings((CacheSize(4, 252),), tokens=2000, dense_tokens=0), lambda *progress: False
+        )
 
 
 @pytest.mark.parametrize(
@@ -164,13 +181,13 @@ def test_progress_is_told_after_every_chunk(model, stream):
 def test_settings_that_leave_nothing_to_compare_are_refused(changes, message, model, stream):
     settings = Settings(**{"caches": CACHES, "tokens": 2000, "dense_tokens": 700, **changes})
     with pytest.raises(ValueError, match=message):
-        perplexity.run(model, stream, settings, lambda *progress: None)
+        perplexity.run(model, stream, settings, go_on)
 
 
 def test_an_empty_text_is_refused(model, tokenizer):
     stream = TokenStream(Pipe(io.StringIO("")), tokenizer)
     with pytest.raises(TextError, match="stdin is empty"):
-        perplexity.run(model, stream, Settings(CACHES, tokens=100, dense_tokens=0), lambda *progress: None)
+        perplexity.run(model, stream, Settings(CACHES, tokens=100, dense_tokens=0), go_on)
 
 
 def test_chunks_cut_a_stream_anywhere():
