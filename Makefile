@@ -35,7 +35,7 @@ READY := $(STAMPS)/sinkattn
 
 STRICT := -std=c++17 -Wall -Wextra -Werror
 
-.PHONY: help setup demo test test-oldest check check-python check-cpp bench bench-gpu clean
+.PHONY: help setup demo test test-oldest check check-python check-cpp bench bench-gpu gpu clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
@@ -93,6 +93,10 @@ bench: $(READY)  ## run the benchmarks
 
 bench-gpu: $(READY)  ## run the GPU benchmarks; under ten minutes on an H100, ARGS="--help" lists options
 	@$(PY) bench/run_gpu.py $(ARGS)
+
+gpu: $(READY)  ## all that needs a GPU: its tests, then its benchmarks
+	@$(PY) -m pytest tests/test_gpu.py tests/kernels/test_attention.py
+	@$(MAKE) --no-print-directory bench-gpu
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info sinkattn/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks $(READY)
