@@ -75,7 +75,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def model_facts(model: Any, name: str | None) -> dict[str, Any]:
+def describe_model(model: Any, name: str | None) -> dict[str, Any]:
     """What a report says of a model."""
     from sinkattn.hf.probe import trained_length
 

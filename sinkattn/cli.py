@@ -22,8 +22,8 @@ from sinkattn.arguments import (
     add_layout,
     add_model,
     check_writable,
+    describe_model,
     load_model,
-    model_facts,
     model_line,
     positive,
 )
@@ -109,7 +109,7 @@ def run_demo(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args)
     stream = TokenStream(text, tokenizer)
     about = {
-        "model": model_facts(model, args.model),
+        "model": describe_model(model, args.model),
         "text": {
             "description": text.description,
             "start_token": stream.start_token is not None,

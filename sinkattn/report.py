@@ -122,6 +122,17 @@ def size_text(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
+def laps_lines(text: dict[str, Any]) -> list[str]:
+    """What a reader must know of a text that was read more than once."""
+    laps = text["started_over"]
+    return [f"The text was shorter than the stream: it was started over {count_text(laps, 'time')}."] if laps else []
+
+
+def count_text(number: int, word: str) -> str:
+    """A number of things."""
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
+
+
 def console(stderr: bool = False) -> Any:
     """Console of rich; wide enough for a table where there is no terminal."""
     from rich.console import Console
@@ -202,9 +213,7 @@ def remarks(result: Result, about: dict[str, Any]) -> list[str]:
         f"{turns.young * 1e3:.3f} ms from token {turns.young_seen:,} on, {turns.old * 1e3:.3f} ms from token "
         f"{turns.old_seen:,} on; {turns.change:+.1%}.",
     ]
-    if laps := about["text"]["started_over"]:
-        lines.append(f"The text was shorter than the stream: it was started over {laps} time{'s' if laps > 1 else ''}.")
-    return lines
+    return lines + laps_lines(about["text"])
 
 
 def _span_text(span: Span) -> str:

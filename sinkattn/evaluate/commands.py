@@ -18,8 +18,8 @@ from sinkattn.arguments import (
     add_model,
     check_writable,
     count,
+    describe_model,
     load_model,
-    model_facts,
     model_line,
     positive,
 )
@@ -242,8 +242,6 @@ def run_latency(args: argparse.Namespace) -> int:
 
         sizes = sorted(set(args.sizes or session.sizes(args.num_sinks)))
         lengths = sorted(set(args.lengths))
-        if sizes[0] <= args.num_sinks:
-            raise ValueError(f"sizes: expected more than the {args.num_sinks} sinks, got {sizes[0]}")
         with session.progress as progress:
             bar = progress.add("window", len(sizes))
             by_window = latency.by_window(session.model, args.num_sinks, sizes, args.rounds, bar)
@@ -284,7 +282,7 @@ class _Session:
 
         self.args = args
         self.model, self.tokenizer = load_model(args)
-        self.facts = model_facts(self.model, args.model)
+        self.facts = describe_model(self.model, args.model)
         self.progress = StreamProgress()
         print(model_line(self.facts), flush=True)
 
@@ -365,7 +363,7 @@ class _Session:
 
 @contextmanager
 def _session(args: argparse.Namespace, *outputs: Path | None) -> Any:
-    for name in ("matplotlib.figure", "psutil", "rich"):
+    for name in ("matplotlib.figure", "psutil", "rich", "scipy"):
         require(name)
     from sinkattn.plots import check_format
 

@@ -12,11 +12,11 @@ from itertools import islice
 from typing import Any
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from sinkattn.evaluate.items import Item
 from sinkattn.evaluate.methods import Predictor
-from sinkattn.evaluate.statistics import wilson
 
 PARTS = 4
 
@@ -41,14 +41,14 @@ class Tally:
         return sum(self.right) / max(1, sum(self.asked))
 
     def as_dict(self) -> dict[str, Any]:
-        """Accuracy with its 95 % confidence interval, and that of each quarter, None without questions."""
-        low, high = wilson(sum(self.right), sum(self.asked))
+        """Accuracy with its 95 % confidence interval (Wilson's), and that of each quarter, None without questions."""
+        low, high = binomtest(sum(self.right), sum(self.asked)).proportion_ci(method="wilson")
         parts = [right / asked if asked else None for right, asked in zip(self.right, self.asked, strict=True)]
         return {
             "questions": sum(self.asked),
             "accuracy": self.accuracy,
-            "low": low,
-            "high": high,
+            "low": float(low),
+            "high": float(high),
             "accuracy_by_quarter": parts,
         }
 

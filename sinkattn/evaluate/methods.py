@@ -125,8 +125,9 @@ class Cached:
         """See `Method.step`."""
         self._forward(torch.tensor([token])).logits[0, -1].argmax().item()
 
-    def _forward(self, ids: Tensor) -> Any:
-        return self.model(input_ids=ids[None].to(self.model.device), past_key_values=self.cache, use_cache=True)
+    def _forward(self, ids: Tensor, **options: Tensor) -> Any:
+        fed = ids[None].to(self.model.device)
+        return self.model(input_ids=fed, past_key_values=self.cache, use_cache=True, **options)
 
 
 class Streamed(Cached):
@@ -193,8 +194,7 @@ class Dense(Cached):
             # Some models count from 0 in every call that does not say.
             options["position_ids"] = torch.arange(self._seen, self._seen + len(ids), device=self.model.device)[None]
         self._seen += len(ids)
-        fed = ids[None].to(self.model.device)
-        return self.model(input_ids=fed, past_key_values=self.cache, use_cache=True, **options)
+        return super()._forward(ids, **options)
 
 
 class Recomputed:
@@ -232,7 +232,7 @@ class Recomputed:
         batches = [*ends[ends < self.size].split(1), *ends[ends >= self.size].split(max(1, BATCH_TOKENS // self.size))]
         for batch in batches:
             if not len(batch):
-                continue
+                continue  # split gives one empty part of nothing
             length = min(self.size, int(batch[0]))
             rows = known[batch[:, None] + torch.arange(-length, 0)]
             if length == self.size:

@@ -20,7 +20,6 @@ from sinkattn.recorder import bucket_edges
 from sinkattn.text import TokenStream
 
 TIMED = 200
-WARM_UP = 3
 
 
 @dataclass(frozen=True)
@@ -174,11 +173,10 @@ def time_in_turns(methods: list[Method], token: int, rounds: int) -> list[float]
     what its last token left there, not what another method did.
     """
     times = np.zeros((rounds, len(methods)))
-    for turn in range(-WARM_UP, rounds):
+    for turn in range(rounds):
         for which in range(len(methods)) if turn % 2 else reversed(range(len(methods))):
             methods[which].step(token)
             began = time.perf_counter()
             methods[which].step(token)
-            if turn >= 0:
-                times[turn, which] = time.perf_counter() - began
+            times[turn, which] = time.perf_counter() - began
     return np.median(times, axis=0).tolist()

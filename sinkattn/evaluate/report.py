@@ -18,7 +18,8 @@ from sinkattn.evaluate.exact_match import Tally
 from sinkattn.evaluate.latency import Cost
 from sinkattn.evaluate.methods import CacheSize, Dense, Predictor, Recomputed, Streamed
 from sinkattn.evaluate.perplexity import Result, Track
-from sinkattn.report import size_text
+from sinkattn.evaluate.statistics import perplexity
+from sinkattn.report import count_text, laps_lines, size_text
 
 
 def label(predictor: Predictor) -> str:
@@ -28,17 +29,6 @@ def label(predictor: Predictor) -> str:
     if isinstance(predictor, Recomputed):
         return f"{predictor.size} tokens, recomputed"
     return "dense, cache grows" if isinstance(predictor, Dense) else "one question at a time"
-
-
-def count_text(number: int, word: str) -> str:
-    """A number of things."""
-    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
-
-
-def laps_lines(text: dict[str, Any]) -> list[str]:
-    """What a reader must know of a text that was read more than once."""
-    laps = text["started_over"]
-    return [f"The text was shorter than the stream: it was started over {count_text(laps, 'time')}."] if laps else []
 
 
 # Perplexity
@@ -139,8 +129,8 @@ def write_csv(figures: dict[str, Any], path: Path) -> None:
         writer.writerow(["method", "begin", "end", "tokens", "loss", "perplexity"])
         for name, method in figures["methods"].items():
             for each in method["series"]:
-                perplexity = math.exp(min(each["loss"], 700))
-                writer.writerow([name, each["begin"], each["end"], each["tokens"], each["loss"], perplexity])
+                row = [name, each["begin"], each["end"], each["tokens"], each["loss"], perplexity(each["loss"])]
+                writer.writerow(row)
 
 
 # Questions
@@ -283,7 +273,7 @@ def sinks_table(figures: dict[str, Any]) -> Table:
         most = ", ".join(f"{weight:.2f} (layer {layer}, head {head})" for weight, layer, head in sorted(heads)[:-5:-1])
         lines.append(
             f"Attention on the first token, in the second half of {tokens} tokens, where even attention would be "
-            f"{4 / (3 * tokens):.3f}: {most}"
+            f"{2 * math.log(2) / tokens:.3f}: {most}"
         )
     out.caption = "\n".join(lines + laps_lines(figures["text"]))
     return out

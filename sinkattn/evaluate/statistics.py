@@ -7,10 +7,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 # Many blocks tell the spread of their means well, long ones depend less on each other.
 BLOCKS = 32
 BLOCK_TOKENS = 32
+
+
+def perplexity(loss: float) -> float:
+    """Exponential of a mean loss in nats, as far as a float holds it."""
+    return math.exp(min(loss, 700.0))
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Mean:
     @property
     def perplexity(self) -> float:
         """Exponential of the mean loss."""
-        return math.exp(min(self.loss, 700.0))
+        return perplexity(self.loss)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types."""
@@ -93,24 +99,5 @@ def _mean(counts: np.ndarray, sums: np.ndarray) -> Mean | None:
         # Blocks weigh as many tokens as they got (a ratio estimate), so that a short last one does no harm.
         residuals = sums[filled] - mean * counts[filled]
         error = math.sqrt(float((residuals**2).sum()) * blocks / (blocks - 1)) / total
-        margin = t_quantile(blocks - 1) * error
+        margin = float(stats.t.ppf(0.975, blocks - 1)) * error
     return Mean(total, mean, margin)
-
-
-def t_quantile(freedom: int) -> float:
-    """97.5 % quantile of Student's t, to 0.01 from 7 degrees of freedom on (Cornish-Fisher expansion)."""
-    z = 1.959964
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return z + first / freedom + second / freedom**2
-
-
-def wilson(hits: int, tries: int) -> tuple[float, float]:
-    """95 % confidence interval of a success rate (Wilson score interval)."""
-    if not tries:
-        return 0.0, 1.0
-    z2 = 1.959964**2
-    rate = hits / tries
-    middle = (rate + z2 / (2 * tries)) / (1 + z2 / tries)
-    half = math.sqrt(z2 * (rate * (1 - rate) / tries + z2 / (4 * tries**2))) / (1 + z2 / tries)
-    return max(0.0, middle - half), min(1.0, middle + half)

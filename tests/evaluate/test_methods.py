@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 
+import families
 import naive
 import pytest
 import torch
@@ -130,43 +131,15 @@ def test_a_step_is_the_work_that_its_name_says(make, tokens, seen, model, ids):
         assert method.kv_bytes == (seen - isinstance(method, Dense)) * 2048
 
 
-@pytest.mark.parametrize("kind", ["bamba", "mistral with a window", "gpt2", "opt", "falcon", "gemma3", "lfm2"])
-def test_dense_fed_in_pieces_is_one_forward(kind):
-    tiny = make_tiny(kind)
-    ids = torch.randint(1, 90, (60,), generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("family", ["bamba", "mistral", "gpt2", "opt", "falcon-alibi", "gemma3_text", "lfm2"])
+def test_dense_fed_in_pieces_is_one_forward(family):
+    tiny = families.build(family)
+    ids = families.random_ids(1, 60)[0]
     losses, _ = fed_in_pieces(Dense(tiny), ids)
     with torch.no_grad():
         logits = tiny(input_ids=ids[None, :-1], use_cache=False).logits[0]
     expected = torch.nn.functional.cross_entropy(logits.float(), ids[1:], reduction="none")
     torch.testing.assert_close(losses, expected.double(), atol=2e-4, rtol=0)
-
-
-def make_tiny(kind):
-    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    more = {**sizes, "intermediate_size": 48, "num_key_value_heads": 2}
-    name, config = {
-        "bamba": (
-            "Bamba",
-            {**more, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
-        ),
-        "mistral with a window": ("Mistral", {**more, "sliding_window": 9}),
-        "gpt2": ("GPT2", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}),
-        "opt": ("OPT", {**sizes, "ffn_dim": 48, "word_embed_proj_dim": 32}),
-        "falcon": ("Falcon", {**sizes, "alibi": True, "new_decoder_architecture": False}),
-        "gemma3": (
-            "Gemma3",
-            {**more, "head_dim": 8, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
-        ),
-        "lfm2": ("Lfm2", {**more, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
-    }[kind]
-    torch.manual_seed(0)
-    lm = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
-    config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config"))(**config)
-    tiny = getattr(transformers, lm)(config).eval()
-    with torch.no_grad():
-        for parameter in tiny.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return tiny
 
 
 def test_methods_do_not_disturb_each_other():

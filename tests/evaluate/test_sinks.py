@@ -3,6 +3,7 @@
 import io
 import math
 
+import naive
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -98,9 +99,7 @@ def test_mass_is_the_mean_attention_of_the_second_half(model, ids):
         hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(rows))
         attention = model.model.layers[0].self_attn
         query, key = (p(hidden).unflatten(-1, (4, 32)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
-        angles = torch.arange(32)[:, None] * model.model.rotary_emb.inv_freq.repeat(2)
-        half = lambda x: torch.cat((-x[..., 16:], x[..., :16]), -1)  # noqa: E731
-        query, key = (x * angles.cos() + half(x) * angles.sin() for x in (query, key))
+        query, key = (naive.rotate(x, torch.arange(32), model.model.rotary_emb.inv_freq).float() for x in (query, key))
         scores = query @ key.mT / math.sqrt(32) + torch.full((32, 32), -math.inf).triu(1)
         expected = scores.softmax(-1)[:, :, 16:, :4].mean((0, 2)).T
     torch.testing.assert_close(mass[0], expected, atol=1e-5, rtol=1e-4)
