@@ -12,7 +12,7 @@ same because rotary scores depend on differences of positions alone.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -58,10 +58,19 @@ def attention_weights(
     return weights[:, :-1] if sink_logits is not None else weights
 
 
-def _split(scale: float) -> tuple[float, float]:
+def attend(
+    parts: list[tuple[Tensor, Tensor]], values: Tensor, distances: Tensor, *, scale: float, **options: Any
+) -> Tensor:
+    """Output ``[heads, value_dim]`` of one query, for the keys that it sees.
+
+    parts: queries ``[heads, head_dim]``, each rotated for its keys ``[heads, keys, head_dim]``; values
+    ``[heads, keys, value_dim]`` of them all. distances, options: those of `attention_weights`.
+    """
     # A power of two goes into the query, exactly, before the product: fp16 scores would overflow without it.
     mantissa, exponent = math.frexp(scale)
-    return mantissa, 2.0**exponent
+    scores = torch.cat([keys @ (query * 2.0**exponent)[:, :, None] for query, keys in parts], dim=1)[..., 0]
+    weights = attention_weights(scores * mantissa, distances, **options)
+    return (weights[:, None].to(values.dtype) @ values)[:, 0]
 
 
 def _token_counts(lengths: Tensor | None, batch: int, tokens: int) -> list[int]:
@@ -90,26 +99,27 @@ def streaming_attention(
     """
     batch, heads, tokens, head_dim = query.shape
     groups = heads // key.shape[1]
-    mantissa, power = _split(1 / math.sqrt(head_dim) if scale is None else scale)
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
     out = query.new_zeros(batch, heads, tokens, value.shape[-1])
     for row, count in enumerate(_token_counts(lengths, batch, tokens)):
         for token in range(count):
             gathered = torch.tensor(visible(token, num_sinks, window), device=query.device)
             positions = torch.arange(len(gathered), device=query.device)
-            q, k, v = query[row, :, token : token + 1], key[row][:, gathered], value[row][:, gathered]
+            q, k, v = query[row, :, token], key[row][:, gathered], value[row][:, gathered]
             if rope is not None:
                 cos, sin = rope.tables(positions, table_dtype(query.dtype))
-                q = rotate(q, cos[-1:], sin[-1:], interleaved=rope.interleaved)
+                q = rotate(q, cos[-1], sin[-1], interleaved=rope.interleaved)
                 k = rotate(k, cos, sin, interleaved=rope.interleaved)
             k, v = k.repeat_interleave(groups, dim=0), v.repeat_interleave(groups, dim=0)
-            weights = attention_weights(
-                (q * power @ k.mT)[:, 0] * mantissa,
+            out[row, :, token] = attend(
+                [(q, k)],
+                v,
                 positions[-1] - positions,
+                scale=scale,
                 sink_logits=sink_logits,
                 softcap=softcap,
                 alibi_slopes=alibi_slopes,
             )
-            out[row, :, token] = (weights[:, None].to(v.dtype) @ v)[:, 0]
     return out
 
 
@@ -139,7 +149,6 @@ def sink_attention_(
     batch, heads, tokens, _ = query.shape
     groups = heads // keys.shape[1]
     ring = keys.shape[2] - num_sinks
-    mantissa, power = _split(scale)
     out = query.new_zeros(batch, heads, tokens, values.shape[-1])
     for row, count in enumerate(_token_counts(lengths, batch, tokens)):
         for i in range(count):
@@ -159,16 +168,15 @@ def sink_attention_(
             sinks = min(num_sinks, token + 1)
             k = keys[row][:, slots].repeat_interleave(groups, dim=0)
             v = values[row][:, slots].repeat_interleave(groups, dim=0)
-            q_sink, q_window = q_sink * power, q_window * power
-            scores = torch.cat((k[:, :sinks] @ q_sink[:, :, None], k[:, sinks:] @ q_window[:, :, None]), dim=1)
-            weights = attention_weights(
-                scores[..., 0] * mantissa,
+            out[row, :, i] = attend(
+                [(q_sink, k[:, :sinks]), (q_window, k[:, sinks:])],
+                v,
                 torch.arange(len(tokens_seen) - 1, -1, -1, device=keys.device),
+                scale=scale,
                 sink_logits=sink_logits,
                 softcap=softcap,
                 alibi_slopes=alibi_slopes,
             )
-            out[row, :, i] = (weights[:, None].to(v.dtype) @ v)[:, 0]
     return out
 
 
