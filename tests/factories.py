@@ -71,13 +71,3 @@ def run(attend, ring, query: Tensor, key: Tensor, value: Tensor, calls, **option
 def max_error(out: Tensor, oracle: Tensor) -> float:
     """Largest absolute difference; a NaN counts as infinite."""
     return (out.double() - oracle).abs().nan_to_num(nan=torch.inf).max().item()
-
-
-def assert_within_budget(out: Tensor, low_precision: Tensor, oracle: Tensor) -> None:
-    """Error against the fp64 oracle at most twice that of plain PyTorch in the same dtype, plus one rounding.
-
-    Plain PyTorch may be lucky where there are few outputs: it is taken to err by one rounding at least.
-    """
-    assert oracle.dtype == torch.float64
-    rounding = max_error(oracle.to(out.dtype), oracle)
-    assert max_error(out, oracle) <= 2 * max(max_error(low_precision, oracle), rounding) + rounding

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from factories import assert_within_budget, make_qkv, make_rope, max_error, run
+from budget import assert_within_budget, oracle_of
+from factories import make_qkv, make_rope, max_error, run
 
 from sinkattn import RingKVCache, ops, sink_attention
 from sinkattn.reference import streaming_attention
@@ -19,15 +20,12 @@ LAYOUT = (4, 70, 0)
 
 
 def both(layout, heads, calls, dtype, rope=None, **options):
-    """The kernel, the reference backend in the same dtype and the fp64 oracle on the same streams."""
+    """The kernel and the oracle on the same streams."""
     q, k, v = make_qkv(sum(calls), **heads, dtype=dtype)
-    results = []
-    for backend in ("cpu", "reference"):
-        ring = RingKVCache(*k.shape[:2], k.shape[3], *layout, value_dim=v.shape[3], dtype=dtype)
-        results.append(run(sink_attention, ring, q, k, v, calls, rope=rope, backend=backend, **options))
-    q, k, v = (x.double() for x in (q, k, v))
-    oracle = streaming_attention(q, k, v, num_sinks=layout[0], window=layout[1], rope=rope, **options)
-    return *results, oracle
+    ring = RingKVCache(*k.shape[:2], k.shape[3], *layout, value_dim=v.shape[3], dtype=dtype)
+    out = run(sink_attention, ring, q, k, v, calls, rope=rope, **options)
+    options |= {"num_sinks": layout[0], "window": layout[1], "rope": rope}
+    return out, oracle_of(dtype, streaming_attention, *(x.double() for x in (q, k, v)), **options)
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION.values(), ids=LOW_PRECISION.keys())
@@ -65,8 +63,8 @@ def test_windows_of_several_stretches(headroom, dtype):
 
 
 def test_double_precision():
-    out, _, oracle = both(LAYOUT, {"head_dim": 24}, CALLS, torch.float64, make_rope(24), softcap=3.0)
-    assert max_error(out, oracle) < 1e-13
+    out, oracle = both(LAYOUT, {"head_dim": 24}, CALLS, torch.float64, make_rope(24), softcap=3.0)
+    assert max_error(out, oracle.output) < 1e-13
 
 
 def step(ring, query, key, value, threads):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from factories import assert_within_budget, make_qkv, make_rope, max_error, randn, run, strided
+from budget import assert_within_budget, oracle_of
+from factories import make_qkv, make_rope, max_error, randn, run, strided
 
 from sinkattn import RingKVCache, build_info, ops, reference, sink_attention
 from sinkattn.reference import slot_of, streaming_attention
@@ -242,18 +243,15 @@ LOGITS = {"softcap": 3.0, "sink_logits": torch.linspace(-1, 1, 4), "alibi_slopes
 
 
 def outputs(layout, rope, heads, calls, dtype, **options):
-    """The cpu backend, the reference backend in the same dtype, and the fp64 oracle."""
+    """The cpu backend and the oracle."""
     totals = [sum(call if isinstance(call, int) else call[row] for call in calls) for row in range(heads["batch"])]
     q, k, v = make_qkv(max(totals), **heads, dtype=dtype)
     batch, kv_heads, _, head_dim = k.shape
-    results = []
-    for backend in ("cpu", "reference"):
-        ring = RingKVCache(batch, kv_heads, head_dim, *layout, value_dim=v.shape[3], dtype=dtype)
-        results.append(run(sink_attention, ring, q, k, v, calls, rope=rope, backend=backend, **options))
-        assert ring.seen.tolist() == totals
-    q, k, v = (x.double() for x in (q, k, v))
-    geometry = {"num_sinks": layout[0], "window": layout[1], "lengths": torch.tensor(totals)}
-    return *results, streaming_attention(q, k, v, rope=rope, **geometry, **options)
+    ring = RingKVCache(batch, kv_heads, head_dim, *layout, value_dim=v.shape[3], dtype=dtype)
+    out = run(sink_attention, ring, q, k, v, calls, rope=rope, backend="cpu", **options)
+    assert ring.seen.tolist() == totals
+    options |= {"num_sinks": layout[0], "window": layout[1], "lengths": torch.tensor(totals), "rope": rope}
+    return out, oracle_of(dtype, streaming_attention, *(x.double() for x in (q, k, v)), **options)
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=NAMES.get)
@@ -267,13 +265,12 @@ def test_attention_within_budget(shape, dtype):
 @pytest.mark.parametrize("option", LOGITS)
 def test_score_options_within_budget(option, dtype):
     options = {option: LOGITS[option]}
-    out, low_precision, oracle = outputs(
-        (2, 6, 1), make_rope(), {"batch": 2}, [9, 2, 1, 1, [1, 5]], dtype, scale=0.7, **options
-    )
-    assert_within_budget(out, low_precision, oracle)
+    shape = (2, 6, 1), make_rope(), {"batch": 2}, [9, 2, 1, 1, [1, 5]], dtype
+    out, oracle = outputs(*shape, scale=0.7, **options)
+    assert_within_budget(out, oracle)
     torch.manual_seed(0)
-    _, _, without = outputs((2, 6, 1), make_rope(), {"batch": 2}, [9, 2, 1, 1, [1, 5]], dtype, scale=0.7)
-    assert max_error(without, oracle) > 1e-2
+    _, without = outputs(*shape, scale=0.7)
+    assert max_error(without.output, oracle.output) > 1e-2
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -3,7 +3,8 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from factories import assert_within_budget, make_qkv, make_rope, run
+from budget import assert_within_budget, oracle_of
+from factories import make_qkv, make_rope, run
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -123,16 +124,14 @@ def make_ring(*layout, batch=2, dtype=torch.float32, **options):
 def test_chunks_do_not_matter(dtype, headroom):
     tokens, layout = 300, (4, 28, headroom)
     q, k, v = make_qkv(tokens, batch=1, dtype=dtype)
-    oracle = streaming_attention(*(x.double() for x in (q, k, v)), num_sinks=4, window=28, rope=make_rope())
-
-    def stream(calls, backend):
-        ring = make_ring(*layout, batch=1, dtype=dtype)
-        return run(sink_attention, ring, q, k, v, calls, rope=make_rope(), backend=backend), ring
-
-    low_precision, expected = stream([tokens], "reference")
+    options = {"num_sinks": 4, "window": 28, "rope": make_rope()}
+    oracle = oracle_of(dtype, streaming_attention, *(x.double() for x in (q, k, v)), **options)
+    expected = make_ring(*layout, batch=1, dtype=dtype)
+    expected.append(k, v, rope=make_rope())
     for calls in ([tokens], [1] * tokens, [7] * 42 + [6], [64] * 4 + [44], [13, 1, 90, 2, 29, 10, 0, 28, 127]):
-        out, ring = stream(calls, "cpu")
-        assert_within_budget(out, low_precision, oracle)
+        ring = make_ring(*layout, batch=1, dtype=dtype)
+        out = run(sink_attention, ring, q, k, v, calls, rope=make_rope())
+        assert_within_budget(out, oracle)
         assert torch.equal(ring.keys, expected.keys)
         assert torch.equal(ring.values, expected.values)
 
