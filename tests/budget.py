@@ -29,8 +29,8 @@ RMS_LIMIT = 1.1
 """What the root mean square of all errors may be, in units of those to expect: a tenth above any case of PyTorch."""
 
 LARGEST_LIMIT = 10
-"""What any one error may be. The order of a sum is not known: at worst its largest term comes first and is in all
-partial sums, where it is in half of them on the average."""
+"""What any one error may be. A normal number is beyond 5 once in two million; a large term that comes first is in all
+partial sums and not, as on the average, in half of them, which is the root of two more; and half of that to be safe."""
 
 
 class Oracle(NamedTuple):
@@ -57,6 +57,7 @@ def expected_error(
     *,
     scale: float,
     dtype: torch.dtype,
+    softcap: float | None = None,
     **options: Any,
 ) -> Tensor:
     """In place of `sinkattn.reference.attend`: how much its output ``[heads, value_dim]`` errs, to first order.
@@ -76,7 +77,12 @@ def expected_error(
         scores.append(scale * product[..., 0])
         variances.append(scale**2 * variance[..., 0])
     scores, variances = torch.cat(scores, dim=1), torch.cat(variances, dim=1)
-    weights = reference.attention_weights(scores, distances, **options)
+    weights = reference.attention_weights(scores, distances, softcap=softcap, **options)
+    if softcap is not None:
+        capped = (scores / softcap).tanh()
+        # The cap dampens what came before; dividing by it and tanh are two roundings more.
+        variances = (variances + 2 * fp32 * scores.square()) * (1 - capped.square()).square()
+        scores = softcap * capped
     # The scale and the base of a score, two roundings of what it is below the largest, and exp to within a unit.
     below = (weights / weights.amax(dim=1, keepdim=True)).log().clamp(min=-100)
     variances = variances + fp32 * (2 * scores.square() + 2 * below.square() + 2)
