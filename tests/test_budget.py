@@ -64,7 +64,7 @@ def attention(query, key, value, rope, *, operand=same, weight=same, partial_sum
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_plain_pytorch_is_within_budget(shape, dtype):
-    for seed in range(10):
+    for seed in range(8):
         torch.manual_seed(seed)
         query, key, value, rope, oracle = streams(shape, dtype)
         assert_within_budget(attention(query, key, value, rope), oracle)
@@ -80,7 +80,7 @@ def assert_missed(out, oracle):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_twice_the_error_is_noticed(shape, dtype):
-    for seed in range(5):
+    for seed in range(3):
         torch.manual_seed(seed)
         *new, oracle = streams(shape, dtype)
         assert_missed(2 * attention(*new).double() - oracle.output, oracle)
@@ -117,7 +117,7 @@ FLAWS = {
 
 @pytest.mark.parametrize(("dtype", "flaw"), FLAWS.values(), ids=FLAWS)
 def test_lost_precision_is_noticed(dtype, flaw):
-    for seed in range(5):
+    for seed in range(3):
         torch.manual_seed(seed)
         *new, oracle = streams(SHAPES[-1], dtype)
         assert_missed(attention(*new, **flaw), oracle)

@@ -125,7 +125,14 @@ def attend(
     weights = tl.exp2(scores - larger[:, None])
     shrink = tl.exp2(largest - larger)
     total = total * shrink + tl.sum(weights, 1)
-    acc = matmul(rounded(weights, values.dtype, UPCAST), values, acc * shrink[:, None], UPCAST)
+    weights = rounded(weights, values.dtype, UPCAST)
+    shrink = tl.broadcast_to(shrink[:, None], acc.shape)
+    if values.dtype == tl.float32:
+        # A block is summed by itself: the error of one sum over all grows with the root of the window. By fma, as the
+        # compiler takes an addition for the start of the product's sum.
+        acc = tl.fma(acc, shrink, matmul(weights, values, tl.zeros_like(acc), UPCAST))
+    else:
+        acc = matmul(weights, values, acc * shrink, UPCAST)
     return larger, total, acc
 
 
