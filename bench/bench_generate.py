@@ -24,6 +24,7 @@ from torch.testing import assert_close
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import sinkattn
+from sinkattn.hf.versions import forward_cache
 
 NUM_SINKS, WINDOW = 4, 1024
 CONTEXT = NUM_SINKS + WINDOW
@@ -52,7 +53,7 @@ def models(request) -> tuple[LlamaForCausalLM, LlamaForCausalLM, str]:
         cache = sinkattn.SinkCache(enabled)
         # A chunk, then single tokens.
         parts = ids.split([CONTEXT - 4, 1, 1, 1, 1], dim=1)
-        logits = torch.cat([enabled(input_ids=part, past_key_values=cache).logits for part in parts], dim=1)
+        logits = torch.cat([enabled(input_ids=part, **{forward_cache(enabled): cache}).logits for part in parts], dim=1)
         assert_close(logits, plain(input_ids=ids, use_cache=False).logits, atol=TOLERANCE[request.param], rtol=0)
     return enabled, plain, request.param
 
@@ -72,13 +73,13 @@ class Cached:
     def __init__(self, model: LlamaForCausalLM, cache: Cache, tokens: int) -> None:
         self.model, self.cache = model, cache
         for ids in random_ids(tokens).split(CHUNK, dim=1):
-            self.token = next_token(model, input_ids=ids, past_key_values=cache)
+            self.token = next_token(model, input_ids=ids, **{forward_cache(model): cache})
 
     def turn(self) -> Callable[[], None]:
         return self.step
 
     def step(self) -> None:
-        self.token = next_token(self.model, input_ids=self.token, past_key_values=self.cache)
+        self.token = next_token(self.model, input_ids=self.token, **{forward_cache(self.model): self.cache})
 
 
 class CachedAtConstantLength(Cached):

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import sinkattn
+from sinkattn.hf.versions import GENERATE_CACHE, forward_cache
 
 NUM_SINKS, WINDOW, SMALL_WINDOW = 4, 4092, 1020
 EARLY, LATE, CHUNK = 2_000, 100_000, 1_024
@@ -97,7 +98,7 @@ class Stream:
     def __init__(self, model: LlamaForCausalLM, cache: Cache, ids: Tensor) -> None:
         self.model, self.cache = model, cache
         for part in ids.split(CHUNK, dim=1):
-            self.logits = model(input_ids=part, past_key_values=cache, logits_to_keep=1).logits[:, -1].clone()
+            self.logits = model(input_ids=part, logits_to_keep=1, **{forward_cache(model): cache}).logits[:, -1].clone()
         self.token = self.logits.argmax(dim=-1, keepdim=True)
 
     def fork(self) -> "Stream":
@@ -106,7 +107,7 @@ class Stream:
         return twin
 
     def step(self) -> None:
-        output = self.model(input_ids=self.token, past_key_values=self.cache, logits_to_keep=1)
+        output = self.model(input_ids=self.token, logits_to_keep=1, **{forward_cache(self.model): self.cache})
         self.logits.copy_(output.logits[:, -1])
         self.token.copy_(self.logits.argmax(dim=-1, keepdim=True))
 
@@ -205,7 +206,7 @@ class Generation:
         self.text = torch.cat((ids, self.stream.token), dim=1)
 
     def run(self) -> None:
-        options = {"past_key_values": self.stream.cache, "max_new_tokens": GENERATED, "do_sample": False}
+        options = {GENERATE_CACHE: self.stream.cache, "max_new_tokens": GENERATED, "do_sample": False}
         text = self.stream.model.generate(self.text, **options)
         assert text.shape[1] == self.text.shape[1] + GENERATED
         if isinstance(self.stream.cache, DynamicCache):

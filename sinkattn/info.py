@@ -31,6 +31,7 @@ def model_facts(model: Any, num_sinks: int, window: int) -> dict[str, Any]:
     from sinkattn.hf import SinkCache, disable, enable
     from sinkattn.hf.cache import find_swap
     from sinkattn.hf.reencode import Reencode, extra_tokens
+    from sinkattn.hf.versions import forward_cache
 
     facts: dict[str, Any] = {"class": type(model).__name__, "num_sinks": num_sinks, "window": window}
     try:
@@ -40,7 +41,8 @@ def model_facts(model: Any, num_sinks: int, window: int) -> dict[str, Any]:
     try:
         cache = SinkCache(model)
         with torch.no_grad():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache)
+            token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+            model(input_ids=token, **{forward_cache(model): cache})
         swap = find_swap(model)
         facts |= {"accepted": True, "cache_bytes_per_stream": cache.nbytes}
         if isinstance(swap, Reencode):

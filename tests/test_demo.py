@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sinkattn import demo, plots, recorder, report
 from sinkattn.demo import Settings
+from sinkattn.hf.versions import forward_cache
 from sinkattn.recorder import Recorder, sample_positions
 from sinkattn.text import Pipe, TextError, TokenStream
 
@@ -132,7 +133,7 @@ def test_turns_tell_a_stream_that_slows_down(result, model):
     assert (result.turns.rounds, result.turns.young_seen, result.turns.old_seen) == (9, SIZE, SETTINGS.tokens)
 
     def slow(module, args, kwargs):
-        if (cache := kwargs.get("past_key_values")) is not None and cache.get_seq_length() >= SETTINGS.tokens:
+        if (cache := kwargs.get(forward_cache(module))) is not None and cache.get_seq_length() >= SETTINGS.tokens:
             time.sleep(0.02)
 
     handle = model.register_forward_pre_hook(slow, with_kwargs=True)

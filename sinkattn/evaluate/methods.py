@@ -23,6 +23,7 @@ from sinkattn.hf.cache import find_swap
 from sinkattn.hf.probe import trained_length
 from sinkattn.hf.reencode import Reencode
 from sinkattn.hf.stream import keep_last_logits
+from sinkattn.hf.versions import forward_cache
 
 # Tokens fed at once: bounds the memory that their logits take.
 CHUNK = 256
@@ -127,7 +128,7 @@ class Cached:
 
     def _forward(self, ids: Tensor, **options: Tensor) -> Any:
         fed = ids[None].to(self.model.device)
-        return self.model(input_ids=fed, past_key_values=self.cache, use_cache=True, **options)
+        return self.model(input_ids=fed, **{forward_cache(self.model): self.cache}, use_cache=True, **options)
 
 
 class Streamed(Cached):

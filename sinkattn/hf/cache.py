@@ -104,7 +104,7 @@ class SinkLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Hand the new keys and values through: the attention function appends them to the ring itself."""
         if self._streams.arriving is None:
-            raise RuntimeError("past_key_values: a SinkCache works only in the model that sinkattn.enable prepared")
+            raise RuntimeError("cache: a SinkCache works only in the model that sinkattn.enable prepared")
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -162,7 +162,8 @@ class StatefulSinkLayer(SinkLayer, LinearAttentionAndFullAttentionLayer):
 
 
 class SinkCache(Cache):
-    """Constant-memory cache of an enabled model; pass it as ``past_key_values`` and keep it between turns.
+    """Constant-memory cache of an enabled model; pass it as ``cache`` (until transformers
+    5.23: ``past_key_values``) and keep it between turns.
 
     Each layer keeps its sink tokens and a ring of recent ones, in place. `generate` on an enabled model makes one
     by itself; make your own to go on with a stream later. ``copy.deepcopy`` forks it.
@@ -269,14 +270,14 @@ class SinkCache(Cache):
         """Open a forward of ``tokens`` new tokens per row; raises, with nothing changed, if it cannot be taken."""
         streams = self._streams
         if streams.arriving is not None:
-            raise RuntimeError("past_key_values: is in the middle of a forward already, in this thread or another")
+            raise RuntimeError("cache: is in the middle of a forward already, in this thread or another")
         if (seen := self.seen) is not None and len(seen) != batch:
-            raise ValueError(f"past_key_values: holds {len(seen)} streams, got a batch of {batch}")
+            raise ValueError(f"cache: holds {len(seen)} streams, got a batch of {batch}")
         if self._max_batch_size is not None and batch > self._max_batch_size:
-            raise ValueError(f"past_key_values: max_batch_size is {self._max_batch_size}, got a batch of {batch}")
+            raise ValueError(f"cache: max_batch_size is {self._max_batch_size}, got a batch of {batch}")
         if streams.broken:
             raise RuntimeError(
-                "past_key_values: a forward was interrupted when it had overwritten a part of what the next needs; "
+                "cache: a forward was interrupted when it had overwritten a part of what the next needs; "
                 "call reset() and start the stream anew"
             )
         streams.arriving, streams.ids = tokens, ids
@@ -332,7 +333,7 @@ class SinkCache(Cache):
                 for layer in self._state_layers
             ):
                 raise RuntimeError(
-                    "past_key_values: some layers have a state that cannot go back; assisted decoding needs a model "
+                    "cache: some layers have a state that cannot go back; assisted decoding needs a model "
                     "without such layers"
                 )
             if self.has_padding and streams.clean < -tokens_to_remove:

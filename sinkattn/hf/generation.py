@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from sinkattn.hf.cache import LEAST_REMEMBERED, SinkCache, find_swap
+from sinkattn.hf.versions import GENERATE_CACHE, take_cache
 
 # Tokens that an assistant proposes at once if its configuration does not say: transformers' own default.
 ASSISTANT_TOKENS = 20
@@ -32,9 +33,8 @@ def generate(model: PreTrainedModel, inputs: Tensor | None = None, *args, **kwar
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and not mask[:, -1].all():
         raise ValueError("attention_mask: expected padding on the left to generate from, got some on the right")
-    cache = kwargs.get("past_key_values")
-    if cache is None:
-        kwargs["past_key_values"] = SinkCache(model)
+    name, cache = take_cache(kwargs)
+    kwargs[GENERATE_CACHE] = SinkCache(model) if cache is None else cache
     ids = kwargs.get("input_ids") if inputs is None else inputs
     if isinstance(cache, SinkCache) and isinstance(ids, Tensor) and cache.tokens_seen:
         if kwargs.get("assistant_model") is not None:
@@ -47,7 +47,7 @@ def generate(model: PreTrainedModel, inputs: Tensor | None = None, *args, **kwar
                 "input_ids: expected the new ids alone, for prompt lookup in transformers feeds all that it is given; "
                 f"got those of the whole stream ({ids.shape[1]})"
             )
-        kwargs |= _continuation(cache, ids, mask)
+        kwargs |= _continuation(name, cache, ids, mask)
     # A saved configuration may say otherwise; then every step would bring all tokens anew.
     kwargs["use_cache"] = True
     return type(model).generate(model, inputs, *args, **kwargs)
@@ -77,13 +77,13 @@ def _check_assistant(model: PreTrainedModel, config: GenerationConfig, kwargs: d
         )
 
 
-def _continuation(cache: SinkCache, ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
+def _continuation(name: str, cache: SinkCache, ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
     """What `generate` has to be told when it goes on: a mask as long as the stream, and positions."""
     seen, whole = cache.tokens_seen, cache.continues_with(ids)
     if len(ids) != len(cache.seen):
         if not whole or ids.shape[1] <= seen:
             raise ValueError(
-                f"past_key_values: holds {len(cache.seen)} streams, got new ids of {len(ids)}; after several beams or "
+                f"{name}: holds {len(cache.seen)} streams, got new ids of {len(ids)}; after several beams or "
                 "returned sequences, go on with all ids and the same number of them"
             )
         return {}

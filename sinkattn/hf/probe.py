@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from sinkattn.hf.versions import untested
 from sinkattn.rope import STYLES, Rope, rotate
 
 PROBE_NAME = "sinkattn_probe"
@@ -34,6 +35,10 @@ LONGEST_WINDOW = 1 << 18
 
 class UnsupportedModelError(ValueError):
     """The model does something that sinkattn cannot prove it computes exactly; the message says what."""
+
+    def __str__(self) -> str:
+        """The message, and what was tested if a newer transformers is installed."""
+        return super().__str__() + untested()
 
 
 class Visible(NamedTuple):
@@ -242,6 +247,12 @@ def probe(model: PreTrainedModel) -> Findings:
         raise UnsupportedModelError(
             f"{name}: expected at most one call of the attention function in each layer, got layers {indices}"
         )
+    for call in rotated.calls:
+        if not call.value.isfinite().all():
+            raise UnsupportedModelError(
+                f"{name}: in {model.dtype} its own values in layer {call.module.layer_idx} are not finite; load it in "
+                "bfloat16 or float32"
+            )
     if any(not torch.equal(here.value, there.value) for here, there in zip(plain.calls, moved.calls, strict=True)):
         raise UnsupportedModelError(
             f"{name}: positions come in by another way than a rotary embedding; such keys cannot be moved"
@@ -393,7 +404,7 @@ def _explain(rotated: Call, plain: Call, ropes: list[Rope], positions: Tensor) -
         # Multi-head latent attention rotates the end of the head.
         for begin in dict.fromkeys((0, head_dim - rope.rotary_dim)):
             if all(
-                _close(want, torch.cat((x[..., :begin], _rotate(x[..., begin:], cos, sin, rope)), dim=-1))
+                _close(want, torch.cat((x[..., :begin], _rotate(x[..., begin:], cos, sin, rope)), dim=-1), rope, begin)
                 for want, x in pairs
             ):
                 return Rotation(rope, begin)
@@ -404,7 +415,18 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: Rope) -> Tensor:
     return rotate(x.float(), cos, sin, interleaved=rope.interleaved)
 
 
-def _close(want: Tensor, got: Tensor) -> bool:
-    # Twice the rounding of the model's own dtype. Norm weights that come after a rotation move far more than that.
+def _close(want: Tensor, got: Tensor, rope: Rope, begin: int) -> bool:
+    # Twice the rounding of the model's own dtype, pair by pair: a few channels may be a thousand times the others.
+    # Norm weights that come after a rotation move far more than that.
     budget = max(1e-6, 2 * torch.finfo(want.dtype).eps)
-    return bool((want.float() - got).norm() <= budget * want.float().norm())
+    want = want.float()
+    error, size = (_pair_norms(x, rope, begin) for x in (want - got, want))
+    return bool((error <= budget * size).all())
+
+
+def _pair_norms(x: Tensor, rope: Rope, begin: int) -> Tensor:
+    """Over everything but the pairs that are rotated together; an element that is not rotated stands alone."""
+    norms = x.double().square().sum(dim=(0, 1, 2))
+    rotary = norms[begin : begin + rope.rotary_dim]
+    pairs = rotary.view(-1, 2).sum(dim=1) if rope.interleaved else rotary.view(2, -1).sum(dim=0)
+    return torch.cat((norms[:begin], pairs, norms[begin + rope.rotary_dim :])).sqrt()

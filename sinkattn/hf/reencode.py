@@ -10,15 +10,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from sinkattn.hf.agreement import check_agreement, relative_error
 from sinkattn.hf.cache import SinkCache, SinkLayer, Streams
-from sinkattn.hf.enabled import Enabled, check_equal, check_positions, readable, sample_ids
+from sinkattn.hf.enabled import Enabled, check_positions, readable, sample_ids
 from sinkattn.hf.probe import UnsupportedModelError, evaluation_mode, find_decoder, trained_length
+from sinkattn.hf.versions import cache_name
 from sinkattn.ops import RingLayout, check_no_gradients, check_tensor
 
 if TYPE_CHECKING:
@@ -196,7 +200,7 @@ class ReencodeCache(SinkCache):
         headroom = self.layout.headroom
         left = min(headroom - (self._peak - self.tokens_seen), self.tokens_seen)
         if count > left:
-            raise RuntimeError(f"past_key_values: can go back {left} tokens more (headroom {headroom}), got {count}")
+            raise RuntimeError(f"cache: can go back {left} tokens more (headroom {headroom}), got {count}")
         self.ids = self.ids[:, : self.ids.shape[1] - count]
         self._count(self.tokens_seen - count)
         self._forget_beginning()
@@ -257,7 +261,7 @@ class Reencode(Enabled):
             for name in ("use_cache", "return_dict")
         )
         kwargs |= {
-            "past_key_values": cache.context,
+            self.cache_argument: cache.context,
             "attention_mask": None,
             "use_cache": True,
             "return_dict": True,
@@ -274,7 +278,7 @@ class Reencode(Enabled):
             last_hidden_states, hidden_states = zip(*parts, strict=True)
             output = type(output)(
                 last_hidden_state=torch.cat(last_hidden_states, dim=1),
-                past_key_values=cache if use_cache else None,
+                **{self.cache_argument: cache if use_cache else None},
                 hidden_states=None if hidden_states[0] is None else tuple(map(_join, zip(*hidden_states, strict=True))),
             )
             finished = True
@@ -301,8 +305,8 @@ def adds_positions(model: PreTrainedModel) -> bool:
     A rotation of queries and keys, or a bias by distance, makes no difference to a token that sees itself alone.
     """
     decoder = find_decoder(model)
-    needed = {"input_ids", "past_key_values", "position_ids", "use_cache"}
-    if not needed <= set(inspect.signature(decoder.forward).parameters):
+    parameters = inspect.signature(decoder.forward).parameters
+    if not {"input_ids", "position_ids", "use_cache"} <= set(parameters) or cache_name(parameters) is None:
         return False
     if any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
         return False
@@ -327,20 +331,56 @@ def enable_by_reencoding(model: PreTrainedModel, layout: RingLayout) -> None:
     trial = RingLayout(min(2, layout.num_sinks), min(4, layout.window), 0)
     grown = trial.num_sinks + trial.window
     ids = sample_ids(model, grown + rebuild_period(trial) + 1)
-    rebuilt = torch.cat((ids[:, : trial.num_sinks], ids[:, context_start(ids.shape[1] - 1, trial) :]), dim=1)
     swap = Reencode(model, find_decoder(model), trial)
     with evaluation_mode(model):
-        before = torch.cat(
-            (model(input_ids=ids[:, :grown], use_cache=False)[0], model(input_ids=rebuilt, use_cache=False)[0][:, -1:]),
-            dim=1,
-        )
+        _check_causal(type(model).__name__, swap.decoder, ids)
+        want, again = (_in_contexts(swap.decoder, ids, trial) for _ in range(2))
         try:
             swap.install()
-            cache = SinkCache(model)
-            parts = ids.tensor_split(2, dim=1)
-            after = torch.cat([model(input_ids=part, past_key_values=cache)[0] for part in parts], dim=1)
-            check_equal(model, before, torch.cat((after[:, :grown], after[:, -1:]), dim=1))
+            options = {swap.cache_argument: SinkCache(model)}
+            # Cut so that everything is computed in the shapes in which it was.
+            calls = ids.tensor_split((trial.num_sinks, grown), dim=1)
+            got = torch.cat([swap.decoder(input_ids=call, **options)[0] for call in calls if call.shape[1]], dim=1)
+            noise = relative_error(again, want)
+            check_agreement(type(model).__name__, "its hidden states", relative_error(got, want), noise)
         except BaseException:
             swap.remove()
             raise
     swap.layout = layout
+
+
+def _check_causal(name: str, decoder: PreTrainedModel, ids: Tensor) -> None:
+    """Refuse a decoder whose tokens see what comes after them. ids: ``[2, tokens]``."""
+
+    def earlier(row: int | None) -> Tensor:
+        # Hidden states of the first row without its last token, with the last token of a row replaced.
+        fed = ids.clone()
+        if row is not None:
+            fed[row, -1] = ids[row, 0]
+        return decoder(input_ids=fed, use_cache=False)[0][0, :-1]
+
+    want = earlier(None)
+    # All shapes are the same, so nothing is rounded otherwise, unless scales of a quantisation are those of a batch.
+    error, noise = relative_error(earlier(0), want), relative_error(earlier(1), want)
+    if error > max(1e-5, 2 * noise):
+        raise UnsupportedModelError(f"{name}: is not causal: outputs change by {error:.1e} with the token after")
+
+
+def _in_contexts(decoder: PreTrainedModel, ids: Tensor, layout: RingLayout) -> Tensor:
+    """Hidden states ``[batch, tokens, hidden]`` that the decoder as it is has for each token at the end of its context.
+
+    Every context is encoded from nothing, the sinks first.
+    """
+    device, parts = ids.device, []
+    name = cache_name(inspect.signature(decoder.forward).parameters)
+    for start, tokens in groupby(range(ids.shape[1]), key=lambda token: context_start(token, layout)):
+        tokens = list(tokens)
+        options: dict[str, Any] = {name: DynamicCache(config=decoder.config), "use_cache": True}
+        outputs, position = [], 0
+        for call in (ids[:, : layout.num_sinks], ids[:, start : tokens[-1] + 1]):
+            if call.shape[1]:
+                positions = torch.arange(position, position + call.shape[1], device=device).unsqueeze(0)
+                outputs.append(decoder(input_ids=call, position_ids=positions, **options)[0])
+                position += call.shape[1]
+        parts.append(torch.cat(outputs, dim=1)[:, -len(tokens) :])
+    return torch.cat(parts, dim=1)

@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
 )
 
 from sinkattn.hf.cache import SinkCache
+from sinkattn.hf.versions import forward_cache
 
 # Tokens held back for a character to become complete. It takes four bytes at most, but tokens may end in the middle
 # of one character after another; more than this are bytes that are no text at all.
@@ -94,7 +95,7 @@ def stream_tokens(
 
 
 def _tokens(model, prompt, cache, choose, max_new_tokens, stop_ids, prefill_chunk) -> Iterator[int]:
-    options = {"past_key_values": cache, "use_cache": True, **keep_last_logits(model)}
+    options = {forward_cache(model): cache, "use_cache": True, **keep_last_logits(model)}
     pending = prompt.split(prefill_chunk, dim=1)
     del prompt
     count = 0

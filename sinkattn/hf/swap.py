@@ -8,8 +8,6 @@ no attention function have an adapter, with a forward for their attention module
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,109 +16,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from sinkattn import ops
 from sinkattn.hf import adapters
-from sinkattn.hf.cache import SinkCache, SinkLayer, StatefulSinkLayer, Streams, find_swap
-from sinkattn.hf.enabled import Enabled, check_equal, check_positions, readable, sample_ids
+from sinkattn.hf.cache import SinkCache, SinkLayer, StatefulSinkLayer, Streams
+from sinkattn.hf.enabled import Enabled, check_positions, readable
 from sinkattn.hf.probe import (
-    PROBE_TOKENS,
     Findings,
     Rotation,
     UnsupportedModelError,
-    evaluation_mode,
     no_mask,
     no_rotation,
-    probe,
     rope_parameters,
-    trained_length,
 )
-from sinkattn.hf.reencode import adds_positions, enable_by_reencoding
+from sinkattn.hf.versions import native_layers
 from sinkattn.rope import table_dtype
 
 NAME = "sinkattn"
-
-
-def enable(
-    model: PreTrainedModel,
-    num_sinks: int = 4,
-    window: int = 1020,
-    headroom: int = 0,
-    *,
-    backend: ops.Backend = "auto",
-) -> PreTrainedModel:
-    """Make a loaded transformers model run on endless streams with constant memory and time per token, in place.
-
-    Every token sees the first ``num_sinks`` tokens and the ``window`` most recent ones, itself included, at positions
-    relative to the cache. Inputs up to ``num_sinks + window`` tokens give what the model gave before. The model is
-    probed and compared with itself on a short input first; what cannot be proven is refused.
-
-    A model that adds absolute positions to its embeddings streams by re-encoding: whenever ``num_sinks + window``
-    tokens are in sight, half of the window is dropped and the other half encoded anew. Memory is constant, time on
-    average.
-
-    Args:
-        model: a causal language model of transformers, in any float dtype, on one device; peft may have wrapped it.
-        num_sinks: tokens at the start of a stream that stay visible for ever.
-        window: most recent tokens a query sees, itself included. In a model where some layers have a sliding window of
-            their own, they keep that instead.
-        headroom: spare slots; so many tokens can be taken back: as many as prompt lookup or an assistant proposes at
-            once (``prompt_lookup_num_tokens``, ``num_assistant_tokens``).
-        backend: "auto", "cpu", "triton" or "reference"; the environment variable SINKATTN_BACKEND overrides.
-
-    Returns:
-        The same model.
-
-    Raises:
-        UnsupportedModelError: the model does something that is not supported; it is left as it was.
-        TypeError, ValueError: an argument, or a model that is enabled already.
-        RuntimeError: a backend that cannot run on the model's device.
-    """
-    layout = ops.RingLayout(num_sinks, window, headroom)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
-    if find_swap(model) is not None:
-        raise ValueError("model: is enabled already; call sinkattn.disable(model) first")
-    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
-        enable(model.get_base_model(), num_sinks, window, headroom, backend=backend)  # what peft has wrapped
-        return model
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
-    _check_model(model, layout)
-    backend = ops.select_backend(model.device, backend, model.dtype)
-    with _unexpected_means_unsupported(model):
-        if adds_positions(model):
-            enable_by_reencoding(model, layout)
-            return model
-        findings = adapters.find(model) or probe(model)
-        swap = trial = Swap(model, layout, backend, findings)
-        if num_sinks + window < PROBE_TOKENS:
-            # Long enough for several tokens to follow on several.
-            trial = Swap(model, ops.RingLayout(num_sinks, PROBE_TOKENS), backend, findings)
-        with evaluation_mode(model):
-            before = model(input_ids=sample_ids(model, PROBE_TOKENS), use_cache=False)[0]
-            try:
-                trial.install()
-                _try_out(trial, before)
-                if trial is not swap:
-                    trial.remove()
-                    swap.install()
-            except BaseException:
-                trial.remove()
-                swap.remove()
-                raise
-    return model
-
-
-def disable(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo `enable`, exactly. Returns the same model; raises ValueError if it is not enabled."""
-    swap = find_swap(model)
-    if swap is None:
-        raise ValueError("model: expected a model prepared by sinkattn.enable(model), got one that is not enabled")
-    swap.remove()
-    return model
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,17 +94,16 @@ class Swap(Enabled):
         self._implementation = findings.decoder.config._attn_implementation
         # In place of the context variable, which torch.compile cannot see through, while it traces.
         self._traced: Forward | None = None
-        self._hooks: list[Any] = []
 
     def _check_decoder(self) -> None:
         name = type(self.model).__name__
-        needed = {"past_key_values", "attention_mask"}
+        needed = {self.cache_argument or "cache", "attention_mask"}
         if not self.findings.forwards:
             needed.add("position_ids")  # those with ALiBi take none
         if missing := needed - set(self.parameters):
             raise UnsupportedModelError(f"{name}: its decoder takes no {', '.join(sorted(missing))}")
         found = {layer.index for layer in self.findings.layers.values()}
-        native = self._native_layers()
+        native = native_layers(self.decoder.config)
         for index in found - set(range(len(native))):
             raise UnsupportedModelError(f"{name}: layer {index} attends, but its cache has {len(native)} layers")
         for index, layer in enumerate(native):
@@ -201,12 +114,6 @@ class Swap(Enabled):
                 raise UnsupportedModelError(
                     f"{name}: layer {index} keeps keys and values, but does not call transformers' attention function"
                 )
-
-    def _native_layers(self) -> list[Any]:
-        config = self.decoder.config
-        layers = DynamicCache(config=config).layers
-        # transformers 5.17 leaves out the last ones if they take their keys from others.
-        return layers + [DynamicLayer() for _ in range(config.num_hidden_layers - len(layers))]
 
     def _kinds(self) -> dict[nn.Module, Kind]:
         layers, layout = self.findings.layers, self.layout
@@ -229,7 +136,7 @@ class Swap(Enabled):
 
     def cache_layers(self, streams: Streams) -> list[Any]:
         """Layers of a new cache: rings for attention, transformers' own for other kinds of state."""
-        layers = self._native_layers()
+        layers = native_layers(self.decoder.config)
         for module, kind in self.kinds.items():
             index = self.findings.layers[module].index
             native = layers[index]
@@ -268,8 +175,6 @@ class Swap(Enabled):
         """Restore the model, however far `install` came."""
         if not self.findings.forwards:
             self.decoder.set_attn_implementation(self._implementation)
-        while self._hooks:
-            self._hooks.pop().remove()
         super().remove()
 
     def forward(self, *args, **kwargs) -> Any:
@@ -288,7 +193,7 @@ class Swap(Enabled):
         # The rotary modules are no-ops now; whatever else goes by position sees the position within the cache.
         last = self.layout.num_sinks + self.layout.window - 1
         positions = positions.clamp(max=last)
-        provided = {"past_key_values": cache, "attention_mask": None, "position_ids": positions}
+        provided = {self.cache_argument: cache, "attention_mask": None, "position_ids": positions}
         kwargs |= {name: value for name, value in provided.items() if name in self.parameters}
         cache.begin(batch, tokens, kwargs.get("input_ids"))
         finished, running = False, Forward(self, cache, tokens, padding, positions)
@@ -413,60 +318,6 @@ def _attention_forward(
 
 AttentionInterface.register(NAME, _attention_forward)
 AttentionMaskInterface.register(NAME, no_mask)
-
-
-@contextmanager
-def _unexpected_means_unsupported(model: PreTrainedModel) -> Iterator[None]:
-    try:
-        yield
-    except UnsupportedModelError:
-        raise
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: could not be tried out: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _check_model(model: PreTrainedModel, layout: ops.RingLayout) -> None:
-    config = model.config.get_text_config(decoder=True)
-    name = type(model).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name}: encoder-decoder models are not supported")
-    if config is not model.config and any("mrope_section" in rope for rope in rope_parameters(model)):
-        raise UnsupportedModelError(f"{name}: positions in images are not those of a stream; load its text model alone")
-    devices = {str(parameter.device) for parameter in model.parameters()}
-    if len(devices) != 1 or "meta" in devices:
-        raise UnsupportedModelError(f"{name}: expected all parameters on one device, loaded, got {sorted(devices)}")
-    trained = trained_length(model)
-    if trained is not None and layout.num_sinks + layout.window > trained:
-        raise UnsupportedModelError(
-            f"{name}: num_sinks + window must not exceed the {trained} positions it was trained for, "
-            f"got {layout.num_sinks + layout.window}"
-        )
-
-
-def _try_out(swap: Swap, before: Tensor) -> None:
-    """Refuse a model whose outputs on a short input are not what they were ``before``."""
-    # In two calls, so that whatever else a model carries from call to call is carried here.
-    parts = sample_ids(swap.model, PROBE_TOKENS).tensor_split(2, dim=1)
-    cache, states = SinkCache(swap.model), _states_in_modules(swap)
-    after = torch.cat([swap.model(input_ids=part, past_key_values=cache)[0] for part in parts], dim=1)
-    if changed := _states_in_modules(swap) ^ states:
-        names = sorted({name for name, *_ in changed})
-        raise UnsupportedModelError(f"{type(swap.model).__name__}: keeps a stream's state in its modules: {names}")
-    check_equal(swap.model, before, after)
-
-
-def _states_in_modules(swap: Swap) -> set[tuple[str, int, int]]:
-    """Tensors that modules hold beside their parameters: a state would be there, and change with every call."""
-    rotaries = set(swap.findings.rotaries)
-    return {
-        (f"{type(module).__name__}.{name}", id(x), x._version)
-        for module in swap.findings.decoder.modules()
-        if module not in rotaries
-        for name, x in (*vars(module).items(), *module.named_buffers(recurse=False))
-        if isinstance(x, Tensor)
-    }
 
 
 def _padding(attention_mask: Any, cache: SinkCache, batch: int, tokens: int) -> Padding | None:

@@ -108,7 +108,7 @@ LONGROPE = {
 
 # Why families are refused, in patterns of the messages.
 OWN_ATTENTION = "none of its modules calls transformers' attention function"
-OTHER_OUTPUTS = "on a short input the swapped model differs"
+NO_CONTINUATION = "does not go on with its own stream"
 OTHER_POSITIONS = "positions come in by another way"
 SEVERAL_CALLS = "expected at most one call of the attention function"
 EXPECTED = {field.name for field in fields(Family)}
@@ -373,7 +373,7 @@ FAMILIES: dict[str, Family] = {
         attn_layer_offset=1,
         mamba_d_state=8,
         mamba_dt_rank=4,
-        refusal=OTHER_OUTPUTS,
+        refusal=NO_CONTINUATION,
     ),
     "nemotron_h": _hybrid(
         "NemotronH",
@@ -583,7 +583,7 @@ FAMILIES: dict[str, Family] = {
         layer_types=["hybrid_sliding", "hybrid"],
     ),
     "inkling2_text": _refused(
-        "position_bias",
+        "position_bias|not enough values to unpack",  # until 5.23; since 5.24
         "Inkling2ForCausalLM",
         "Inkling2TextConfig",
         ROUTED_EXPERTS,

@@ -81,7 +81,7 @@ def measure(family: str) -> tuple[Differences, str]:
 def stream(model: Any, ids: torch.Tensor, size: int) -> torch.Tensor:
     """Logits of an enabled model that is given ``size`` tokens at a time."""
     cache = sinkattn.SinkCache(model)
-    return torch.cat([model(part, past_key_values=cache).logits for part in ids.split(size, dim=1)], dim=1)
+    return torch.cat([model(part, cache=cache).logits for part in ids.split(size, dim=1)], dim=1)
 
 
 def sliding_mask(model: Any, window: int = W) -> torch.Tensor | dict[str, torch.Tensor | None]:

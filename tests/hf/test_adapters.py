@@ -151,7 +151,7 @@ def test_nothing_grows_with_the_stream_and_no_mask_is_made(variant):
     cache, sizes = sinkattn.SinkCache(model), []
     for begin, end in ((0, 60), (60, 61), (61, 650), (650, 651)):
         with Sizes() as mode:
-            model(ids[:, begin:end], past_key_values=cache)
+            model(ids[:, begin:end], cache=cache)
         sizes.append(mode.shapes)
     assert sizes[1] == sizes[3]
     linear = 4 * 48 * (589 + S + W)  # the widest layer, or the bias of a block of tokens and what it sees
@@ -245,7 +245,7 @@ def test_eager_falcon_with_alibi_is_refused():
 def test_falcon_keeps_one_key_for_each_group_of_queries():
     model = sinkattn.enable(build("falcon-new"), S, W)
     cache = sinkattn.SinkCache(model)
-    model(random_ids(1, 3), past_key_values=cache)
+    model(random_ids(1, 3), cache=cache)
     assert cache.layers[0].keys.shape == (1, 2, S + W, 8)
 
 

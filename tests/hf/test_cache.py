@@ -8,13 +8,14 @@ import torch
 from hf_models import build, random_ids
 
 import sinkattn
+from sinkattn.hf.versions import forward_cache
 
 S, W = 4, 28
 
 
 def feed(model, cache, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=ids, past_key_values=cache).logits
+        return model(input_ids=ids, **{forward_cache(model): cache}).logits
 
 
 def replay(model, ids: torch.Tensor) -> torch.Tensor:
@@ -151,7 +152,7 @@ def test_a_stream_begun_in_inference_mode_goes_on_outside():
     model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 60)
     cache = sinkattn.SinkCache(model)
     with torch.inference_mode():
-        model(ids[:, :50], past_key_values=cache)
+        model(ids[:, :50], cache=cache)
     got = feed(model, cache, ids[:, 50:])
     torch.testing.assert_close(got, feed(model, sinkattn.SinkCache(model), ids)[:, 50:])
 

@@ -23,7 +23,7 @@ def greedy(model, ids: torch.Tensor, count: int) -> torch.Tensor:
     cache, inputs = sinkattn.SinkCache(model), ids
     with torch.no_grad():
         for _ in range(count):
-            inputs = model(inputs, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
+            inputs = model(inputs, cache=cache).logits[:, -1:].argmax(dim=-1)
             ids = torch.cat((ids, inputs), dim=1)
     return ids
 
@@ -54,7 +54,7 @@ def test_sampling_equals_the_plain_loop(options):
     cache, inputs, want = sinkattn.SinkCache(model), ids, ids
     with torch.no_grad():
         for _ in range(90):
-            logits = model(inputs, past_key_values=cache).logits[:, -1]
+            logits = model(inputs, cache=cache).logits[:, -1]
             for name, value in options.items():
                 logits = warpers[name](value)(want, logits)
             inputs = torch.multinomial(logits.softmax(dim=-1), 1)
@@ -67,7 +67,7 @@ def test_turns_on_one_cache_equal_one_long_run():
     cache = sinkattn.SinkCache(model)
     text = ids
     for turn in range(3):
-        text = model.generate(text, past_key_values=cache, max_new_tokens=30, do_sample=False)
+        text = model.generate(text, cache=cache, max_new_tokens=30, do_sample=False)
         text = torch.cat((text, random_ids(1, 15, seed=turn + 1)), dim=1)
         assert cache.get_seq_length() == text.shape[1] - 16  # the last token of a turn has not been fed yet
     want = text[:, :40]
@@ -119,7 +119,7 @@ def test_what_would_be_wrong_is_refused():
     with pytest.raises(ValueError, match="cache_implementation"):
         model.generate(ids, max_new_tokens=3, cache_implementation="static")
     with pytest.raises(TypeError, match="got DynamicCache"):
-        model.generate(ids, max_new_tokens=3, past_key_values=DynamicCache())
+        model.generate(ids, max_new_tokens=3, cache=DynamicCache())
     with pytest.raises(ValueError, match=r"use_cache: .* got False"):
         model.generate(ids, max_new_tokens=3, use_cache=False)
 

@@ -63,18 +63,18 @@ def test_assistance_in_a_second_turn():
     """Prompt lookup goes on from new ids alone; whole streams, which transformers would feed again, are refused."""
     model, prompt = sinkattn.enable(build("llama"), S, W, headroom=6), random_ids(1, 10).repeat(1, 4)
     cache, options = sinkattn.SinkCache(model), {"max_new_tokens": 40, "do_sample": False}
-    text = model.generate(prompt, past_key_values=cache, prompt_lookup_num_tokens=6, **options)
+    text = model.generate(prompt, cache=cache, prompt_lookup_num_tokens=6, **options)
     whole = torch.cat((text, random_ids(1, 9, seed=3)), dim=1)
     with pytest.raises(ValueError, match="input_ids: expected the new ids alone"):
-        model.generate(whole, past_key_values=cache, prompt_lookup_num_tokens=6, **options)
+        model.generate(whole, cache=cache, prompt_lookup_num_tokens=6, **options)
     assistant = build("llama", num_hidden_layers=1)
     assistant.generation_config.num_assistant_tokens = 5
     with pytest.raises(ValueError, match="assistant_model: expected a new stream"):
-        model.generate(whole, past_key_values=cache, assistant_model=assistant, **options)
+        model.generate(whole, cache=cache, assistant_model=assistant, **options)
     if transformers.__version__ < "5.23":
         return  # it makes a mask for the new ids alone, which is refused
     new = whole[:, cache.get_seq_length() :]
-    got = model.generate(new, past_key_values=cache, prompt_lookup_num_tokens=6, **options)
+    got = model.generate(new, cache=cache, prompt_lookup_num_tokens=6, **options)
     assert torch.equal(got[:, -40:], greedy(model, whole, 40)[:, -40:])
 
 
@@ -85,26 +85,26 @@ def test_inputs_that_cannot_be_meant_are_refused():
     with pytest.raises(ValueError, match="attention_mask: expected padding on the left"):
         model.generate(ids, attention_mask=mask, max_new_tokens=5)
     cache = sinkattn.SinkCache(model)
-    model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False)
+    model.generate(ids, cache=cache, max_new_tokens=30, do_sample=False)
     edited = random_ids(2, 90, seed=4)
     edited[:, :18] = ids[:, :18]
     for wrong, common in ((ids, 20), (edited, 18)):
         with pytest.raises(ValueError, match=f"the first {common} are those that the stream began with; if they are"):
-            model.generate(wrong, past_key_values=cache, max_new_tokens=5)
+            model.generate(wrong, cache=cache, max_new_tokens=5)
     with pytest.raises(ValueError, match="holds 2 streams, got new ids of 1; after several beams"):
-        model.generate(ids[:1], past_key_values=cache, max_new_tokens=5)
+        model.generate(ids[:1], cache=cache, max_new_tokens=5)
     again = torch.ones(2, cache.get_seq_length() + 20, dtype=torch.int64)
     positions = torch.arange(49, 69).expand(2, 20)
-    model.generate(ids, past_key_values=cache, attention_mask=again, position_ids=positions, max_new_tokens=5)
+    model.generate(ids, cache=cache, attention_mask=again, position_ids=positions, max_new_tokens=5)
 
 
 def test_generated_padding_ids_are_no_padding_in_the_next_turn():
     model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 20)
     cache = sinkattn.SinkCache(model)
-    text = model.generate(ids, past_key_values=cache, max_new_tokens=10, min_new_tokens=10, do_sample=False)
+    text = model.generate(ids, cache=cache, max_new_tokens=10, min_new_tokens=10, do_sample=False)
     text[0, 25] = 0
     whole = torch.cat((text, torch.zeros_like(ids[:, :1]), ids), dim=1)
-    got = model.generate(whole, past_key_values=cache, max_new_tokens=20, do_sample=False)
+    got = model.generate(whole, cache=cache, max_new_tokens=20, do_sample=False)
     assert cache.seen.tolist() == [len(whole[0]) + 19]
     assert got.shape == (1, whole.shape[1] + 20)
 
@@ -206,7 +206,7 @@ def test_padding_leaves_every_row_as_it_is_alone(family, side):
     cache, out = sinkattn.SinkCache(model), []
     for part in (slice(0, 60), slice(60, 61), slice(61, 150)):
         seen_mask = mask[:, : part.stop]
-        out.append(model(ids[:, part], attention_mask=seen_mask, past_key_values=cache).logits)
+        out.append(model(ids[:, part], attention_mask=seen_mask, cache=cache).logits)
     for row, alone in enumerate(rows):
         got = torch.cat(out, dim=1)[row, mask[row].bool()]
         torch.testing.assert_close(got, model(alone).logits[0])
@@ -229,16 +229,16 @@ def test_masks_that_contradict_the_stream_are_refused():
     mask = torch.ones(2, 10, dtype=torch.int64)
     mask[1, :3] = 0
     cache = sinkattn.SinkCache(model)
-    model(ids, attention_mask=mask, past_key_values=cache)
+    model(ids, attention_mask=mask, cache=cache)
     longer = torch.ones(2, 11, dtype=torch.int64)
     with pytest.raises(
         ValueError, match=r"as many ones for past tokens as each row has seen, \[10, 7\], got \[10, 10\]"
     ):
-        model(ids[:, :1], attention_mask=longer, past_key_values=cache)
+        model(ids[:, :1], attention_mask=longer, cache=cache)
     longer[1, :3] = 0
     with pytest.raises(ValueError, match=r"position_ids: expected those of the stream, from \[10, 7\] on"):
-        model(ids[:, :1], attention_mask=longer, position_ids=torch.tensor([[10], [10]]), past_key_values=cache)
-    model(ids[:, :1], attention_mask=longer, position_ids=torch.tensor([[10], [7]]), past_key_values=cache)
+        model(ids[:, :1], attention_mask=longer, position_ids=torch.tensor([[10], [10]]), cache=cache)
+    model(ids[:, :1], attention_mask=longer, position_ids=torch.tensor([[10], [7]]), cache=cache)
     cache.crop(-1)
     with pytest.raises(RuntimeError, match="1 tokens back there is padding"):
         cache.crop(-1)
@@ -252,13 +252,13 @@ def test_turns_with_nothing_but_the_new_ids():
     cache, text = sinkattn.SinkCache(model), torch.zeros(1, 0, dtype=torch.int64)
     for turn, length in enumerate((3, 50, 10, 200)):
         new = random_ids(1, length, seed=turn)
-        got = model.generate(new, past_key_values=cache, max_new_tokens=30, do_sample=False)
+        got = model.generate(new, cache=cache, max_new_tokens=30, do_sample=False)
         text = greedy(model, torch.cat((text, new), dim=1), 30)
         assert torch.equal(got, text[:, -length - 30 :])
         # The last token of a turn has not been fed yet: it begins the next.
-        model(got[:, -1:], past_key_values=cache)
+        model(got[:, -1:], cache=cache)
     whole = torch.cat((text, random_ids(1, 5, seed=9)), dim=1)
-    got = model.generate(whole, past_key_values=cache, max_new_tokens=30, do_sample=False)
+    got = model.generate(whole, cache=cache, max_new_tokens=30, do_sample=False)
     assert torch.equal(got, greedy(model, whole, 30))
 
 
@@ -273,14 +273,14 @@ def test_what_a_stream_began_with_is_what_counts():
     for ids in (new, whole):
         cache = sinkattn.SinkCache(model)
         for i in range(20):
-            model(torch.cat((first[:, i : i + 1], random_ids(1, 2, seed=i)), dim=1), past_key_values=cache)
+            model(torch.cat((first[:, i : i + 1], random_ids(1, 2, seed=i)), dim=1), cache=cache)
             cache.crop(-2)
-        got = model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False)
+        got = model.generate(ids, cache=cache, max_new_tokens=30, do_sample=False)
         assert torch.equal(got[:, -30:], want[:, -30:])
     # Of embeddings nobody has ids: what comes later is new.
     cache = sinkattn.SinkCache(model)
-    model(inputs_embeds=model.get_input_embeddings()(first), past_key_values=cache)
-    got = model.generate(new, past_key_values=cache, max_new_tokens=30, do_sample=False)
+    model(inputs_embeds=model.get_input_embeddings()(first), cache=cache)
+    got = model.generate(new, cache=cache, max_new_tokens=30, do_sample=False)
     assert torch.equal(got[:, -30:], want[:, -30:])
 
 
@@ -289,10 +289,8 @@ def test_turns_of_padded_rows():
     rows = [random_ids(1, length, seed=length) for length in (3, 40)]
     ids, mask = padded(rows, "left")
     cache, new = sinkattn.SinkCache(model), random_ids(2, 7, seed=3)
-    got = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=40, do_sample=False)
-    again = model.generate(
-        torch.cat((got[:, -1:], new), dim=1), past_key_values=cache, max_new_tokens=40, do_sample=False
-    )
+    got = model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=40, do_sample=False)
+    again = model.generate(torch.cat((got[:, -1:], new), dim=1), cache=cache, max_new_tokens=40, do_sample=False)
     for row, alone in enumerate(rows):
         text = torch.cat((alone, got[row : row + 1, 40:], new[row : row + 1]), dim=1)
         assert torch.equal(again[row, 8:], greedy(model, text, 40)[0, -40:])
@@ -302,7 +300,7 @@ def test_turns_of_padded_rows():
 def test_the_decode_step_compiles_whole():
     model, ids = sinkattn.enable(build("llama"), S, W), random_ids(2, 200)
     want, cache = model(ids).logits, sinkattn.SinkCache(model)
-    model(ids[:, :5], past_key_values=cache)
+    model(ids[:, :5], cache=cache)
     graphs = []
 
     def count(graph, inputs):
@@ -311,7 +309,7 @@ def test_the_decode_step_compiles_whole():
 
     @torch.compile(fullgraph=True, backend=count)
     def step(token, cache):
-        return model(input_ids=token, past_key_values=cache).logits
+        return model(input_ids=token, cache=cache).logits
 
     got = [step(ids[:, i : i + 1], cache) for i in range(5, 200)]
     torch.testing.assert_close(torch.cat(got, dim=1), want[:, 5:])

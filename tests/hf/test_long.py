@@ -30,7 +30,7 @@ def test_memory_is_flat_over_a_long_generation():
     ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
     cache = sinkattn.SinkCache(model)
     watch = Watch(cache, TOKENS // 10)
-    options = {"max_new_tokens": TOKENS, "do_sample": True, "eos_token_id": None, "past_key_values": cache}
+    options = {"max_new_tokens": TOKENS, "do_sample": True, "eos_token_id": None, "cache": cache}
     torch.manual_seed(0)
     out = model.generate(ids, stopping_criteria=StoppingCriteriaList([watch]), **options)
     assert out.shape[1] == ids.shape[1] + TOKENS

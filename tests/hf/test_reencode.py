@@ -14,6 +14,7 @@ from transformers import BertConfig, BertLMHeadModel, DynamicCache, GPTJConfig, 
 import sinkattn
 from sinkattn.hf import UnsupportedModelError, reencode, stream_tokens
 from sinkattn.hf.reencode import ReencodeCache, context_start, kept_tokens, rebuild_period
+from sinkattn.hf.versions import cache_name, forward_cache
 from sinkattn.ops import RingLayout
 
 S, W = 3, 12
@@ -44,7 +45,7 @@ def rms_error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 def feed(model, cache, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=ids, past_key_values=cache).logits
+        return model(input_ids=ids, cache=cache).logits
 
 
 def stream(model, ids: torch.Tensor, chunks: list[int]) -> torch.Tensor:
@@ -222,9 +223,9 @@ def test_turns_on_one_cache_equal_one_long_run(gpt2):
     ids, more = random_ids(1, 20), random_ids(1, 15, seed=1)
     want = greedy(gpt2, torch.cat((greedy(gpt2, ids, 25), more), dim=1), 25)
     cache = sinkattn.SinkCache(sinkattn.enable(gpt2, S, W))
-    text = gpt2.generate(ids, past_key_values=cache, max_new_tokens=25, do_sample=False)
+    text = gpt2.generate(ids, cache=cache, max_new_tokens=25, do_sample=False)
     text = torch.cat((text, more), dim=1)
-    assert torch.equal(gpt2.generate(text, past_key_values=cache, max_new_tokens=25, do_sample=False), want)
+    assert torch.equal(gpt2.generate(text, cache=cache, max_new_tokens=25, do_sample=False), want)
     assert cache.get_seq_length() == want.shape[1] - 1
 
 
@@ -341,7 +342,7 @@ def test_a_stream_begun_in_inference_mode_goes_on_outside(streaming):
     model, want, ids = streaming
     cache = sinkattn.SinkCache(model)
     with torch.inference_mode():
-        model(ids[:, :31], past_key_values=cache)
+        model(ids[:, :31], cache=cache)
         cache.reorder_cache(torch.arange(2))
     assert rms_error(feed(model, cache, ids[:, 31:]), want[:, 31:]) < 2e-6
 
@@ -359,7 +360,7 @@ def test_hidden_states_and_tuples(gpt2):
     assert type(output) is tuple
     assert torch.equal(output[0], plain)
     assert type(output[1]) is ReencodeCache
-    assert gpt2(ids, use_cache=False).past_key_values is None
+    assert cache_name(gpt2(ids, use_cache=False)) is None
 
 
 @torch.no_grad()
@@ -386,7 +387,7 @@ def test_calls_that_would_be_wrong_are_refused(streaming):
     embeddings = torch.zeros(2, 10, 32)
     for kwargs, error, message in [
         ({"output_attentions": True}, ValueError, "output_attentions"),
-        ({"past_key_values": DynamicCache()}, TypeError, "expected a sinkattn.SinkCache or None, got DynamicCache"),
+        ({"cache": DynamicCache()}, TypeError, "expected a sinkattn.SinkCache or None, got DynamicCache"),
         ({"attention_mask": padded}, ValueError, "padding is not supported in models that stream by re-encoding"),
         (
             {"position_ids": torch.arange(5, 15)[None]},
@@ -409,11 +410,12 @@ def test_calls_that_would_be_wrong_are_refused(streaming):
         copy.deepcopy(model).train()(ids)
     other = sinkattn.enable(build("gpt2"), S, W)
     with pytest.raises(ValueError, match="made for another model"):
-        other(ids, past_key_values=sinkattn.SinkCache(model))
+        other(ids, cache=sinkattn.SinkCache(model))
     cache = sinkattn.SinkCache(model)
     feed(model, cache, ids)
+    plain = build("gpt2")
     with pytest.raises(RuntimeError, match=r"works only in the model that sinkattn\.enable prepared"):
-        build("gpt2")(ids, past_key_values=cache)
+        plain(ids, **{forward_cache(plain): cache})
     assert model(ids, attention_mask=torch.ones(2, 10), position_ids=torch.arange(10)[None]).logits.shape == (2, 10, 97)
 
 
@@ -445,7 +447,7 @@ def test_what_cannot_stream_this_way_is_refused(gpt2, monkeypatch):
         sinkattn.enable(gpt2, 4, 509)
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     bert = BertLMHeadModel(BertConfig(**sizes, num_attention_heads=4)).eval()  # sees what comes after
-    with pytest.raises(UnsupportedModelError, match="BertLMHeadModel"):
+    with pytest.raises(UnsupportedModelError, match="BertLMHeadModel: is not causal"):
         sinkattn.enable(bert, S, W)
     rotating = GPTJForCausalLM(GPTJConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=4, rotary_dim=8)).eval()
     assert not reencode.adds_positions(rotating)

@@ -25,13 +25,13 @@ def test_a_model_gives_what_it_gives_on_the_cpu_kernel():
             calls = ids.to(device).split([30, *[1] * 14, 4, 1, 20, 1], dim=1)
             outputs = []
             for i, call in enumerate(calls):
-                outputs.append(model(input_ids=call, past_key_values=cache).logits.cpu())
+                outputs.append(model(input_ids=call, cache=cache).logits.cpu())
                 if i == 16:  # taken back, and given again
                     cache.crop(-3)
-                    again = model(input_ids=ids[:, 46:49].to(device), past_key_values=cache).logits.cpu()
+                    again = model(input_ids=ids[:, 46:49].to(device), cache=cache).logits.cpu()
                     torch.testing.assert_close(again[:, -1:], outputs[-1], atol=1e-5, rtol=0)
             cache.reorder_cache(torch.tensor([1, 0], device=device))
-            outputs.append(model(input_ids=ids[:, :1].to(device), past_key_values=cache).logits.cpu())
+            outputs.append(model(input_ids=ids[:, :1].to(device), cache=cache).logits.cpu())
         logits.append(torch.cat(outputs, dim=1))
         sinkattn.disable(model)
     torch.testing.assert_close(*logits, atol=1e-5 if DEVICE == "cpu" else 1e-4, rtol=0)

@@ -19,7 +19,7 @@ def positions(decoder: PreTrainedModel) -> tuple[None, Tensor]:
 def forward(module: nn.Module, hidden_states: Tensor, residual: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
     """Forward of the attention module, residual included."""
     query, key, value = split_heads(module.query_key_value(hidden_states), module.num_heads, module.num_heads)
-    out = attend(module, query, key, value, module.inv_norm_factor, module.attention_dropout.p)
+    out = attend(module, query, key, value, module.inv_norm_factor)
     if module.pretraining_tp > 1 and module.slow_but_exact:
         # The sum over slices of the weight, which the family computes here, leaves the bias out.
         out = functional.linear(out, module.dense.weight)

@@ -22,5 +22,5 @@ def forward(module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> tuple[
     heads = module.num_attention_heads // PROCESSORS
     fused = module.qkv_proj(hidden_states).unflatten(-1, (PROCESSORS, 3, heads, module.head_dim))
     query, value, key = fused.permute(3, 0, 2, 4, 1, 5).flatten(2, 3)
-    out = attend(module, query, key, value, module.head_dim**-0.5, module.attn_dropout.p)
+    out = attend(module, query, key, value, module.head_dim**-0.5)
     return module.resid_dropout(module.out_proj(out)), None

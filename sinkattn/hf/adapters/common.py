@@ -19,14 +19,13 @@ def split_heads(fused: Tensor, kv_heads: int, heads: int) -> tuple[Tensor, Tenso
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
-def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
-    """Attention of one layer over its ring, heads joined: ``[batch, tokens, heads * head_dim]``.
-
-    dropout: on the attention weights, in training.
-    """
-    dropout = dropout if module.training else 0.0
-    out = module._sinkattn.attend(module, query, key, value, scale, dropout=dropout)
-    return out.transpose(1, 2).flatten(2)
+def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention of one layer over its ring, heads joined: ``[batch, tokens, heads * head_dim]``."""
+    if module.training:
+        raise RuntimeError(
+            "model: an attention module is in training mode; sinkattn is for inference, call model.eval()"
+        )
+    return module._sinkattn.attend(module, query, key, value, scale).transpose(1, 2).flatten(2)
 
 
 def live_rotation(rotary: nn.Module) -> Rotation:
@@ -42,5 +41,6 @@ def sinusoidal_rotation(attention: nn.Module) -> Rotation:
 
     Its tables of sines and cosines end at the longest trained position and are as coarse as the model's dtype.
     """
-    pairs = torch.arange(0, attention.pos_embd_dim, 2, dtype=torch.int64)
-    return Rotation(Rope(1.0 / 10000 ** (pairs / attention.pos_embd_dim), style="interleaved"), 0)
+    width = attention.rotary_dim or attention.embed_dim
+    pairs = torch.arange(0, width, 2, dtype=torch.int64)
+    return Rotation(Rope(1.0 / 10000 ** (pairs / width), style="interleaved"), 0)

@@ -36,5 +36,5 @@ def positions(decoder: PreTrainedModel) -> tuple[Rotation | None, Tensor | None]
 def forward(module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
     """Forward of the attention module."""
     query, key, value = split_heads(module.query_key_value(hidden_states), module.num_kv_heads, module.num_heads)
-    out = attend(module, query, key, value, module.inv_norm_factor, module.attention_dropout.p)
+    out = attend(module, query, key, value, module.inv_norm_factor)
     return module.dense(out), None

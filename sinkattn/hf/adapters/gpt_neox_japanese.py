@@ -18,5 +18,5 @@ def forward(module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> tuple[
     """Forward of the attention module."""
     heads = module.num_attention_heads
     query, key, value = split_heads(module.query_key_value(hidden_states), heads, heads)
-    out = attend(module, query, key, value, module.head_size**-0.5, module.attention_dropout.p)
+    out = attend(module, query, key, value, module.head_size**-0.5)
     return module.dense(out), None, module.dense_bias

@@ -20,5 +20,5 @@ def forward(module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> tuple[
         projection(hidden_states).unflatten(-1, (module.num_attention_heads, module.head_dim)).transpose(1, 2)
         for projection in (module.q_proj, module.k_proj, module.v_proj)
     )
-    out = attend(module, query, key, value, module.head_dim**-0.5, module.attn_dropout.p)
+    out = attend(module, query, key, value, module.head_dim**-0.5)
     return module.resid_dropout(module.out_proj(out)), None

@@ -21,4 +21,4 @@ def forward(module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> tuple[
     if module.clip_qkv:
         fused = fused.clamp(-module.clip_qkv, module.clip_qkv)
     query, key, value = fused.unflatten(-1, (3, module.n_heads, module.head_dim)).permute(2, 0, 3, 1, 4)
-    return module.out_proj(attend(module, query, key, value, module.softmax_scale, module.attn_dropout_p)), None
+    return module.out_proj(attend(module, query, key, value, module.softmax_scale)), None

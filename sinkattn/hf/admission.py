@@ -1,0 +1,119 @@
+"""`enable` and `disable`: whether a model is taken, and how it streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from sinkattn import ops
+from sinkattn.hf import adapters
+from sinkattn.hf.cache import find_swap
+from sinkattn.hf.probe import UnsupportedModelError, evaluation_mode, probe, rope_parameters, trained_length
+from sinkattn.hf.reencode import adds_positions, enable_by_reencoding
+from sinkattn.hf.swap import Swap
+from sinkattn.hf.trial import try_out
+
+
+def enable(
+    model: PreTrainedModel,
+    num_sinks: int = 4,
+    window: int = 1020,
+    headroom: int = 0,
+    *,
+    backend: ops.Backend = "auto",
+) -> PreTrainedModel:
+    """Make a loaded transformers model run on endless streams with constant memory and time per token, in place.
+
+    Every token sees the first ``num_sinks`` tokens and the ``window`` most recent ones, itself included, at positions
+    relative to the cache. Inputs up to ``num_sinks + window`` tokens give what the model gave before. The model is
+    probed and compared with itself on a short input first; what cannot be proven is refused.
+
+    A model that adds absolute positions to its embeddings streams by re-encoding: whenever ``num_sinks + window``
+    tokens are in sight, half of the window is dropped and the other half encoded anew. Memory is constant, time on
+    average.
+
+    Args:
+        model: a causal language model of transformers, in any float dtype, on one device; peft may have wrapped it.
+        num_sinks: tokens at the start of a stream that stay visible for ever.
+        window: most recent tokens a query sees, itself included. In a model where some layers have a sliding window of
+            their own, they keep that instead.
+        headroom: spare slots; so many tokens can be taken back: as many as prompt lookup or an assistant proposes at
+            once (``prompt_lookup_num_tokens``, ``num_assistant_tokens``).
+        backend: "auto", "cpu", "triton" or "reference"; the environment variable SINKATTN_BACKEND overrides.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: the model does something that is not supported; it is left as it was.
+        TypeError, ValueError: an argument, or a model that is enabled already.
+        RuntimeError: a backend that cannot run on the model's device.
+    """
+    layout = ops.RingLayout(num_sinks, window, headroom)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+    if find_swap(model) is not None:
+        raise ValueError("model: is enabled already; call sinkattn.disable(model) first")
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+        enable(model.get_base_model(), num_sinks, window, headroom, backend=backend)  # what peft has wrapped
+        return model
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+    _check_model(model, layout)
+    backend = ops.select_backend(model.device, backend, model.dtype)
+    with _unexpected_means_unsupported(model):
+        if adds_positions(model):
+            enable_by_reencoding(model, layout)
+            return model
+        findings = adapters.find(model) or probe(model)
+        swap = Swap(model, layout, backend, findings)
+        with evaluation_mode(model):
+            try_out(model, layout, backend, findings)
+            try:
+                swap.install()
+            except BaseException:
+                swap.remove()
+                raise
+    return model
+
+
+def disable(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `enable`, exactly. Returns the same model; raises ValueError if it is not enabled."""
+    swap = find_swap(model)
+    if swap is None:
+        raise ValueError("model: expected a model prepared by sinkattn.enable(model), got one that is not enabled")
+    swap.remove()
+    return model
+
+
+@contextmanager
+def _unexpected_means_unsupported(model: PreTrainedModel) -> Iterator[None]:
+    try:
+        yield
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: could not be tried out: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_model(model: PreTrainedModel, layout: ops.RingLayout) -> None:
+    config = model.config.get_text_config(decoder=True)
+    name = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name}: encoder-decoder models are not supported")
+    if config is not model.config and any("mrope_section" in rope for rope in rope_parameters(model)):
+        raise UnsupportedModelError(f"{name}: positions in images are not those of a stream; load its text model alone")
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) != 1 or "meta" in devices:
+        raise UnsupportedModelError(f"{name}: expected all parameters on one device, loaded, got {sorted(devices)}")
+    trained = trained_length(model)
+    if trained is not None and layout.num_sinks + layout.window > trained:
+        raise UnsupportedModelError(
+            f"{name}: num_sinks + window must not exceed the {trained} positions it was trained for, "
+            f"got {layout.num_sinks + layout.window}"
+        )

@@ -1,0 +1,195 @@
+"""The trial of `enable`: it takes models whose rounding adds up, and none whose attention is off by one token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hf_models import build, random_ids
+from transformers import LlamaForQuestionAnswering, LlamaForSequenceClassification, LlamaForTokenClassification
+from transformers.models.llama import modeling_llama
+
+import sinkattn
+from sinkattn import ops
+from sinkattn.hf import UnsupportedModelError, reencode
+from sinkattn.hf.agreement import BOUND, Record, relative_error
+
+S, W = 4, 28
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def deep(family: str, dtype: torch.dtype, layers: int = 12):
+    """A model as deep as pretrained ones, with channels of the residual stream that are 30 times the others."""
+    model = build(family, num_hidden_layers=layers)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, :2] *= 30
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                parameter *= 3
+            if name.endswith(("down_proj.weight", "mlp.c_proj.weight")):
+                parameter[:2] *= 30
+    return model.to(dtype)
+
+
+def relative_rounding(model, exact) -> float:
+    with torch.no_grad():
+        return relative_error(model(random_ids(2, 8)).logits, exact(random_ids(2, 8)).logits)
+
+
+def a_window_too_short(monkeypatch) -> None:
+    attend = ops.sink_attention_
+    monkeypatch.setattr(ops, "sink_attention_", lambda *a, **k: attend(*a, **{**k, "window": k["window"] - 1}))
+
+
+def queries_one_position_on(monkeypatch) -> None:
+    tables = sinkattn.Rope.stream_tables
+
+    def shifted(rope, seen, tokens, **options):
+        here, there = (tables(rope, seen + ahead, tokens, **options) for ahead in (0, 1))
+        return tuple(torch.stack((x[0], y[1])) for x, y in zip(here, there, strict=True))  # as sinks see them
+
+    monkeypatch.setattr(sinkattn.Rope, "stream_tables", shifted)
+
+
+def positions_that_end_too_early(monkeypatch) -> None:
+    tables = sinkattn.Rope.stream_tables
+    monkeypatch.setattr(
+        sinkattn.Rope,
+        "stream_tables",
+        lambda *args, window, **options: tables(*args, window=window - 1, **options),
+    )
+
+
+FAULTS: dict[str, Callable] = {
+    fault.__name__: fault for fault in (a_window_too_short, queries_one_position_on, positions_that_end_too_early)
+}
+
+
+@pytest.mark.parametrize("dtype", HALF.values(), ids=HALF)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_deep_models_with_outliers_are_taken_in_half_precision(family, dtype):
+    model = deep(family, dtype)
+    # What the original's own rounding does to its outputs, which no bound on them could tell from a fault.
+    assert relative_rounding(model, deep(family, torch.float32)) > 8 * torch.finfo(dtype).eps or family == "gpt2"
+    sinkattn.enable(model, S, W)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize("layers", [2, 12])
+def test_one_token_off_is_refused_in_any_dtype(layers, fault, dtype, monkeypatch):
+    model = deep("llama", dtype, layers)
+    sinkattn.disable(sinkattn.enable(model, S, W))
+    fault(monkeypatch)
+    with pytest.raises(UnsupportedModelError, match=r"swapped model differs from the original by .* in the attention"):
+        sinkattn.enable(model, S, W)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_model_that_rotates_one_position_off_is_refused_in_any_dtype(dtype, monkeypatch):
+    """Nearly all of the norm is in a pair that hardly turns, so over all channels an angle too far would not show."""
+    model = build("llama", num_hidden_layers=2, head_dim=16)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                projection.weight.unflatten(0, (-1, 2, 8))[:, :, :7] /= 300
+    sinkattn.disable(sinkattn.enable(model.to(dtype), S, W))
+    rotate = modeling_llama.apply_rotary_pos_emb
+
+    def off(q, k, cos, sin, **options):
+        ahead = (torch.roll(x, -1, dims=1) for x in (cos, sin))
+        return rotate(q, k, *ahead, **options)[0], rotate(q, k, cos, sin, **options)[1]
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", off)
+    with pytest.raises(UnsupportedModelError, match="in a way that is no known rotary embedding"):
+        sinkattn.enable(model, S, W)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_context_that_begins_one_token_off_is_refused(dtype, monkeypatch):
+    model = deep("gpt2", dtype)
+    pieces = reencode.ReencodeCache.pieces
+
+    def off(cache, new):
+        for ids, first, count in pieces(cache, new):
+            yield (torch.cat((ids[:, 1:2], ids[:, 1:]), dim=1) if first and ids.shape[1] > count else ids), first, count
+
+    monkeypatch.setattr(reencode.ReencodeCache, "pieces", off)
+    with pytest.raises(UnsupportedModelError, match="the swapped model differs from the original"):
+        sinkattn.enable(model, S, W)
+
+
+@pytest.mark.parametrize(
+    "head", [LlamaForSequenceClassification, LlamaForTokenClassification, LlamaForQuestionAnswering]
+)
+def test_any_head_streams(head):
+    plain = build("llama")
+    model = head(plain.config).eval()
+    model.base_model.load_state_dict(plain.model.state_dict())
+    ids = random_ids(1, 50)
+    sinkattn.enable(plain, S, W)
+    sinkattn.enable(model, S, W)
+    cache = sinkattn.SinkCache(model)
+    with torch.no_grad():
+        want = plain.model(ids).last_hidden_state[:, -5:]
+        for part in ids.split(45, dim=1):
+            got = model(part, cache=cache, output_hidden_states=True)
+    torch.testing.assert_close(got.hidden_states[-1], want)
+
+
+def test_values_that_are_not_finite_are_the_models_own():
+    model = build("llama").to(torch.float16)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(6e4)
+    with pytest.raises(UnsupportedModelError, match=r"in torch\.float16 its own values in layer 1 are not finite"):
+        sinkattn.enable(model, S, W)
+
+
+def test_a_model_is_compared_with_itself_in_its_own_attention(monkeypatch):
+    """A family's own attention function may do what no option says: here it hides what is two tokens back."""
+    eager = modeling_llama.eager_attention_forward
+
+    def narrow(module, query, key, value, mask, **options):
+        distance = torch.arange(key.shape[2] - query.shape[2], key.shape[2])[:, None] - torch.arange(key.shape[2])
+        return eager(module, query, key, value, mask.masked_fill(distance == 2, -1e4), **options)
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", narrow)
+    with pytest.raises(UnsupportedModelError, match="the swapped model differs from the original"):
+        sinkattn.enable(build("llama"), S, W)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_trial_leaves_no_trace(implementation):
+    model = build("llama", attn_implementation=implementation)
+    keys = [sorted(module.__dict__) for module in model.modules()]
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    sinkattn.disable(sinkattn.enable(model, S, W))
+    assert [sorted(module.__dict__) for module in model.modules()] == keys
+    assert model.config._attn_implementation == implementation
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+
+
+def test_records_keep_what_came_first_and_measure_what_differs():
+    record, module, x = Record(), torch.nn.Identity(), torch.randn(2, 8, 3)
+    for record.begin in (0, 4):
+        record.tokens = 4
+        assert record.meet_all(module, "keys", x[:, : record.begin + 4]).shape[1] == record.begin + 4
+    record.compare()
+    record.begin, record.tokens = 4, 4
+    assert torch.equal(record.meet_all(module, "keys", x[:, 4:] * 1.5), x[:, 4:])
+    assert record.errors[module, "keys"] == pytest.approx(0.5)
+    record.begin, record.tokens = 0, 8
+    assert torch.equal(record.meet(module, "keys", x), x)
+    record.compare()
+    assert not record.errors
+
+
+def test_relative_errors():
+    x = torch.tensor([3.0, 4.0])
+    assert relative_error(x, x) == 0
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_error(x * (1 + BOUND), x) == pytest.approx(BOUND, rel=1e-3)
+    assert relative_error(torch.tensor([3.0, torch.nan]), x) == torch.inf
+    assert relative_error(x, torch.zeros(2)) == torch.inf
