@@ -85,7 +85,7 @@ class SinkLayer(CacheLayerMixin):
             self.layout.window,
             self.layout.headroom,
             value_dim=value_states.shape[-1],
-            dtype=key_states.dtype,
+            dtype=value_states.dtype,
             device=key_states.device,
             share_seen_with=self._streams.ring,
         )

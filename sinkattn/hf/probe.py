@@ -187,12 +187,12 @@ def attention_implementation(decoder: PreTrainedModel, name: str) -> Iterator[No
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Run a model without dropout and gradients; every module gets its own mode back."""
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Run a model without dropout, gradients and autocast; every module gets its own mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             yield
     finally:
         for module in training:

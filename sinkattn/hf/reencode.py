@@ -85,7 +85,11 @@ class ContextLayer(CacheLayerMixin):
         begin, self.length = self.length, self.length + key_states.shape[-2]
         self.keys[..., begin : self.length, :] = key_states
         self.values[..., begin : self.length, :] = value_states
-        return self.keys[..., : self.length, :], self.values[..., : self.length, :]
+        # A stream may enter or leave autocast midway.
+        return (
+            self.keys[..., : self.length, :].to(key_states.dtype),
+            self.values[..., : self.length, :].to(value_states.dtype),
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(key length, key offset) of a mask."""

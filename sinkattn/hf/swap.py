@@ -186,6 +186,9 @@ class Swap(Enabled):
             return self.run(**kwargs)  # which says what is missing
         batch, tokens = inputs.shape[:2]
         cache = self.stream_of(kwargs, batch, tokens)
+        if torch.is_grad_enabled():
+            # Here, before any layer has changed a state.
+            ops.check_no_gradients(*self.decoder.parameters(), kwargs.get("inputs_embeds"))
         padding = _padding(kwargs.get("attention_mask"), cache, batch, tokens)
         positions = _positions(cache, padding, tokens, inputs.device)
         check_positions(kwargs.get("position_ids"), positions, None if padding is None else padding.present)
@@ -238,13 +241,15 @@ class Swap(Enabled):
         running = self._traced if torch.compiler.is_dynamo_compiling() else _running.get() or self._traced
         if running is None or running.swap is not self:
             raise RuntimeError("attention modules of an enabled model run only as part of the model")
-        running.layers_run += 1
         if (skipped := key.shape[2] - query.shape[2]) > 0:
             # Some models leave out queries whose outputs nobody will read (Gemma 4, in a prompt).
             query = functional.pad(query, (0, 0, skipped, 0))
         layer = running.cache.layers[module.layer_idx]
         if not layer.is_initialized:
             layer.lazy_initialization(key, value)
+        # Under autocast queries and keys come in fp32, like their rotary embedding, and a stream may enter it midway.
+        dtype = value.dtype
+        query, key, value = (x.to(layer.values.dtype) for x in (query, key, value))
         ring, kind, padding = layer.ring, self.kinds[module], running.padding
         num_sinks, window = kind.layout.num_sinks, kind.layout.window
         cos = sin = rope = None
@@ -264,28 +269,35 @@ class Swap(Enabled):
             query = (query * (1 + temperature.scale * steps.log1p())[:, None, :, None]).to(query.dtype)
         if padding is not None and padding.order is not None:
             query, key, value = (_reorder_tokens(x, padding.order) for x in (query, key, value))
-        out = ops.sink_attention_(
-            ring.keys,
-            ring.values,
-            query,
-            key,
-            value,
-            ring.seen,
-            cos,
-            sin,
-            num_sinks=num_sinks,
-            window=window,
-            scale=scale,
-            interleaved=rope is not None and rope.interleaved,
-            lengths=None if padding is None else padding.lengths,
-            alibi_slopes=self.findings.layers[module].alibi_slopes,
-            arrivals=ring.arrivals,
-            backend=self.backend,
-            **options,
-        )
+        refused = False
+        try:
+            out = ops.sink_attention_(
+                ring.keys,
+                ring.values,
+                query,
+                key,
+                value,
+                ring.seen,
+                cos,
+                sin,
+                num_sinks=num_sinks,
+                window=window,
+                scale=scale,
+                interleaved=rope is not None and rope.interleaved,
+                lengths=None if padding is None else padding.lengths,
+                alibi_slopes=self.findings.layers[module].alibi_slopes,
+                arrivals=ring.arrivals,
+                backend=self.backend,
+                **options,
+            )
+        except Exception:
+            refused = True  # before anything was written
+            raise
+        finally:
+            running.layers_run += not refused
         if padding is not None and padding.order is not None:
             out = _reorder_tokens(out, padding.order.argsort(dim=1))
-        return out[:, :, skipped:]
+        return out[:, :, skipped:].to(dtype)
 
 
 def _reorder_tokens(x: Tensor, order: Tensor) -> Tensor:

@@ -220,3 +220,27 @@ def test_a_hybrid_recovers_from_a_failed_first_forward():
         feed(model, cache, ids[:, 30:])
     cache.reset()
     assert torch.equal(feed(model, cache, ids), feed(model, sinkattn.SinkCache(model), ids))
+
+
+def refuse(*args, **kwargs) -> None:
+    raise TypeError("refused")
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 10])
+@pytest.mark.parametrize("family", ["llama", "falcon_h1"])
+def test_a_call_that_is_refused_loses_nothing(family, tokens, monkeypatch):
+    model, ids = sinkattn.enable(families.build(family), S, W, headroom=2), random_ids(1, 2 * (S + W) + 10)
+    past, new = ids[:, :-10], ids[:, -10:][:, :tokens]
+    cache, untouched = sinkattn.SinkCache(model), sinkattn.SinkCache(model)
+    for each in (cache, untouched):
+        feed(model, each, past)
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="computes no gradients"):
+        model(new, cache=cache)
+    if family == "llama":
+        with monkeypatch.context() as patch:
+            patch.setattr(sinkattn.ops, "sink_attention_", refuse)
+            with pytest.raises(TypeError, match="refused"):
+                feed(model, cache, new)
+        cache.crop(-2)
+        untouched.crop(-2)
+    assert torch.equal(feed(model, cache, new), feed(model, untouched, new))
