@@ -69,6 +69,8 @@ def _check_assistant(model: PreTrainedModel, config: GenerationConfig, kwargs: d
                 f"{assistant.generation_config.num_assistant_tokens_schedule!r}"
             )
         candidates = max(candidates, assistant.generation_config.num_assistant_tokens or ASSISTANT_TOKENS)
+    if kwargs.get("use_mtp") or config.use_mtp:
+        candidates = max(candidates, getattr(model.config.get_text_config(), "num_mtp_layers", None) or 0)
     headroom = find_swap(model).layout.headroom
     if candidates > headroom:
         raise ValueError(

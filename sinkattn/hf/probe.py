@@ -8,6 +8,7 @@ masks that the model asks for are made by a function that finds out which tokens
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -16,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from sinkattn.hf.versions import untested
 from sinkattn.rope import STYLES, Rope, rotate
@@ -178,12 +179,27 @@ def no_rotation(module: nn.Module, args: tuple, output: Any) -> Any:
 @contextmanager
 def attention_implementation(decoder: PreTrainedModel, name: str) -> Iterator[None]:
     """Run a decoder with another attention function."""
-    before = decoder.config._attn_implementation
+    before, own = decoder.config, with_attention(decoder.config, name)
+    modules = modules_with(decoder, before)
     try:
-        decoder.set_attn_implementation(name)
+        for module in modules:
+            module.config = own
         yield
     finally:
-        decoder.set_attn_implementation(before)
+        for module in modules:
+            module.config = before
+
+
+def with_attention(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """A copy of a configuration with another attention function: other models may share the original."""
+    config = copy.copy(config)
+    config._attn_implementation_internal = name  # as the setter does, but for nested configurations
+    return config
+
+
+def modules_with(decoder: PreTrainedModel, config: PreTrainedConfig) -> list[nn.Module]:
+    """Modules of a decoder that read this configuration."""
+    return [module for module in decoder.modules() if module.__dict__.get("config") is config]
 
 
 @contextmanager

@@ -7,7 +7,6 @@ no attention function have an adapter, with a forward for their attention module
 
 from __future__ import annotations
 
-import copy
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,9 +26,11 @@ from sinkattn.hf.probe import (
     Findings,
     Rotation,
     UnsupportedModelError,
+    modules_with,
     no_mask,
     no_rotation,
     rope_parameters,
+    with_attention,
 )
 from sinkattn.hf.versions import native_layers
 from sinkattn.rope import table_dtype
@@ -91,7 +92,6 @@ class Swap(Enabled):
         self.findings = findings
         self._check_decoder()
         self.kinds = self._kinds()
-        self._implementation = findings.decoder.config._attn_implementation
         # In place of the context variable, which torch.compile cannot see through, while it traces.
         self._traced: Forward | None = None
 
@@ -162,20 +162,10 @@ class Swap(Enabled):
         self._hooks += [rotary.register_forward_hook(no_rotation) for rotary in self.findings.rotaries]
         for module, forward in self.findings.forwards.items():
             self.put(module, "forward", forward)
-        if self.findings.forwards:
-            # No other implementation can be set on these, but it decides on the mask. A configuration of its own: one
-            # that other models share would leave them without a mask, unseen.
-            config = copy.copy(self.decoder.config)
-            config._attn_implementation_internal = adapters.MASK_NAME
-            self.put(self.decoder, "config", config)
-        else:
-            self.decoder.set_attn_implementation(NAME)
-
-    def remove(self) -> None:
-        """Restore the model, however far `install` came."""
-        if not self.findings.forwards:
-            self.decoder.set_attn_implementation(self._implementation)
-        super().remove()
+        before = self.decoder.config
+        own = with_attention(before, adapters.MASK_NAME if self.findings.forwards else NAME)
+        for module in modules_with(self.decoder, before):
+            self.put(module, "config", own)
 
     def forward(self, *args, **kwargs) -> Any:
         """Forward of the decoder: checks its arguments, provides cache and positions, and counts the tokens after."""
@@ -319,10 +309,7 @@ def _attention_forward(
     """Attention function of enabled models, as transformers calls it: returns ``[batch, tokens, heads, head_dim]``."""
     swap = module.__dict__.get("_sinkattn")
     if swap is None:
-        raise RuntimeError(
-            f"attn_implementation {NAME!r} is set by sinkattn.enable(model), not by hand; a model that shares its "
-            "config object with an enabled one needs a copy of its own"
-        )
+        raise RuntimeError(f"attn_implementation {NAME!r} is set by sinkattn.enable(model), not by hand")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = swap.attend(module, query, key, value, scale, dropout=dropout, softcap=softcap, sink_logits=s_aux)
     return out.transpose(1, 2).contiguous(), None

@@ -337,3 +337,26 @@ def test_pipeline_and_streamer_give_the_same_text():
     assert "".join(streamer) == text
     worker.join()
     assert len(text) > NEW / 2
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
+def test_multi_token_prediction_equals_greedy(family, monkeypatch):
+    """Greedy output does not depend on the weights of the draft, which are made up here."""
+    modeling_layers = pytest.importorskip("transformers.modeling_layers")
+    draft = getattr(modeling_layers, "MtpModel", None) or pytest.skip("this transformers has no model for drafts")
+
+    def made_up(cls, main_model, **options):
+        model = cls(main_model, main_model.config.num_mtp_layers).to(torch.float32).eval()
+        for parameter in model.layers.parameters():
+            parameter.data.normal_(std=0.1)
+        return model
+
+    monkeypatch.setattr(draft, "from_pretrained", classmethod(made_up))
+    model, ids = families.build(family, num_mtp_layers=1), random_ids(1, 12)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False}
+    sinkattn.enable(model, S, W)
+    with pytest.raises(ValueError, match="headroom: expected 1 or more, as assisted decoding takes back so many"):
+        model.generate(ids, use_mtp=True, **options)
+    sinkattn.disable(model)
+    sinkattn.enable(model, S, W, headroom=1)
+    assert torch.equal(model.generate(ids, use_mtp=True, **options), model.generate(ids, **options))

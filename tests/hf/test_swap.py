@@ -23,6 +23,8 @@ from transformers import (
 
 import sinkattn
 from sinkattn.hf import UnsupportedModelError
+from sinkattn.hf.enabled import Enabled
+from sinkattn.hf.swap import Swap
 from sinkattn.reference import visible
 
 S, W = 4, 28
@@ -164,6 +166,23 @@ def test_models_do_not_share_anything():
     other = sinkattn.enable(build("llama", seed=1), S, W)
     with pytest.raises(ValueError, match="made for another model"):
         other(ids, cache=sinkattn.SinkCache(enabled))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("of", ["llama", "gpt_neox", "falcon", "gpt2"])
+def test_models_that_share_a_configuration_do_not_share_the_swap(of):
+    model, ids = families.build(of), random_ids(1, 30)
+    other = type(model)(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    want = other(ids).logits
+    sinkattn.enable(model, S, W)
+    assert torch.equal(other(ids).logits, want)
+    sinkattn.enable(other, S, W)
+    sinkattn.disable(model)
+    assert rms_error(other(ids).logits, want) < 2e-6
+    sinkattn.disable(other)
+    assert torch.equal(model(ids).logits, want)
+    assert torch.equal(other(ids).logits, want)
 
 
 @torch.no_grad()
@@ -369,14 +388,14 @@ def test_a_tiny_layout_hides_nothing(num_sinks, window):
 def test_an_interrupted_enable_leaves_nothing_behind(monkeypatch):
     model = build("llama")
     keys = [sorted(module.__dict__) for module in model.modules()]
-    set_implementation = type(model).set_attn_implementation
+    put = Enabled.put
 
-    def interrupt(self, name):
-        if name == "sinkattn":
+    def interrupt(self, module, name, value):
+        if name == "config" and type(self) is Swap:
             raise KeyboardInterrupt
-        set_implementation(self, name)
+        put(self, module, name, value)
 
-    monkeypatch.setattr("transformers.PreTrainedModel.set_attn_implementation", interrupt)
+    monkeypatch.setattr(Enabled, "put", interrupt)
     with pytest.raises(KeyboardInterrupt):
         sinkattn.enable(model, S, W)
     assert [sorted(module.__dict__) for module in model.modules()] == keys
