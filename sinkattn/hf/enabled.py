@@ -105,8 +105,8 @@ def _under_its_own_name(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     wanted = model.__dict__["_sinkattn"].model_cache_argument
     if not any(name in kwargs for name in CACHE_NAMES if name != wanted):
         return None
-    _, kwargs[wanted] = take_cache(kwargs)
-    return args, kwargs
+    _, cache = take_cache(kwargs)
+    return args, kwargs if cache is None else {**kwargs, wanted: cache}
 
 
 def readable(x: Tensor, tokens: int) -> bool:

@@ -345,8 +345,9 @@ def enable_by_reencoding(model: PreTrainedModel, layout: RingLayout) -> None:
             # Cut so that everything is computed in the shapes in which it was.
             calls = ids.tensor_split((trial.num_sinks, grown), dim=1)
             got = torch.cat([swap.decoder(input_ids=call, **options)[0] for call in calls if call.shape[1]], dim=1)
-            noise = relative_error(again, want)
-            check_agreement(type(model).__name__, "its hidden states", relative_error(got, want), noise)
+            # Nothing is rounded otherwise than it was, unless kernels add up in another order each time.
+            allowed = max(64 * torch.finfo(torch.float32).eps, 2 * relative_error(again, want))
+            check_agreement(type(model).__name__, "its hidden states", relative_error(got, want), allowed)
         except BaseException:
             swap.remove()
             raise

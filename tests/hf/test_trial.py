@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
+import families
 import pytest
 import torch
 from hf_models import build, random_ids
-from transformers import LlamaForQuestionAnswering, LlamaForSequenceClassification, LlamaForTokenClassification
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+)
+from transformers.masking_utils import eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import sinkattn
 from sinkattn import ops
@@ -147,17 +158,112 @@ def test_values_that_are_not_finite_are_the_models_own():
         sinkattn.enable(model, S, W)
 
 
-def test_a_model_is_compared_with_itself_in_its_own_attention(monkeypatch):
-    """A family's own attention function may do what no option says: here it hides what is two tokens back."""
-    eager = modeling_llama.eager_attention_forward
+def twice_the_scale(module, query, key, value, mask, scaling, **options):
+    return eager_attention_forward(module, query, key, value, mask, scaling=2 * scaling, **options)
 
-    def narrow(module, query, key, value, mask, **options):
-        distance = torch.arange(key.shape[2] - query.shape[2], key.shape[2])[:, None] - torch.arange(key.shape[2])
-        return eager(module, query, key, value, mask.masked_fill(distance == 2, -1e4), **options)
 
-    monkeypatch.setattr(modeling_llama, "eager_attention_forward", narrow)
-    with pytest.raises(UnsupportedModelError, match="the swapped model differs from the original"):
-        sinkattn.enable(build("llama"), S, W)
+def softcapped(module, query, key, value, mask, scaling, dropout=0.0, softcap=None, **options):
+    scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).mT * scaling
+    weights = ((scores / softcap).tanh() * softcap + mask).softmax(dim=-1)
+    out = weights @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+class OwnAttention(modeling_llama.LlamaAttention):
+    """As models whose code comes from elsewhere: another function in its file, under a name of its own."""
+
+    function: Callable
+    options: ClassVar = {}
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, **options):
+        cache = next((options.pop(name) for name in ("cache", "past_key_values") if name in options), None)
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = modeling_llama.apply_rotary_pos_emb(query, key, *position_embeddings)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, type(self).function)
+        out, weights = function(self, query, key, value, attention_mask, scaling=self.scaling, **self.options)
+        return self.o_proj(out.flatten(2)), weights
+
+
+class Doubled(OwnAttention):
+    function = staticmethod(twice_the_scale)
+
+
+class Capped(OwnAttention):
+    function = staticmethod(softcapped)
+    options: ClassVar = {"softcap": 2.0}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_model_is_compared_in_its_own_attention_function(dtype):
+    """What a function does that no argument tells is seen, and what an argument tells it is believed."""
+    for attention, right in ((Doubled, False), (Capped, True)):
+        model = build("llama", dtype)
+        for layer in model.model.layers:
+            layer.self_attn.__class__ = attention
+        if right:
+            sinkattn.enable(model, S, W)
+        else:
+            with pytest.raises(UnsupportedModelError, match="swapped model differs from the original"):
+                sinkattn.enable(model, S, W)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_model_is_compared_in_the_function_that_is_registered_for_it(dtype):
+    AttentionInterface.register("twice_the_scale", twice_the_scale)
+    AttentionMaskInterface.register("twice_the_scale", eager_mask)
+    model = build("llama", dtype)
+    model.set_attn_implementation("twice_the_scale")
+    with pytest.raises(UnsupportedModelError, match="swapped model differs from the original"):
+        sinkattn.enable(model, S, W)
+
+
+@pytest.mark.parametrize("dtype", HALF.values(), ids=HALF)
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_a_fault_in_half_precision_alone_is_refused(family, dtype, monkeypatch):
+    attend = ops.sink_attention_
+
+    def off(keys, values, query, *args, scale, **options):
+        return attend(keys, values, query, *args, scale=scale * (1 + (query.dtype == dtype)), **options)
+
+    monkeypatch.setattr(ops, "sink_attention_", off)
+    with pytest.raises(UnsupportedModelError, match="swapped model differs from the original"):
+        sinkattn.enable(families.build(family, dtype), S, W)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_fault_in_a_decode_step_alone_is_refused(dtype, monkeypatch):
+    attend = ops.sink_attention_
+
+    def off(keys, values, query, *args, scale, **options):
+        return attend(keys, values, query, *args, scale=scale * (1 + (query.shape[2] == 1)), **options)
+
+    monkeypatch.setattr(ops, "sink_attention_", off)
+    with pytest.raises(UnsupportedModelError, match="swapped model differs from the original"):
+        sinkattn.enable(build("llama", dtype), S, W)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_neither_a_large_residual_nor_other_heads_hide_a_fault(dtype, monkeypatch):
+    bloom, llama = families.build("bloom", dtype), build("llama", dtype)
+    with torch.no_grad():
+        bloom.transformer.word_embeddings_layernorm.weight *= 300
+        for layer in llama.model.layers:
+            layer.self_attn.v_proj.weight[: layer.self_attn.head_dim] /= 3000
+    attend = ops.sink_attention_
+
+    def first_heads_turned(keys, values, query, *args, **options):
+        signs = torch.where(torch.arange(query.shape[1]) < query.shape[1] // keys.shape[1], -1, 1).to(query.dtype)
+        return attend(keys, values, query * signs[:, None, None], *args, **options)
+
+    monkeypatch.setattr(ops, "sink_attention_", first_heads_turned)
+    for model in (bloom, llama):
+        with pytest.raises(UnsupportedModelError, match="swapped model differs from the original"):
+            sinkattn.enable(model, S, W)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -175,13 +281,13 @@ def test_records_keep_what_came_first_and_measure_what_differs():
     record, module, x = Record(), torch.nn.Identity(), torch.randn(2, 8, 3)
     for record.begin in (0, 4):
         record.tokens = 4
-        assert record.meet_all(module, "keys", x[:, : record.begin + 4]).shape[1] == record.begin + 4
+        assert record.settle_with_past(module, "keys", x[:, : record.begin + 4]).shape[1] == record.begin + 4
     record.compare()
     record.begin, record.tokens = 4, 4
-    assert torch.equal(record.meet_all(module, "keys", x[:, 4:] * 1.5), x[:, 4:])
+    assert torch.equal(record.settle_with_past(module, "keys", x[:, 4:] * 1.5), x[:, 4:])
     assert record.errors[module, "keys"] == pytest.approx(0.5)
     record.begin, record.tokens = 0, 8
-    assert torch.equal(record.meet(module, "keys", x), x)
+    assert torch.equal(record.settle(module, "keys", x), x)
     record.compare()
     assert not record.errors
 
