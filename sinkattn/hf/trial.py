@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -65,9 +64,10 @@ def try_out(model: PreTrainedModel, layout: ops.RingLayout, backend: ops.Backend
     trial = Trial(model, ops.RingLayout(sinks, PROBE_TOKENS - sinks), backend, findings)
     record, ids = trial.record, sample_ids(model, PROBE_TOKENS)
     calls = ids.split(TRIAL_CALLS, dim=1)
+    generator = torch.Generator(ids.device).manual_seed(0)  # torch's own is the user's
 
     def original(*calls: Tensor, rounding: float = 0.0) -> Tensor:
-        with Original(findings, record, rounding).in_place():
+        with Original(findings, record, rounding, generator).in_place():
             return trial.run_calls(calls, DynamicCache(config=decoder.config))
 
     def swapped(allowed: Callable[[nn.Module, str], float]) -> SinkCache:
@@ -171,6 +171,7 @@ class Original:
     record: Record
     rounding: float
     """If not 0, attention is also noted for inputs that are off by up to this fraction of themselves, at random."""
+    generator: torch.Generator
     default: Callable | None = None
     """What the attention module that runs calls if no other function is asked for."""
 
@@ -204,7 +205,10 @@ class Original:
 
     def rounded(self, x: Tensor) -> Tensor:
         """The tensor, off by one more rounding."""
-        return x * (1 + self.rounding * (2 * torch.rand_like(x) - 1)) if self.rounding else x
+        if not self.rounding:
+            return x
+        random = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=self.generator)
+        return x * (1 + self.rounding * (2 * random - 1))
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options) -> tuple:
         """Attention of one layer as transformers computes it: ``[batch, tokens, heads, head_dim]``, and weights."""
@@ -282,12 +286,15 @@ def _rotated(x: Tensor, rotation: Rotation, positions: Tensor) -> Tensor:
 
 
 def _widened(x: Any) -> Any:
+    """Floats in fp32 at least, in tuples too; anything else as it is."""
+    if type(x) is tuple:
+        return tuple(map(_widened, x))
     floats = isinstance(x, Tensor) and x.is_floating_point()
     return x.to(torch.promote_types(x.dtype, torch.float32)) if floats else x
 
 
 def _widened_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    return tree_map(_widened, (args, kwargs))
+    return _widened(args), {name: _widened(x) for name, x in kwargs.items()}
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -312,10 +319,10 @@ def _forward_on_record(
         arguments["residual"] = torch.zeros_like(residual)
     with _in_fp32(module) if wide else nullcontext(False) as widened:
         if widened:
-            arguments.update(tree_map(_widened, dict(arguments)))
+            arguments.update({name: _widened(x) for name, x in arguments.items()})
         arguments["hidden_states"] = rounded(arguments["hidden_states"])
         if arguments.get("position_embeddings") is not None:
-            arguments["position_embeddings"] = tree_map(rounded, arguments["position_embeddings"])
+            arguments["position_embeddings"] = tuple(map(rounded, arguments["position_embeddings"]))
         out, *rest = forward(*given.args[1:], **given.kwargs)
     out = record.settle(module, ATTENTION, _widened(out)).to(dtype)
     return (out if residual is None else residual + out), *rest

@@ -270,10 +270,11 @@ def test_neither_a_large_residual_nor_other_heads_hide_a_fault(dtype, monkeypatc
 def test_a_trial_leaves_no_trace(implementation):
     model = build("llama", attn_implementation=implementation)
     keys = [sorted(module.__dict__) for module in model.modules()]
-    state = {name: x.clone() for name, x in model.state_dict().items()}
+    state, random = {name: x.clone() for name, x in model.state_dict().items()}, torch.get_rng_state()
     sinkattn.disable(sinkattn.enable(model, S, W))
     assert [sorted(module.__dict__) for module in model.modules()] == keys
     assert model.config._attn_implementation == implementation
+    assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
 
 
