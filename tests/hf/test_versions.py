@@ -6,7 +6,6 @@ from pathlib import Path
 import families
 import pytest
 import torch
-import transformers
 from hf_models import build, random_ids
 
 import sinkattn
@@ -75,10 +74,10 @@ def test_a_refusal_names_versions_that_were_not_tested(monkeypatch):
             sinkattn.enable(build("mistral", sliding_window=16), S, W)
         return str(error.value)
 
-    monkeypatch.setattr(transformers, "__version__", versions.NEWEST_TESTED)
+    monkeypatch.setattr(versions.transformers, "__version__", versions.NEWEST_TESTED)
     tested = refusal()
     for newer in ("5.99.0.dev0", "6.0.0"):
-        monkeypatch.setattr(transformers, "__version__", newer)
+        monkeypatch.setattr(versions.transformers, "__version__", newer)
         assert refusal() == (
             f"{tested} (transformers {newer} is installed; this sinkattn was tested with {versions.OLDEST_TESTED} to "
             f"{versions.NEWEST_TESTED})"
