@@ -66,7 +66,7 @@ test-newest: $(READY)  ## the same on the newest transformers that there is
 	if [ "$$newest" = "$$($(PY) -c "from importlib.metadata import version; print(version('transformers'))")" ]; then \
 	  echo "the newest release is the one that is installed: make test runs on it"; exit; \
 	fi; \
-	$(PIP) install --target $(NEWEST) transformers; \
+	$(PIP) install --target $(NEWEST) transformers || exit; \
 	export PYTHONPATH=$(CURDIR)/$(NEWEST); status=0; \
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile -p no:cacheprovider --tb=short $(CORE) $(ARGS) || status=$$?; \
 	if [ $$status != 0 ] && ! grep -q "^transformers==$$newest\b" constraints.txt; then \

@@ -35,6 +35,9 @@ def enable(
     tokens are in sight, half of the window is dropped and the other half encoded anew. Memory is constant, time on
     average.
 
+    Change the model's configuration before, not after: its decoder reads a copy while it is enabled, since other models
+    may share the original.
+
     Args:
         model: a causal language model of transformers, in any float dtype, on one device; peft may have wrapped it.
         num_sinks: tokens at the start of a stream that stay visible for ever.
