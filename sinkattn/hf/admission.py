@@ -61,6 +61,12 @@ def enable(
     if find_swap(model) is not None:
         raise ValueError("model: is enabled already; call sinkattn.disable(model) first")
     if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+        adapter = model.active_peft_config
+        if adapter.is_prompt_learning or adapter.is_adaption_prompt:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: adapters of type {adapter.peft_type.value} are not supported: what they put "
+                "before the tokens comes anew in every call, where a stream goes on"
+            )
         enable(model.get_base_model(), num_sinks, window, headroom, backend=backend)  # what peft has wrapped
         return model
     if not isinstance(model, PreTrainedModel):

@@ -87,10 +87,9 @@ class Enabled:
         if kwargs.get("output_attentions") or self.decoder.config.output_attentions:
             raise ValueError("output_attentions: attention weights are never formed by sinkattn, got True")
         name, cache = take_cache(kwargs)
+        _check_kind(name, cache)
         if cache is None:
             cache = SinkCache(self.model)
-        elif not isinstance(cache, SinkCache):
-            raise TypeError(f"{name}: expected a sinkattn.SinkCache or None, got {type(cache).__name__}")
         elif cache.swap_id != self.id:
             raise ValueError(f"{name}: this SinkCache was made for another model or before the last enable()")
         mask, shapes = kwargs.get("attention_mask"), ((batch, tokens), (batch, cache.tokens_seen + tokens))
@@ -100,8 +99,18 @@ class Enabled:
         return cache
 
 
+def _check_kind(name: str, cache: Any) -> None:
+    if cache is not None and not isinstance(cache, SinkCache):
+        raise TypeError(
+            f"{name}: expected a sinkattn.SinkCache or None, got {type(cache).__name__}; if you gave none, it is from "
+            "what holds the model: prefix tuning is not supported, and of models within models the outer one is enabled"
+        )
+
+
 def _under_its_own_name(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of an enabled model: its class may ignore, in silence, a cache under the other name."""
+    for name in CACHE_NAMES:
+        _check_kind(name, kwargs.get(name))
     wanted = model.__dict__["_sinkattn"].model_cache_argument
     if not any(name in kwargs for name in CACHE_NAMES if name != wanted):
         return None

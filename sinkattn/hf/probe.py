@@ -68,6 +68,8 @@ class Recording:
     calls: list[Call] = field(default_factory=list)
     masks: list[Visible | None] = field(default_factory=list)
     """What each mask shows that the model asked for; None if that is nothing known."""
+    output: Tensor | None = None
+    """Hidden states that the decoder makes of it."""
 
     def visible(self, call: Call) -> Visible | None:
         """What a call's query sees; None if nobody knows."""
@@ -299,6 +301,11 @@ def probe(model: PreTrainedModel) -> Findings:
                 f"{name}: layer {index} changes queries and keys by position in a way that is no known rotary embedding"
             )
         findings.layers[with_rotation.module] = Layer(index, rotation, visible, _temperature(with_rotation.module))
+    # The attention function handed the values on, so what was rotated must have left no trace.
+    if not torch.equal(rotated.output, plain.output):
+        raise UnsupportedModelError(
+            f"{name}: more goes by its rotary embedding than what is handed to transformers' attention function"
+        )
     return findings
 
 
@@ -393,7 +400,7 @@ def _run(decoder: PreTrainedModel, ids: Tensor, **inputs: Tensor) -> Recording:
     token = _recording.set(recording)
     try:
         with attention_implementation(decoder, PROBE_NAME):
-            decoder(input_ids=ids.unsqueeze(0), use_cache=False, **inputs)
+            recording.output = decoder(input_ids=ids.unsqueeze(0), use_cache=False, **inputs)[0]
     finally:
         _recording.reset(token)
     return recording

@@ -91,5 +91,16 @@ def test_a_layer_that_is_not_causal_is_refused():
 def test_a_layer_that_attends_elsewhere_is_refused(monkeypatch):
     model = build("llama")
     model.model.layers[1].self_attn.config = build("llama").config  # stays on eager attention
-    with pytest.raises(UnsupportedModelError, match="layer 1 keeps keys and values, but does not call"):
+    with pytest.raises(UnsupportedModelError, match="more goes by its rotary embedding than what is handed"):
+        enable(model, 4, 28)
+
+
+def test_a_last_layer_that_rotates_more_than_it_hands_on_is_refused():
+    model = build("llama")
+    attention = model.model.layers[-1].self_attn
+    attention.register_forward_hook(
+        lambda module, args, kwargs, output: (output[0] + kwargs["position_embeddings"][1].mean(), *output[1:]),
+        with_kwargs=True,
+    )
+    with pytest.raises(UnsupportedModelError, match="more goes by its rotary embedding than what is handed"):
         enable(model, 4, 28)

@@ -50,6 +50,44 @@ def test_a_refused_model_in_peft_is_left_alone():
     assert not any("_sinkattn" in module.__dict__ for module in model.modules())
 
 
+def prompt_learning(peft) -> list:
+    task = {"task_type": "CAUSAL_LM"}
+    tokens = {"num_virtual_tokens": 3, **task}
+    return [
+        peft.PrefixTuningConfig(**tokens),
+        peft.PromptTuningConfig(**tokens),
+        peft.PromptEncoderConfig(encoder_hidden_size=16, **tokens),
+        peft.MultitaskPromptTuningConfig(num_tasks=2, **tokens),
+        peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, **task),
+    ]
+
+
+@pytest.mark.parametrize("kind", range(5), ids=["prefix", "prompt", "encoder", "multitask", "adaption"])
+def test_prompts_of_peft_are_refused(kind):
+    """They come before the tokens of every call; a stream goes on."""
+    peft = pytest.importorskip("peft")
+    config = prompt_learning(peft)[kind]
+    plain, ids = build("llama"), random_ids(1, 20)
+    model = peft.get_peft_model(plain, config).eval()
+    options = {"task_ids": torch.zeros(1, dtype=torch.int64)} if kind == 3 else {}
+    with torch.no_grad():
+        want = model(ids, **options).logits
+        with pytest.raises(UnsupportedModelError, match=f"adapters of type {config.peft_type.value} are not supported"):
+            sinkattn.enable(model, S, W)
+        assert torch.equal(model(ids, **options).logits, want)
+
+
+@torch.no_grad()
+def test_prefix_tuning_around_an_enabled_model_is_named():
+    peft = pytest.importorskip("peft")
+    plain, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 20)
+    model = peft.get_peft_model(plain, peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
+    for call in (model, model.generate):
+        with pytest.raises(TypeError, match=r"expected a sinkattn\.SinkCache .*, got DynamicCache; .* prefix tuning"):
+            call(input_ids=ids)
+    assert plain(ids).logits.isfinite().all()
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_activations_quantised_over_a_whole_call(family):
