@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def generate(model: PreTrainedModel, inputs: Tensor | None = None, *args, **kwar
                 f"assistant_model: expected a new stream, for the assistant has not read what came before; got a cache "
                 f"that has seen {cache.tokens_seen} tokens"
             )
-        if _candidates(config, kwargs) and cache.continues_with(ids):
+        if _candidates(model, config, kwargs) and cache.continues_with(ids):
             raise ValueError(
                 "input_ids: expected the new ids alone, for prompt lookup in transformers feeds all that it is given; "
                 f"got those of the whole stream ({ids.shape[1]})"
@@ -53,29 +54,51 @@ def generate(model: PreTrainedModel, inputs: Tensor | None = None, *args, **kwar
     return type(model).generate(model, inputs, *args, **kwargs)
 
 
-def _candidates(config: GenerationConfig, kwargs: dict[str, Any]) -> int:
+def _setting(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str, Any], name: str) -> Any:
+    """A setting of a call, as transformers reads it: what the configuration leaves open is as in the model's own."""
+    if name in kwargs:
+        return kwargs[name]
+    given = getattr(config, name, None)
+    return getattr(model.generation_config, name, None) if given is None else given
+
+
+def _candidates(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str, Any]) -> int:
     """Tokens that prompt lookup proposes at once; 0 without it."""
-    return kwargs.get("prompt_lookup_num_tokens") or config.prompt_lookup_num_tokens or 0
+    return _setting(model, config, kwargs, "prompt_lookup_num_tokens") or 0
 
 
 def _check_assistant(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("assistant_early_exit") or config.assistant_early_exit:
+    setting = partial(_setting, model, config, kwargs)
+    if setting("assistant_early_exit"):
         raise ValueError("assistant_early_exit: an enabled model runs all of its layers; use an assistant_model")
-    candidates = _candidates(config, kwargs)
+    candidates = _candidates(model, config, kwargs)
     if (assistant := kwargs.get("assistant_model")) is not None:
         if "heuristic" in (assistant.generation_config.num_assistant_tokens_schedule or ""):
             raise ValueError(
                 "assistant_model: expected a num_assistant_tokens_schedule of 'constant', for the headroom is, got "
                 f"{assistant.generation_config.num_assistant_tokens_schedule!r}"
             )
-        candidates = max(candidates, assistant.generation_config.num_assistant_tokens or ASSISTANT_TOKENS)
-    if kwargs.get("use_mtp") or config.use_mtp:
+        if kwargs.get("assistant_tokenizer") is not None and not setting("do_sample"):
+            raise ValueError(
+                "assistant_tokenizer: without sampling, an assistant proposes text, which may be any number of this "
+                "model's tokens, and no headroom is enough for certain; expected do_sample=True, or an assistant with "
+                "the same tokenizer"
+            )
+        proposed = assistant.generation_config.num_assistant_tokens or ASSISTANT_TOKENS
+        candidates = max(candidates, proposed)
+        if find_swap(assistant) is not None:
+            _check_headroom(assistant, proposed, "assistant_model")
+    if setting("use_mtp"):
         candidates = max(candidates, getattr(model.config.get_text_config(), "num_mtp_layers", None) or 0)
+    _check_headroom(model, candidates, "model")
+
+
+def _check_headroom(model: PreTrainedModel, candidates: int, name: str) -> None:
     headroom = find_swap(model).layout.headroom
     if candidates > headroom:
         raise ValueError(
             f"headroom: expected {candidates} or more, as assisted decoding takes back so many tokens, got {headroom}; "
-            f"call sinkattn.enable(model, ..., headroom={candidates})"
+            f"call sinkattn.enable({name}, ..., headroom={candidates})"
         )
 
 

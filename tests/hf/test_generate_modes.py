@@ -1,6 +1,8 @@
 """Every way of generating, across several turns of the ring, against a plain loop over the model."""
 
 import threading
+from itertools import product
+from string import ascii_lowercase
 
 import families
 import pytest
@@ -8,10 +10,12 @@ import torch
 import transformers
 from hf_models import build, random_ids
 from test_generate import S, W, greedy
+from tokenizers import Tokenizer, decoders, models
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedTokenizerFast,
     RepetitionPenaltyLogitsProcessor,
     TextIteratorStreamer,
     pipeline,
@@ -150,6 +154,55 @@ def test_too_little_headroom_is_named_before_anything_runs():
     assistant.generation_config.num_assistant_tokens_schedule = "heuristic"
     with pytest.raises(ValueError, match="expected a num_assistant_tokens_schedule of 'constant'"):
         model.generate(prompt, max_new_tokens=5, assistant_model=assistant)
+
+
+def test_a_configuration_that_leaves_it_open_is_completed_by_the_models_own():
+    model, prompt = sinkattn.enable(build("llama"), S, W, headroom=3), random_ids(1, 10).repeat(1, 4)
+    model.generation_config.prompt_lookup_num_tokens = 6
+    with pytest.raises(ValueError, match="headroom: expected 6 or more"):
+        model.generate(prompt, GenerationConfig(max_new_tokens=50))
+    assert model.generate(prompt, max_new_tokens=50, prompt_lookup_num_tokens=None).shape == (1, 90)
+
+
+def test_an_assistant_that_streams_needs_headroom_of_its_own():
+    model, prompt = sinkattn.enable(build("llama"), S, W, headroom=5), random_ids(1, 40)
+    assistant = sinkattn.enable(build("llama", num_hidden_layers=1), S, W, headroom=4)
+    assistant.generation_config.num_assistant_tokens = 5
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    with pytest.raises(ValueError, match=r"headroom: expected 5 or more, .* got 4; call .*assistant_model, .*=5"):
+        model.generate(prompt, max_new_tokens=NEW, assistant_model=assistant, do_sample=False)
+
+
+def letters(longest: int, size: int) -> PreTrainedTokenizerFast:
+    """Tokens are letters, or pairs of letters as well; the rest of the vocabulary is never used."""
+    single = ascii_lowercase[:16]
+    pairs = list(product(single, single)) if longest == 2 else []
+    vocabulary = ["?", *single, *map("".join, pairs)]
+    vocabulary += [chr(0x4E00 + i) for i in range(size - len(vocabulary))]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, pairs, unk_token="?"))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
+
+
+def test_assistants_with_another_tokenizer():
+    """Greedy ones propose text, of any number of tokens; when sampling, they propose tokens."""
+    model, prompt = sinkattn.enable(build("llama"), S, W, headroom=5), random_ids(1, 40) % 16 + 1
+    assistant = build("llama", num_hidden_layers=1, vocab_size=300)
+    assistant.generation_config.num_assistant_tokens = 5
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    options = {
+        "max_new_tokens": NEW,
+        "assistant_model": assistant,
+        "tokenizer": letters(1, 97),
+        "assistant_tokenizer": letters(2, 300),
+    }
+    with pytest.raises(ValueError, match=r"assistant_tokenizer: without sampling, .* expected do_sample=True"):
+        model.generate(prompt, **options)
+    assistant.generation_config.num_assistant_tokens = 6
+    with pytest.raises(ValueError, match="headroom: expected 6 or more"):
+        model.generate(prompt, do_sample=True, **options)
+    assistant.generation_config.num_assistant_tokens = 5
+    assert model.generate(prompt, do_sample=True, **options).shape == (1, 40 + NEW)
 
 
 class OnlyEven(LogitsProcessor):
