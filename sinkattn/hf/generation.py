@@ -24,12 +24,15 @@ def generate(model: PreTrainedModel, inputs: Tensor | None = None, *args, **kwar
     """
     if kwargs.get("use_cache") is False:
         raise ValueError("use_cache: an enabled model generates from its SinkCache, got False")
-    if kwargs.get("cache_implementation") is not None:
-        raise ValueError(
-            "cache_implementation: an enabled model generates from its SinkCache, got "
-            f"{kwargs['cache_implementation']!r}"
-        )
-    config = (args[0] if args else kwargs.get("generation_config")) or model.generation_config
+    own = model.generation_config
+    config = (args[0] if args else kwargs.get("generation_config")) or own
+    default, given = own.cache_implementation, config.cache_implementation
+    # A default of the checkpoint, copied perhaps (pipelines do), is nobody's wish for this call.
+    wanted = kwargs.get("cache_implementation", None if given == default else given)
+    if wanted is not None:
+        raise ValueError(f"cache_implementation: an enabled model generates from its SinkCache, got {wanted!r}")
+    if default is not None:
+        kwargs["cache_implementation"] = None
     _check_assistant(model, config, kwargs)
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and not mask[:, -1].all():

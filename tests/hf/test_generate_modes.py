@@ -1,5 +1,6 @@
 """Every way of generating, across several turns of the ring, against a plain loop over the model."""
 
+import copy
 import threading
 from itertools import product
 from string import ascii_lowercase
@@ -171,6 +172,26 @@ def test_an_assistant_that_streams_needs_headroom_of_its_own():
     assistant.generation_config.assistant_confidence_threshold = 0.0
     with pytest.raises(ValueError, match=r"headroom: expected 5 or more, .* got 4; call .*assistant_model, .*=5"):
         model.generate(prompt, max_new_tokens=NEW, assistant_model=assistant, do_sample=False)
+
+
+@pytest.mark.parametrize("implementation", ["static", "dynamic", "quantized", "offloaded_static"])
+def test_the_kind_of_cache_that_a_checkpoint_prefers_gives_way(implementation):
+    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 20)
+    model.generation_config.cache_implementation = implementation
+    want = greedy(model, ids, NEW)
+    given = GenerationConfig(max_new_tokens=NEW)
+    for got in (
+        model.generate(ids, max_new_tokens=NEW, do_sample=False),
+        model.generate(ids, given),
+        model.generate(ids, copy.deepcopy(model.generation_config), max_new_tokens=NEW, do_sample=False),
+        model.generate(ids, max_new_tokens=NEW, do_sample=False, cache=sinkattn.SinkCache(model)),
+    ):
+        assert torch.equal(got, want)
+    assert model.generation_config.cache_implementation == implementation
+    given.cache_implementation = "offloaded"
+    for options in ({"generation_config": given}, {"cache_implementation": "offloaded"}):
+        with pytest.raises(ValueError, match=r"cache_implementation: .* from its SinkCache, got 'offloaded'"):
+            model.generate(ids, **options)
 
 
 def letters(longest: int, size: int) -> PreTrainedTokenizerFast:
