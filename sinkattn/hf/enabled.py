@@ -35,7 +35,8 @@ class Enabled:
 
     def install(self) -> None:
         """Put everything in place."""
-        self.put(self.model, "_sinkattn", self)
+        for module in {self.model, self.decoder}:
+            self.put(module, "_sinkattn", self)
         if hasattr(type(self.model), "generate"):
             self.put(self.model, "generate", partial(generate, self.model))
         if self.model is not self.decoder:
@@ -103,7 +104,8 @@ def _check_kind(name: str, cache: Any) -> None:
     if cache is not None and not isinstance(cache, SinkCache):
         raise TypeError(
             f"{name}: expected a sinkattn.SinkCache or None, got {type(cache).__name__}; if you gave none, it is from "
-            "what holds the model: prefix tuning is not supported, and of models within models the outer one is enabled"
+            "what holds the enabled model: enable the outer model instead, or give it a SinkCache; prefix tuning is "
+            "not supported"
         )
 
 

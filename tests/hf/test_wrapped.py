@@ -109,6 +109,25 @@ def test_bitsandbytes(bits, tmp_path):
     assert_streams(sinkattn.enable(model, S, W))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_decoder_alone(family):
+    """Its outer model generates from a SinkCache only if it is given one; either stands for the same swap."""
+    model, ids = build(family), random_ids(1, 40)
+    decoder = sinkattn.enable(model.base_model, S, W)
+    with pytest.raises(TypeError, match=r"got DynamicCache; .* enable the outer model instead, or give it a SinkCache"):
+        model.generate(ids, max_new_tokens=NEW)
+    got = model.generate(ids, cache=sinkattn.SinkCache(model), max_new_tokens=NEW, do_sample=False)
+    sinkattn.disable(decoder)
+    sinkattn.enable(model, S, W)
+    assert torch.equal(got, model.generate(ids, max_new_tokens=NEW, do_sample=False))
+    with pytest.raises(ValueError, match="is enabled already"):
+        sinkattn.enable(decoder, S, W)
+    with torch.no_grad():
+        decoder(ids, cache=sinkattn.SinkCache(decoder))
+    assert not any("_sinkattn" in module.__dict__ for module in sinkattn.disable(decoder).modules())
+    assert "generate" not in model.__dict__
+
+
 def test_device_maps(tmp_path):
     pytest.importorskip("accelerate")
     build("llama").save_pretrained(tmp_path / "model")
