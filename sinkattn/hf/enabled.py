@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import uuid
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ class Enabled:
         self.parameters = list(inspect.signature(decoder.forward).parameters)
         self.cache_argument = cache_name(self.parameters)
         self.model_cache_argument = forward_cache(model)
-        self._own: list[tuple[nn.Module, str, Any]] = []
+        self._own: list[tuple[nn.Module, str, Any, Any]] = []
         self._hooks: list[Any] = []
 
     def install(self) -> None:
@@ -41,14 +42,16 @@ class Enabled:
             self.put(self.model, "generate", partial(generate, self.model))
         if self.model is not self.decoder:
             self._hooks.append(self.model.register_forward_pre_hook(_under_its_own_name, with_kwargs=True))
-        self.put(self.decoder, "forward", self.forward)
+        self.put_forward(self.decoder, self.forward)
 
     def remove(self) -> None:
-        """Restore the model, however far `install` came."""
+        """Restore the model, however far `install` came; what somebody else has put in place since stays."""
         while self._hooks:
             self._hooks.pop().remove()
         while self._own:
-            module, name, before = self._own.pop()
+            module, name, value, before = self._own.pop()
+            if module.__dict__.get(name) is not value:
+                continue
             if before is None:
                 del module.__dict__[name]
             else:
@@ -56,8 +59,12 @@ class Enabled:
 
     def put(self, module: nn.Module, name: str, value: Any) -> None:
         """Give a module an attribute until `remove`."""
-        self._own.append((module, name, module.__dict__.get(name)))
+        self._own.append((module, name, value, module.__dict__.get(name)))
         module.__dict__[name] = value
+
+    def put_forward(self, module: nn.Module, forward: Callable) -> None:
+        """Give a module another forward until `remove`; a wrapper around it, accelerate's say, may stay longer."""
+        self.put(module, "forward", _Forward(_either, self, module, forward, module.__dict__.get("forward")))
 
     def cache_layers(self, streams: Streams) -> list[Any]:
         """Layers of a new cache."""
@@ -69,8 +76,8 @@ class Enabled:
 
     def run(self, **kwargs) -> Any:
         """Run the decoder's own forward."""
-        before = next(own for module, name, own in self._own if module is self.decoder and name == "forward")
-        return (before or partial(type(self.decoder).forward, self.decoder))(**kwargs)
+        before = next(own for module, name, _, own in self._own if module is self.decoder and name == "forward")
+        return _own_forward(self.decoder, before)(**kwargs)
 
     def by_name(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the decoder's forward, all by name."""
@@ -98,6 +105,24 @@ class Enabled:
             got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"attention_mask: expected {list(shapes[1])}, or None, got {got}")
         return cache
+
+
+def _own_forward(module: nn.Module, before: Callable | None) -> Callable:
+    return before or partial(type(module).forward, module)
+
+
+def _either(enabled: Enabled, module: nn.Module, forward: Callable, before: Callable | None, *args, **kwargs) -> Any:
+    active = enabled.model.__dict__.get("_sinkattn") is enabled
+    return (forward if active else _own_forward(module, before))(*args, **kwargs)
+
+
+class _Forward(partial):
+    """`_either`, with the signature of the forward that it stands for."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        _, module, _, before = self.args
+        return inspect.signature(before or type(module).forward.__get__(module))
 
 
 def _check_kind(name: str, cache: Any) -> None:

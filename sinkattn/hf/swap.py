@@ -161,7 +161,7 @@ class Swap(Enabled):
             self.put(self.model, "prepare_inputs_for_generation", prepare)
         self._hooks += [rotary.register_forward_hook(no_rotation) for rotary in self.findings.rotaries]
         for module, forward in self.findings.forwards.items():
-            self.put(module, "forward", forward)
+            self.put_forward(module, forward)
         before = self.decoder.config
         own = with_attention(before, adapters.MASK_NAME if self.findings.forwards else NAME)
         for module in modules_with(self.decoder, before):
@@ -230,7 +230,10 @@ class Swap(Enabled):
         # What is traced has no context variable; what runs after a break of its graph finds it empty.
         running = self._traced if torch.compiler.is_dynamo_compiling() else _running.get() or self._traced
         if running is None or running.swap is not self:
-            raise RuntimeError("attention modules of an enabled model run only as part of the model")
+            raise RuntimeError(
+                "attention modules of an enabled model run only as part of the model; if they did, the forward of its "
+                "decoder was replaced since: call sinkattn.disable(model), and enable it again"
+            )
         if (skipped := key.shape[2] - query.shape[2]) > 0:
             # Some models leave out queries whose outputs nobody will read (Gemma 4, in a prompt).
             query = functional.pad(query, (0, 0, skipped, 0))

@@ -160,7 +160,7 @@ class Trial(Swap):
         super().install()
         for module, forward in self.findings.forwards.items():
             on_record = partial(_forward_on_record, module, forward, self.record, wide=self.wide)
-            self.put(module, "forward", on_record)
+            self.put_forward(module, on_record)
 
 
 @dataclass

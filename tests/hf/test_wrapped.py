@@ -1,5 +1,6 @@
 """Models that come wrapped, quantised, dispatched or unfinished: they work, or one clear error says why not."""
 
+import families
 import pytest
 import torch
 from hf_models import build, random_ids
@@ -141,6 +142,62 @@ def test_device_maps(tmp_path):
     )
     with pytest.raises(UnsupportedModelError, match=r"on one device, loaded, got \['cpu', 'meta'\]"):
         sinkattn.enable(model, S, W)
+
+
+def hook(model) -> None:
+    """What accelerate's dispatch does to every module; again, it replaces its own hooks."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    for module in model.modules():
+        hooks.add_hook_to_module(module, hooks.ModelHook())
+
+
+def unhook(model) -> None:
+    pytest.importorskip("accelerate.hooks").remove_hook_from_module(model, recurse=True)
+
+
+def enable(model) -> None:
+    sinkattn.enable(model, S, W)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (hook, enable, sinkattn.disable, unhook, enable),
+        (hook, enable, unhook, sinkattn.disable, enable),
+        (enable, hook, sinkattn.disable, unhook, enable),
+        (enable, hook, sinkattn.disable, enable, sinkattn.disable, unhook),
+        (enable, hook, unhook, sinkattn.disable, hook),
+    ],
+)
+def test_hooks_of_accelerate_come_and_go(steps, family):
+    model, ids = (families.build if family == "falcon" else build)(family), random_ids(1, S + W)
+    want = model(ids).logits
+    for step in steps:
+        step(model)
+        if steps[:3] == (hook, enable, unhook) and step is unhook:
+            # It put back the forwards that it had found, before the model was enabled.
+            if family == "llama":
+                with pytest.raises(RuntimeError, match=r"forward of its decoder was replaced since: call .*disable"):
+                    model(ids)
+            continue
+        torch.testing.assert_close(model(ids).logits, want, atol=1e-4, rtol=1e-4)
+        if "generate" in model.__dict__:
+            assert_streams(model)
+
+
+@torch.no_grad()
+def test_a_forward_under_autocast_comes_and_goes():
+    """As accelerate prepares a model for mixed precision."""
+    model, ids = sinkattn.enable(build("llama").model, S, W), random_ids(1, S + W)
+    want, own = model(ids)[0], model.forward
+    model.forward = torch.autocast("cpu", torch.bfloat16)(own)
+    assert 1e-4 < relative_error(model(ids)[0], want) < 1e-1
+    sinkattn.disable(model)
+    assert 1e-4 < relative_error(model(ids)[0], want) < 1e-1
+    model.forward = own
+    torch.testing.assert_close(model(ids)[0], want)
 
 
 def test_training_mode_is_kept_but_not_run_in_and_gradients_are_refused():
