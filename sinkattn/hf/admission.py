@@ -39,7 +39,8 @@ def enable(
     may share the original.
 
     Args:
-        model: a causal language model of transformers, in any float dtype, on one device; peft may have wrapped it.
+        model: a causal language model of transformers, in any float dtype, on one device; peft or
+            torch.compile may have wrapped it.
         num_sinks: tokens at the start of a stream that stay visible for ever.
         window: most recent tokens a query sees, itself included. In a model where some layers have a sliding window of
             their own, they keep that instead.
@@ -60,17 +61,9 @@ def enable(
         raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
     if find_swap(model) is not None:
         raise ValueError("model: is enabled already; call sinkattn.disable(model) first")
-    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
-        adapter = model.active_peft_config
-        if adapter.is_prompt_learning or adapter.is_adaption_prompt:
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: adapters of type {adapter.peft_type.value} are not supported: what they put "
-                "before the tokens comes anew in every call, where a stream goes on"
-            )
-        enable(model.get_base_model(), num_sinks, window, headroom, backend=backend)  # what peft has wrapped
-        return model
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+        enable(_unwrapped(model), num_sinks, window, headroom, backend=backend)
+        return model
     _check_model(model, layout)
     backend = ops.select_backend(model.device, backend, model.dtype)
     with _unexpected_means_unsupported(model):
@@ -96,6 +89,21 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError("model: expected a model prepared by sinkattn.enable(model), got one that is not enabled")
     swap.remove()
     return model
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What torch.compile or peft has wrapped."""
+    if hasattr(model, "_orig_mod"):
+        return model._orig_mod
+    if not hasattr(model, "get_base_model"):
+        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+    adapter = model.active_peft_config
+    if adapter.is_prompt_learning or adapter.is_adaption_prompt:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: adapters of type {adapter.peft_type.value} are not supported: what they put "
+            "before the tokens comes anew in every call, where a stream goes on"
+        )
+    return model.get_base_model()
 
 
 @contextmanager

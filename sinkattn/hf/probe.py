@@ -206,11 +206,15 @@ def modules_with(decoder: PreTrainedModel, config: PreTrainedConfig) -> list[nn.
 
 @contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Run a model without dropout, gradients and autocast; every module gets its own mode back."""
+    """Run a model without dropout, gradients, autocast and compilation; every module gets its own mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        with (
+            torch.no_grad(),
+            torch.autocast(model.device.type, enabled=False),
+            torch.compiler.set_stance("force_eager"),  # what runs but once is not worth it
+        ):
             yield
     finally:
         for module in training:

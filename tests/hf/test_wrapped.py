@@ -222,6 +222,38 @@ def test_half_a_model_is_refused():
     assert [sorted(module.__dict__) for module in model.modules()] == keys
 
 
-def test_a_compiled_model_is_enabled_before_it_is_compiled():
-    with pytest.raises(TypeError, match="expected a transformers PreTrainedModel, got OptimizedModule"):
-        sinkattn.enable(torch.compile(build("llama")), S, W)
+def compile_whole(model):
+    return torch.compile(model, backend="eager")
+
+
+def compile_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def compile_decoder(model):
+    model.model.forward = torch.compile(model.model.forward, backend="eager")
+    return model
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [compile_whole, compile_in_place, compile_decoder])
+def test_a_compiled_model(compiled):
+    """Compiled and run before it is enabled, while it is, and after."""
+    torch.compiler.reset()
+    model, ids = compiled(build("llama", num_hidden_layers=1)), random_ids(1, 70)
+    plain = build("llama", num_hidden_layers=1)
+    want = plain(ids).logits
+    torch.testing.assert_close(model(ids).logits, want)
+    assert sinkattn.enable(model, S, W) is model
+    torch.testing.assert_close(model(ids).logits, sinkattn.enable(plain, S, W)(ids).logits)
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 73)
+    assert sinkattn.disable(model) is model
+    torch.testing.assert_close(model(ids).logits, want)
+
+
+@pytest.mark.parametrize("wrapper", [torch.nn.DataParallel, torch.nn.Sequential])
+def test_other_wrappers_are_refused(wrapper):
+    with pytest.raises(TypeError, match=f"expected a transformers PreTrainedModel, got {wrapper.__name__}"):
+        sinkattn.enable(wrapper(build("llama")), S, W)
