@@ -83,6 +83,19 @@ class Enabled:
         """Arguments of the decoder's forward, all by name."""
         return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
 
+    def check_cache(self, name: str, cache: Any) -> None:
+        """Raise if a call cannot go on with a cache, which it got under this name."""
+        if cache is None:
+            return
+        if not isinstance(cache, SinkCache):
+            raise TypeError(
+                f"{name}: expected a sinkattn.SinkCache or None, got {type(cache).__name__}; if you gave none, it is "
+                "from what holds the enabled model: enable the outer model instead, or give it a SinkCache; prefix "
+                "tuning is not supported"
+            )
+        if cache.swap_id != self.id:
+            raise ValueError(f"{name}: this SinkCache was made for another model or before the last enable()")
+
     def stream_of(self, kwargs: dict[str, Any], batch: int, tokens: int) -> SinkCache:
         """Take the cache that a call goes on with out of ``kwargs``, or make one; raises if the call is refused."""
         if tokens == 0:
@@ -95,11 +108,9 @@ class Enabled:
         if kwargs.get("output_attentions") or self.decoder.config.output_attentions:
             raise ValueError("output_attentions: attention weights are never formed by sinkattn, got True")
         name, cache = take_cache(kwargs)
-        _check_kind(name, cache)
+        self.check_cache(name, cache)
         if cache is None:
             cache = SinkCache(self.model)
-        elif cache.swap_id != self.id:
-            raise ValueError(f"{name}: this SinkCache was made for another model or before the last enable()")
         mask, shapes = kwargs.get("attention_mask"), ((batch, tokens), (batch, cache.tokens_seen + tokens))
         if mask is not None and not (isinstance(mask, Tensor) and tuple(mask.shape) in shapes):
             got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -125,20 +136,12 @@ class _Forward(partial):
         return inspect.signature(before or type(module).forward.__get__(module))
 
 
-def _check_kind(name: str, cache: Any) -> None:
-    if cache is not None and not isinstance(cache, SinkCache):
-        raise TypeError(
-            f"{name}: expected a sinkattn.SinkCache or None, got {type(cache).__name__}; if you gave none, it is from "
-            "what holds the enabled model: enable the outer model instead, or give it a SinkCache; prefix tuning is "
-            "not supported"
-        )
-
-
 def _under_its_own_name(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of an enabled model: its class may ignore, in silence, a cache under the other name."""
+    enabled = model.__dict__["_sinkattn"]
     for name in CACHE_NAMES:
-        _check_kind(name, kwargs.get(name))
-    wanted = model.__dict__["_sinkattn"].model_cache_argument
+        enabled.check_cache(name, kwargs.get(name))
+    wanted = enabled.model_cache_argument
     if not any(name in kwargs for name in CACHE_NAMES if name != wanted):
         return None
     _, cache = take_cache(kwargs)

@@ -38,6 +38,7 @@ def generate(model: PreTrainedModel, inputs: Tensor | None = None, *args, **kwar
     if isinstance(mask, Tensor) and mask.ndim == 2 and not mask[:, -1].all():
         raise ValueError("attention_mask: expected padding on the left to generate from, got some on the right")
     name, cache = take_cache(kwargs)
+    find_swap(model).check_cache(name, cache)
     kwargs[GENERATE_CACHE] = SinkCache(model) if cache is None else cache
     ids = kwargs.get("input_ids") if inputs is None else inputs
     if isinstance(cache, SinkCache) and isinstance(ids, Tensor) and cache.tokens_seen:

@@ -7,6 +7,7 @@ import families
 import pytest
 import torch
 from hf_models import build, random_ids
+from transformers import DynamicCache
 
 import sinkattn
 from sinkattn.hf import UnsupportedModelError, stream_tokens, versions
@@ -33,6 +34,17 @@ def test_both_names_are_taken(model, name):
     cache = sinkattn.SinkCache(model)
     first = model.generate(ids, **{name: cache}, max_new_tokens=20, do_sample=False)
     assert torch.equal(model.generate(first, **{name: cache}, max_new_tokens=20, do_sample=False), text)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", versions.CACHE_NAMES)
+def test_errors_have_the_name_that_was_used(model, name):
+    ids, other = random_ids(1, 5), sinkattn.SinkCache(sinkattn.enable(build("llama"), S, W))
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=f"^{name}: this SinkCache was made for another model"):
+            call(input_ids=ids, **{name: other})
+        with pytest.raises(TypeError, match=f"^{name}: expected a sinkattn.SinkCache or None, got DynamicCache"):
+            call(input_ids=ids, **{name: DynamicCache()})
 
 
 @torch.no_grad()
