@@ -11,7 +11,14 @@ from transformers import PreTrainedModel
 from sinkattn import ops
 from sinkattn.hf import adapters
 from sinkattn.hf.cache import find_swap
-from sinkattn.hf.probe import UnsupportedModelError, evaluation_mode, probe, rope_parameters, trained_length
+from sinkattn.hf.probe import (
+    UnsupportedModelError,
+    evaluation_mode,
+    probe,
+    rope_parameters,
+    state_kept,
+    trained_length,
+)
 from sinkattn.hf.reencode import adds_positions, enable_by_reencoding
 from sinkattn.hf.swap import Swap
 from sinkattn.hf.trial import try_out
@@ -67,18 +74,19 @@ def enable(
     _check_model(model, layout)
     backend = ops.select_backend(model.device, backend, model.dtype)
     with _unexpected_means_unsupported(model):
-        if adds_positions(model):
-            enable_by_reencoding(model, layout)
-            return model
-        findings = adapters.find(model) or probe(model)
-        swap = Swap(model, layout, backend, findings)
-        with evaluation_mode(model):
-            try_out(model, layout, backend, findings)
-            try:
-                swap.install()
-            except BaseException:
-                swap.remove()
-                raise
+        with state_kept(model):
+            if adds_positions(model):
+                enable_by_reencoding(model, layout)
+                return model
+            findings = adapters.find(model) or probe(model)
+            swap = Swap(model, layout, backend, findings)
+            with evaluation_mode(model):
+                try_out(model, layout, backend, findings)
+        try:
+            swap.install()
+        except BaseException:
+            swap.remove()
+            raise
     return model
 
 

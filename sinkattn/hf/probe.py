@@ -221,6 +221,41 @@ def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
+PLAIN = (bool, int, float, type(None), Tensor)
+
+# Buffers of more elements are weights of a quantised model, and no state.
+LARGEST_STATE = 1 << 20
+
+
+@contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Put back, in the end, what modules keep beside their parameters: buffers, and attributes of plain types."""
+    before = [(module, *_state(module)) for module in model.modules()]
+    tensors = {x for _, *holders in before for held in holders for x in held.values() if isinstance(x, Tensor)}
+    copies = [(x, x.clone()) for x in tensors if x.numel() <= LARGEST_STATE and not x.is_meta]
+    transient = [(module, set(module._non_persistent_buffers_set)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for x, value in copies:
+                if not torch.equal(x, value):
+                    x.copy_(value)
+        for module, attributes, buffers in before:
+            for name in _state(module)[0].keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for module, names in transient:
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(names)
+
+
+def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
+    return {name: x for name, x in module.__dict__.items() if isinstance(x, PLAIN)}, dict(module._buffers)
+
+
 def trained_length(model: PreTrainedModel) -> int | None:
     """Positions that a model was trained for, in tokens; None if its configuration does not say, or with ALiBi."""
     config = model.config.get_text_config(decoder=True)

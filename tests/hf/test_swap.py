@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 import weakref
+from contextlib import nullcontext
 
 import families
 import pytest
@@ -383,6 +384,67 @@ def test_a_tiny_layout_hides_nothing(num_sinks, window):
         last = model(ids[:, -1:]).logits[:, -1] if num_sinks + window == 1 else None
         got = sinkattn.enable(model, num_sinks, window)(ids).logits[:, -1]
     assert last is None or torch.allclose(got, last, atol=1e-5)
+
+
+def held(model) -> list:
+    """What modules keep beside their parameters and submodules."""
+    return [
+        (name, x.clone() if isinstance(x, torch.Tensor) else x)
+        for module in model.modules()
+        for name, x in (*sorted(module.__dict__.items()), *module._buffers.items())
+        if isinstance(x, (bool, int, float, torch.Tensor))
+    ]
+
+
+def assert_same(got: list, want: list) -> None:
+    assert [name for name, _ in got] == [name for name, _ in want]
+    for (name, x), (_, y) in zip(got, want, strict=True):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_frequencies_that_a_long_input_has_changed_are_kept(rope_type):
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+    model = build("llama", rope_parameters=rope, max_position_embeddings=64 if rope_type == "dynamic" else 256)
+    short = held(model)
+    model(random_ids(1, 200))
+    long = held(model)
+    assert str(short) != str(long)
+    sinkattn.disable(sinkattn.enable(model, S, W))
+    assert_same(held(model), long)
+    with pytest.raises(UnsupportedModelError, match="must not exceed the 64 positions"):
+        sinkattn.enable(model, S, 64)
+    model.model.layers[1].self_attn.is_causal = False
+    long = held(model)
+    with pytest.raises(UnsupportedModelError, match="layer 1 is not causal"):
+        sinkattn.enable(model, S, W)
+    assert_same(held(model), long)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("persistent", [True, False])
+def test_what_modules_count_is_put_back(family, persistent):
+    model = build(family)
+    block = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))[0]
+    block.register_buffer("moved", torch.zeros(3), persistent=persistent)
+    block.calls, block.last = 1, None
+
+    def count(module, args, output):
+        module.calls += 1
+        module.moved += 1
+        module.last = module.newest = torch.ones(2)
+
+    block.register_forward_hook(count)
+    before = held(model)
+    with nullcontext() if family == "gpt2" else pytest.raises(UnsupportedModelError, match="state in its modules"):
+        sinkattn.disable(sinkattn.enable(model, S, W))
+    assert_same(held(model), before)
+    assert block.last is None
+    assert ("moved" in "".join(model.state_dict())) == persistent
 
 
 def test_an_interrupted_enable_leaves_nothing_behind(monkeypatch):
