@@ -30,6 +30,7 @@ def model_facts(model: Any, num_sinks: int, window: int) -> dict[str, Any]:
     """Whether `sinkattn.enable` takes a model; if so how it streams and its cache. Changes nothing."""
     from sinkattn.hf import SinkCache, disable, enable
     from sinkattn.hf.cache import find_swap
+    from sinkattn.hf.probe import evaluation_mode, state_kept
     from sinkattn.hf.reencode import Reencode, extra_tokens
     from sinkattn.hf.versions import forward_cache
 
@@ -40,7 +41,7 @@ def model_facts(model: Any, num_sinks: int, window: int) -> dict[str, Any]:
         return {**facts, "accepted": False, "reason": str(error)}
     try:
         cache = SinkCache(model)
-        with torch.no_grad():
+        with evaluation_mode(model), state_kept(model):
             token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
             model(input_ids=token, **{forward_cache(model): cache})
         swap = find_swap(model)

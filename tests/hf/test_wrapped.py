@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import sinkattn
 from sinkattn.hf import UnsupportedModelError
 from sinkattn.hf.agreement import relative_error
+from sinkattn.info import model_facts
 
 NEW = 60
 
@@ -210,6 +211,19 @@ def test_training_mode_is_kept_but_not_run_in_and_gradients_are_refused():
     with pytest.raises(RuntimeError, match="computes no gradients"):
         model(random_ids(1, 5))
     assert_streams(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_facts_of_a_model_in_training_mode(family):
+    model = build(family)
+    want = model_facts(model, S, W)
+    model.train()
+    model.base_model.calls = 0
+    model.base_model.register_forward_hook(lambda module, *_: setattr(module, "calls", module.calls + 1))
+    assert model_facts(model, S, W) == want
+    assert want["accepted"]
+    assert all(module.training for module in model.modules())
+    assert model.base_model.calls == 0
 
 
 def test_half_a_model_is_refused():
