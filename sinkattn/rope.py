@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -17,9 +18,9 @@ def table_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rope:
-    """How a model rotates its queries and keys (RoPE, arXiv 2104.09864).
+    """How a model rotates its queries and keys (RoPE, arXiv 2104.09864). Equal to any other that rotates alike.
 
     Args:
         inv_freq: ``[pairs]`` angle per position of each pair, in radians. A negative value turns the other way.
@@ -50,6 +51,16 @@ class Rope:
         object.__setattr__(self, "inv_freq", self.inv_freq.detach().to(torch.float64))
         object.__setattr__(self, "rotary_dim", width)
         object.__setattr__(self, "_copies", {})
+
+    @cached_property
+    def _value(self) -> tuple:
+        return (*self.inv_freq.tolist(), self.scaling, self.style)
+
+    def __eq__(self, other: object) -> bool:
+        return self._value == other._value if isinstance(other, Rope) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._value)
 
     @classmethod
     def from_module(cls, module: torch.nn.Module, style: Style = "half") -> Rope:

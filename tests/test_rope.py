@@ -134,3 +134,13 @@ def test_bad_arguments_are_refused(arguments, message):
 def test_module_without_frequencies_is_refused():
     with pytest.raises(ValueError, match="module: expected a rotary module with an inv_freq tensor, got Linear"):
         Rope.from_module(torch.nn.Linear(1, 1))
+
+
+def test_ropes_that_rotate_alike_are_equal():
+    inv_freq = torch.tensor([1.0, 0.1])
+    rope = Rope(inv_freq)
+    assert rope == Rope(inv_freq.double())
+    assert len({rope, Rope(inv_freq.clone())}) == 1
+    others = [Rope(-inv_freq), Rope(inv_freq[:1]), Rope(inv_freq, 2.0), Rope(inv_freq, style="interleaved")]
+    assert len({rope, *others}) == 5
+    assert rope != "rope"

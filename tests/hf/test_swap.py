@@ -386,6 +386,22 @@ def test_a_tiny_layout_hides_nothing(num_sinks, window):
     assert last is None or torch.allclose(got, last, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "kinds"), [("llama", 1), ("gpt_neox", 1), ("gemma3_text", 2)])
+def test_layers_that_rotate_alike_share_their_tables(family, kinds, monkeypatch):
+    options = {"num_hidden_layers": 4}
+    if family == "gemma3_text":
+        options["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    model = (build if kinds == 1 else families.build)(family, **options)
+    sinkattn.enable(model, 4, 12)
+    calls, tables = [], sinkattn.Rope.stream_tables
+    monkeypatch.setattr(
+        sinkattn.Rope, "stream_tables", lambda *args, **kwargs: calls.append(None) or tables(*args, **kwargs)
+    )
+    model(random_ids(1, 20))
+    assert len(calls) == kinds
+
+
 def held(model) -> list:
     """What modules keep beside their parameters and submodules."""
     return [
