@@ -17,6 +17,9 @@ from sinkattn.hf.generation import generate
 from sinkattn.hf.versions import CACHE_NAMES, cache_name, forward_cache, take_cache
 from sinkattn.ops import RingLayout
 
+# What forwards read from a configuration if a call does not say.
+CONFIG_FLAGS = ("output_hidden_states", "return_dict", "use_cache")
+
 
 class Enabled:
     """What `enable` leaves on a model. A subclass has the `forward` that takes the place of the decoder's own."""
@@ -28,6 +31,7 @@ class Enabled:
         self.model = model
         self.decoder = decoder
         self.layout = layout
+        self.config = decoder.config  # other models may share it, so the decoder may read a copy while it is enabled
         self.parameters = list(inspect.signature(decoder.forward).parameters)
         self.cache_argument = cache_name(self.parameters)
         self.model_cache_argument = forward_cache(model)
@@ -105,8 +109,14 @@ class Enabled:
             )
         if self.decoder.training:
             raise RuntimeError("model: is in training mode; sinkattn is for inference, call model.eval()")
-        if kwargs.get("output_attentions") or self.decoder.config.output_attentions:
+        if kwargs.get("output_attentions") or self.config.output_attentions or self.decoder.config.output_attentions:
             raise ValueError("output_attentions: attention weights are never formed by sinkattn, got True")
+        for name in CONFIG_FLAGS:
+            if getattr(self.config, name, None) != getattr(self.decoder.config, name, None):
+                raise ValueError(
+                    f"{name}: was changed in the model's configuration while it is enabled, which its decoder does not "
+                    "see; change it before sinkattn.enable, or give it to each call"
+                )
         name, cache = take_cache(kwargs)
         self.check_cache(name, cache)
         if cache is None:

@@ -275,7 +275,14 @@ def test_calls_that_would_be_wrong_are_refused():
     ]:
         with pytest.raises(error, match=message):
             model(ids, **kwargs)
-    model.config.output_attentions = False
+    for flag, message in [
+        ("output_attentions", "attention weights are never formed"),
+        ("output_hidden_states", "was changed in the model's configuration while it is enabled"),
+    ]:
+        setattr(model.config, flag, True)
+        with pytest.raises(ValueError, match=f"{flag}: {message}"):
+            model(ids)
+        setattr(model.config, flag, False)
     assert model(ids, attention_mask=torch.ones(2, 10)).logits.shape == (2, 10, 97)
     with torch.enable_grad(), pytest.raises(RuntimeError, match="computes no gradients"):
         model(ids)
