@@ -1,6 +1,6 @@
-// Few queries per key: rows x heads x stretches of slots are dealt out to the threads. Keys and values are read once, in
-// storage order, for all heads of a group, and the stretch that is finished last combines them all. What is split, and
-// how, depends on shapes alone, never on the threads.
+// Few queries per key: rows x heads x stretches of slots are dealt out to the threads. Keys and values are read in
+// storage order, once per token for all heads of a group, and the stretch that is finished last combines them all. What
+// is split, and how, depends on shapes alone, never on the threads.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// A few queries against keys and values as they lie in the cache: every byte is read once, and what comes next is
-// fetched ahead.
+// A few queries against keys and values as they lie in the cache: one pass for each token of the call, and what
+// comes next is fetched ahead.
 #pragma once
 
 #include <algorithm>

@@ -23,7 +23,7 @@ class RingKVCache:
         num_sinks: sink tokens kept for ever (0 or more).
         window: most recent tokens a query sees, itself included (1 or more).
         headroom: spare ring slots: so many tokens can be rolled back, and calls of up to ``headroom + 1`` tokens
-            are appended before they attend, in one pass.
+            are appended before they attend.
         value_dim: head_dim of the values, if different.
         dtype: float32, float16, bfloat16 or float64; default: torch's.
         device: default: torch's.

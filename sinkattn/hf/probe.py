@@ -1,9 +1,10 @@
 """Finding out what a model does, by running it: which modules attend, to what, and how they rotate queries and keys.
 
-Nothing is assumed from a model's name. Two short forwards run with an attention function that records what it gets
-and returns something independent of queries and keys, so that both see the same hidden states: one with the model's
-rotary embedding, one with the identity in its place. What comes out must be explained by one known convention. The
-masks that the model asks for are made by a function that finds out which tokens they show.
+Nothing is assumed from a model's name. Three short forwards run with an attention function that records what it gets
+and returns something independent of queries and keys, so that all see the same hidden states: one with the model's
+rotary embedding, one with the identity in its place, and one more at shifted positions. What comes out must be
+explained by one known convention. The masks that the model asks for are made by a function that finds out which tokens
+they show.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ AttentionMaskInterface.register(PROBE_NAME, _record_mask)
 
 
 def no_rotation(module: nn.Module, args: tuple, output: Any) -> Any:
-    """Forward hook of a rotary module: the angle is zero, so queries and keys pass unchanged, bit for bit."""
+    """Forward hook of a rotary module: the angle is zero, so queries and keys keep their values."""
     if isinstance(output, tuple) and len(output) == 2 and all(isinstance(x, Tensor) for x in output):
         cos, sin = output
         return torch.ones_like(cos), torch.zeros_like(sin)

@@ -1,7 +1,7 @@
 """Swapping sinkattn into the attention of a loaded transformers model, and out again.
 
-Only transformers' own extension points are used: an attention function, a mask function and a cache; on this one
-model, a hook on the rotary module and a wrapper around the decoder's forward. No class is touched. Families that call
+Only transformers' own extension points are used: an attention function, a mask function and a cache; on this one model,
+a hook on the rotary module and a wrapper around the decoder's forward. Code of no class is changed. Families that call
 no attention function have an adapter, with a forward for their attention modules.
 """
 
@@ -183,7 +183,7 @@ class Swap(Enabled):
         positions = _positions(cache, padding, tokens, inputs.device)
         check_positions(kwargs.get("position_ids"), positions, None if padding is None else padding.present)
 
-        # The rotary modules are no-ops now; whatever else goes by position sees the position within the cache.
+        # The rotary modules rotate by nothing now; whatever else goes by position sees the position within the cache.
         last = self.layout.num_sinks + self.layout.window - 1
         positions = positions.clamp(max=last)
         provided = {self.cache_argument: cache, "attention_mask": None, "position_ids": positions}
