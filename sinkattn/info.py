@@ -30,8 +30,9 @@ def model_facts(model: Any, num_sinks: int, window: int) -> dict[str, Any]:
     """Whether `sinkattn.enable` takes a model; if so how it streams and its cache. Changes nothing."""
     from sinkattn.hf import SinkCache, disable, enable
     from sinkattn.hf.cache import find_swap
+    from sinkattn.hf.lanes import extra_tokens
     from sinkattn.hf.probe import evaluation_mode, state_kept
-    from sinkattn.hf.reencode import Reencode, extra_tokens
+    from sinkattn.hf.reencode import Reencode
     from sinkattn.hf.versions import forward_cache
 
     facts: dict[str, Any] = {"class": type(model).__name__, "num_sinks": num_sinks, "window": window}

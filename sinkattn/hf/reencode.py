@@ -8,19 +8,18 @@ those of the window are encoded at their new positions, and it grows again.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sinkattn.hf.agreement import check_agreement, relative_error
 from sinkattn.hf.cache import SinkCache, SinkLayer, Streams
-from sinkattn.hf.enabled import Enabled, check_positions, readable, sample_ids
+from sinkattn.hf.enabled import Enabled, check_positions, sample_ids
+from sinkattn.hf.lanes import Columns, Lane, context_start, most_ids, rebuild_period
 from sinkattn.hf.probe import UnsupportedModelError, evaluation_mode, find_decoder, trained_length
 from sinkattn.hf.versions import cache_name
 from sinkattn.ops import RingLayout, check_no_gradients, check_tensor
@@ -31,158 +30,102 @@ if TYPE_CHECKING:
 PER_TOKEN = {"input_ids", "attention_mask", "position_ids"}
 
 
-def kept_tokens(layout: RingLayout) -> int:
-    """Tokens of the window that stay in the context when it is rebuilt."""
-    return layout.window // 2
+class Padding(NamedTuple):
+    """Which of the new tokens count."""
+
+    present: Tensor
+    """Which ones: bool ``[batch, tokens]``."""
+    counts: list[int]
+    """How many in each row."""
 
 
-def rebuild_period(layout: RingLayout) -> int:
-    """Tokens from one rebuild to the next."""
-    return layout.window - kept_tokens(layout)
+class Arrival(NamedTuple):
+    """New tokens of a lane."""
 
-
-def extra_tokens(layout: RingLayout) -> float:
-    """Tokens that are encoded anew for each token of a long stream, on average; the sinks stay as they are."""
-    return kept_tokens(layout) / rebuild_period(layout)
-
-
-def context_start(token: int, layout: RingLayout) -> int:
-    """First token after the sinks in the context of a token, both counted from 0 in the stream.
-
-    The context of token t is the sinks and {context_start(t) .. t}: up to ``num_sinks + window`` tokens.
-    """
-    past_full = token - layout.num_sinks - layout.window
-    rebuilds = max(0, past_full // rebuild_period(layout) + 1)
-    return layout.num_sinks + rebuilds * rebuild_period(layout)
-
-
-class ContextLayer(CacheLayerMixin):
-    """Keys and values of one layer for up to ``capacity`` tokens, in memory that is taken once."""
-
-    is_sliding = False
-    is_compileable = False
-    supports_early_init = False
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self.capacity = capacity
-        self.length = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take memory for keys and values like these."""
-        # Not inference tensors, even if made under torch.inference_mode(): a stream may go on outside of it.
-        with torch.inference_mode(False):
-            self.keys, self.values = (
-                torch.empty(*x.shape[:-2], self.capacity, x.shape[-1], dtype=x.dtype, device=x.device)
-                for x in (key_states, value_states)
-            )
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append keys and values ``[batch, heads, tokens, head_dim]``; returns those of the whole context."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        begin, self.length = self.length, self.length + key_states.shape[-2]
-        self.keys[..., begin : self.length, :] = key_states
-        self.values[..., begin : self.length, :] = value_states
-        # A stream may enter or leave autocast midway.
-        return (
-            self.keys[..., : self.length, :].to(key_states.dtype),
-            self.values[..., : self.length, :].to(value_states.dtype),
-        )
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(key length, key offset) of a mask."""
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens that it holds."""
-        return self.length
-
-    def get_max_length(self) -> int:
-        """Tokens that it can hold."""
-        return self.capacity
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row ``beam_idx[i]`` was, in place."""
-        if self.is_initialized:
-            for x in (self.keys, self.values):
-                x.copy_(x.index_select(0, beam_idx))
+    lane: Lane
+    ids: Tensor
+    """int64 ``[rows of the lane, tokens]``, none of them padding."""
+    where: tuple[Tensor, Tensor | slice] | None
+    """Index of these in ``[batch, tokens]`` of the call; None if they are all of it."""
 
 
 class ReencodeCache(SinkCache):
-    """`SinkCache` of a model that streams by re-encoding: the ids that may be needed again, and one context."""
+    """`SinkCache` of a model that streams by re-encoding: lanes, each with its ids and one context."""
 
     def __init__(self, model: PreTrainedModel, max_batch_size: int | None = None) -> None:
         super().__init__(model, max_batch_size)
         self._drop()
 
     def _drop(self) -> None:
-        self.ids: Tensor | None = None
-        """Sinks and recent tokens: int64 ``[batch, up to num_sinks + window - 1 + headroom]``."""
-        layout = self.layout
-        self._first = layout.num_sinks
-        """First token that is kept after the sinks, counted from 0 in the stream."""
-        self._peak = 0
-        """The furthest point that the stream has reached, in tokens."""
-        self.context = Cache(layer_class_to_replicate=partial(ContextLayer, layout.num_sinks + layout.window))
-        self._held = (layout.num_sinks, 0)
-        """`context_start` of what the context holds, and how many tokens of it are right."""
+        self.lanes: list[Lane] = []
+        """Each row of the batch is in one of them; none before the first forward."""
+        self._columns = Columns(most_ids(self.layout))
+        self._seen: Tensor | None = None
         self.layers[0].__dict__.pop("batch_size", None)
 
-    def _count(self, tokens: int) -> None:
-        self._streams.tokens_seen = self._streams.clean = tokens
+    def _changed(self) -> None:
+        self.layers[0].batch_size = sum(len(lane.rows) for lane in self.lanes)
+        self._seen = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each row has seen, without padding, on the host."""
+        lengths = {row: lane.seen for lane in self.lanes for row in lane.rows}
+        return [lengths[row] for row in range(len(lengths))]
 
     @property
     def seen(self) -> Tensor | None:
-        """Tokens that each row has seen: int64 ``[batch]``; None before the first."""
-        if self.ids is None:
-            return None
-        return torch.full((len(self.ids),), self.tokens_seen, dtype=torch.int64, device=self.ids.device)
+        """Tokens that each row has seen, without padding: int64 ``[batch]``, on the device; None before the first."""
+        if self._seen is None and self.lanes:
+            lane = self.lanes[0]
+            if len(self.lanes) == 1:  # filled on the device, which is not waited for
+                self._seen = lane.ids.new_full((len(lane.rows),), lane.seen, dtype=torch.int64)
+            else:
+                self._seen = torch.tensor(self.lengths, device=lane.ids.device)
+        return self._seen
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether some rows have seen fewer tokens than others."""
+        return any(lane.seen != self.tokens_seen for lane in self.lanes)
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values of all layers, and of the ids."""
-        held = [x for layer in self.context.layers if layer.is_initialized for x in (layer.keys, layer.values)]
-        return sum(x.nbytes for x in (*held, *(() if self.ids is None else (self.ids,))))
+        return sum(lane.nbytes for lane in self.lanes)
 
-    def pieces(self, new: Tensor) -> Iterator[tuple[Tensor, int, int]]:
-        """Cut new tokens, int64 ``[batch, tokens]``, where the context is rebuilt.
+    def arrivals(self, ids: Tensor, padding: Padding | None) -> list[Arrival]:
+        """What arrives in each lane that gets new tokens, of ids ``[batch, tokens]`` with this padding among them.
 
-        Yields the ids to run, the position of the first of them, and how many at the end are new. The context holds
-        what comes before them then; that they have been run is believed when the next piece is asked for.
+        A lane whose rows get different numbers of tokens is split first. Lanes never merge.
         """
-        sinks, window = self.layout.num_sinks, self.layout.window
-        ids = new if self.ids is None else torch.cat((self.ids, new), dim=1)
-        token, end = self.tokens_seen, self.tokens_seen + new.shape[1]
-        while token < end:
-            start = context_start(token, self.layout)
-            stop = min(end, start + window)
-            held_start, right = self._held
-            # The sinks stay where they are in every context.
-            right = min(right, sinks + token - start, right if held_start == start else sinks)
-            self._held = (start, right)
-            for layer in self.context.layers:
-                layer.length = right
-            past_sinks = sinks + start - self._first
-            context = torch.cat((ids[:, :sinks], ids[:, past_sinks : past_sinks + stop - start]), dim=1)
-            yield context[:, right:], right, stop - token
-            self._held = (start, sinks + stop - start)
-            token = stop
+        batch, tokens = ids.shape
+        if not self.lanes:
+            self.lanes = [Lane(self.layout, range(batch), ids.new_empty(batch, 0))]
+        if padding is None and len(self.lanes) == 1:
+            return [Arrival(self.lanes[0], ids, None)]
+        counts = [tokens] * batch if padding is None else padding.counts
+        parts = [(count, part) for lane in self.lanes for count, part in lane.split(counts).items()]
+        self.lanes = [lane for _, lane in parts]
+        if padding is not None:
+            # Columns of each row, those of tokens that count first.
+            order = (~padding.present).to(torch.int8).argsort(dim=1, stable=True)
+        arrivals = []
+        for count, lane in parts:
+            if count:
+                rows = torch.tensor(lane.rows, device=ids.device)
+                where = (rows, slice(None)) if padding is None else (rows.unsqueeze(1), order[rows, :count])
+                arrivals.append(Arrival(lane, ids[where], where))
+        return arrivals
 
-    def finish(self, new: Tensor) -> None:
-        """Close the forward: its tokens, int64 ``[batch, tokens]``, count."""
-        sinks, seen = self.layout.num_sinks, self.tokens_seen + new.shape[1]
-        ids = new.clone() if self.ids is None else torch.cat((self.ids, new), dim=1)
-        peak = max(self._peak, seen)
-        # What the context of the oldest token that can come next needs.
-        first = context_start(max(0, peak - self.layout.headroom), self.layout)
-        if first > self._first:
-            ids = torch.cat((ids[:, :sinks], ids[:, sinks + first - self._first :]), dim=1)
-        self.ids, self._first, self._peak = ids, first, peak
+    def finish(self, tokens: int, arrivals: list[Arrival], padding: Padding | None) -> None:
+        """Close a forward of ``tokens`` columns: what arrived counts."""
         self._remember_beginning()
-        self.layers[0].batch_size = len(new)
-        self._count(seen)
+        for lane, ids, _ in arrivals:
+            lane.append(ids)
+        self._columns.append(tokens, None if padding is None else padding.present)
+        self._changed()
+        self._streams.tokens_seen += tokens
         self._streams.arriving = None
 
     def abandon(self) -> None:
@@ -192,38 +135,89 @@ class ReencodeCache(SinkCache):
             self._drop()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last ``-tokens_to_remove`` tokens (a negative number, as transformers has it).
+        """Take back the last ``-tokens_to_remove`` columns (a negative number, as transformers has it).
 
-        Raises ValueError for a positive number, RuntimeError beyond the headroom; nothing is changed then.
+        A row loses those of its tokens that were in them. It can go back by ``headroom`` tokens from the furthest
+        point that it has reached, and beyond that as long as the context of the next token is still among the ids
+        that are kept. Raises ValueError for a positive number, RuntimeError beyond what is kept; nothing is changed
+        then.
         """
         count = -int(tokens_to_remove)
         if count < 0:
             raise ValueError(f"tokens_to_remove: expected a negative number of tokens, got {tokens_to_remove}")
-        if count == 0 or self.ids is None:
+        if count == 0 or not self.lanes:
             return
-        headroom = self.layout.headroom
-        left = min(headroom - (self._peak - self.tokens_seen), self.tokens_seen)
-        if count > left:
-            raise RuntimeError(f"cache: can go back {left} tokens more (headroom {headroom}), got {count}")
-        self.ids = self.ids[:, : self.ids.shape[1] - count]
-        self._count(self.tokens_seen - count)
+        counts = self._columns.tokens(count, self.batch_size)
+        if counts is None:
+            raise RuntimeError(f"cache: it is not known any more where there was padding {count} tokens back")
+        self._take_back(counts)
+        self._columns.remove(count)
+        self._streams.tokens_seen -= count
         self._forget_beginning()
 
+    def _take_back(self, counts: list[int]) -> None:
+        """Take the last ``counts[row]`` tokens from each row; raises RuntimeError, with nothing changed, if it cannot.
+
+        `tokens_seen` stays: it counts columns.
+        """
+        for lane in self.lanes:
+            for row in lane.rows:
+                if counts[row] > lane.most_back:
+                    raise RuntimeError(
+                        f"cache: can go back {lane.most_back} tokens more (headroom {self.layout.headroom}), got "
+                        f"{counts[row]} in row {row}"
+                    )
+        parts = [part for lane in self.lanes for part in lane.split(counts).items()]
+        for count, lane in parts:
+            lane.take_back(count)
+        self.lanes = [lane for _, lane in parts]
+        self._changed()
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row ``beam_idx[i]`` was."""
-        if self.ids is not None:
-            beam_idx = beam_idx.to(self.ids.device, torch.int64)
-            check_tensor("beam_idx", beam_idx, (len(self.ids),), torch.int64, self.ids.device)
-            super().reorder_cache(beam_idx)
-            self.ids = self.ids[beam_idx]
-            self.context.reorder_cache(beam_idx)
+        """Row i becomes what row ``beam_idx[i]`` was: integers ``[batch]``."""
+        if self.lanes:
+            device = self.lanes[0].ids.device
+            beam_idx = beam_idx.to(device, torch.int64)
+            check_tensor("beam_idx", beam_idx, (self.batch_size,), torch.int64, device)
+            self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row becomes ``repeats`` rows, side by side, each a stream of its own."""
+        if self.lanes:
+            rows = torch.arange(self.batch_size, device=self.lanes[0].ids.device)
+            self._take_rows(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Row i becomes what row ``indices[i]`` was: integers ``[rows]``, at least one, or bool ``[batch]``."""
+        if self.lanes:
+            rows = torch.arange(self.batch_size, device=self.lanes[0].ids.device)
+            self._take_rows(rows[indices])  # which refuses rows that there are not
+
+    def _take_rows(self, index: Tensor) -> None:
+        """Row i becomes what row ``index[i]`` was, int64 ``[rows]``: as many rows as there are in it."""
+        if not len(index):
+            raise ValueError("cache: expected one row or more to keep, got none")
+        super().reorder_cache(index)
+        if len(self.lanes) == 1:
+            # Nothing has to be read from the device.
+            self.lanes = [self.lanes[0].take(index, range(len(index)))]
+        else:
+            sources, lanes = index.tolist(), []
+            for lane in self.lanes:
+                places = {row: place for place, row in enumerate(lane.rows)}
+                rows = [row for row, source in enumerate(sources) if source in places]
+                if rows:
+                    taken = torch.tensor([places[sources[row]] for row in rows], device=index.device)
+                    lanes.append(lane.take(taken, rows))
+            self.lanes = lanes
+        self._columns.take(index)
+        self._changed()
 
     def reset(self) -> None:
-        """Start all streams anew, in the same memory."""
-        if self.ids is not None:
-            self.ids = self.ids[:, :0]
-        self._first, self._peak, self._held = self.layout.num_sinks, 0, (self.layout.num_sinks, 0)
-        self._count(0)
+        """Start all streams anew; nothing of the old ones is left in memory."""
+        super().reset()
+        self._streams.beginning = None
+        self._drop()
 
 
 class Reencode(Enabled):
@@ -232,11 +226,11 @@ class Reencode(Enabled):
     cache_class = ReencodeCache
 
     def cache_layers(self, streams: Streams) -> list[SinkLayer]:
-        """One layer, which says how many tokens were seen; keys and values are in the `context` of the cache."""
+        """One layer, which says how many tokens were seen; keys and values are in the lanes of the cache."""
         return [SinkLayer(streams, self.layout)]
 
     def forward(self, *args, **kwargs) -> Any:
-        """Forward of the decoder: cuts its tokens where the context is rebuilt, and joins the outputs of the pieces."""
+        """Forward of the decoder: cuts its tokens where the context is rebuilt, and joins the outputs."""
         kwargs = self.by_name(args, kwargs)
         for name, value in kwargs.items():
             if isinstance(value, Tensor) and name not in PER_TOKEN:
@@ -248,14 +242,6 @@ class Reencode(Enabled):
             raise ValueError(f"input_ids: expected [batch, tokens], got {list(ids.shape)}")
         batch, tokens = ids.shape
         cache = self.stream_of(kwargs, batch, tokens)
-        positions = torch.arange(cache.tokens_seen, cache.tokens_seen + tokens, device=ids.device)
-        mask = kwargs.get("attention_mask")
-        if mask is not None and readable(mask, tokens) and not mask.all():
-            raise ValueError(
-                "attention_mask: padding is not supported in models that stream by re-encoding, expected ones; run "
-                "rows of equal length, or one by one"
-            )
-        check_positions(kwargs.get("position_ids"), positions.unsqueeze(0))
         if torch.is_grad_enabled():
             check_no_gradients(*self.decoder.parameters())
 
@@ -264,43 +250,82 @@ class Reencode(Enabled):
             kwargs[name] if kwargs.get(name) is not None else getattr(config, name, True)
             for name in ("use_cache", "return_dict")
         )
-        kwargs |= {
-            self.cache_argument: cache.context,
-            "attention_mask": None,
-            "use_cache": True,
-            "return_dict": True,
-        }
+        mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        kwargs |= {"attention_mask": None, "use_cache": True, "return_dict": True}
         cache.begin(batch, tokens, ids)
-        finished = False
         try:
-            parts = []
-            for piece, first, new in cache.pieces(ids):
-                kwargs["input_ids"] = piece
-                kwargs["position_ids"] = torch.arange(first, first + piece.shape[1], device=ids.device).unsqueeze(0)
-                output = self.run(**kwargs)
-                parts.append((output.last_hidden_state[:, -new:], _last(output.hidden_states, new)))
-            last_hidden_states, hidden_states = zip(*parts, strict=True)
-            output = type(output)(
-                last_hidden_state=torch.cat(last_hidden_states, dim=1),
-                **{self.cache_argument: cache if use_cache else None},
-                hidden_states=None if hidden_states[0] is None else tuple(map(_join, zip(*hidden_states, strict=True))),
+            padding = _padding(mask, cache, tokens)
+            if position_ids is not None:
+                present = None if padding is None else padding.present
+                check_positions(position_ids, _positions(cache, present, tokens, ids.device), present)
+            arrivals = cache.arrivals(ids, padding)
+            # Where there is nothing but padding, any token shows what the outputs look like.
+            run = arrivals or [Arrival(Lane(self.layout, [0], ids.new_empty(1, 0)), ids.new_zeros(1, 1), None)]
+            kinds, states = zip(*(self._run_lane(arrival, kwargs) for arrival in run), strict=True)
+            last_hidden_state, *hidden_states = (
+                _place(parts, arrivals, batch, tokens) for parts in zip(*states, strict=True)
             )
-            finished = True
-        finally:
-            if finished:
-                cache.finish(ids)
-            else:
-                cache.abandon()
+            output = kinds[0](
+                last_hidden_state=last_hidden_state,
+                **{self.cache_argument: cache if use_cache else None},
+                hidden_states=tuple(hidden_states) or None,
+            )
+        except BaseException:
+            cache.abandon()
+            raise
+        cache.finish(tokens, arrivals, padding)
         return output if return_dict else output.to_tuple()
 
+    def _run_lane(self, arrival: Arrival, kwargs: dict[str, Any]) -> tuple[type, tuple[Tensor | None, ...]]:
+        """Class of the decoder's output, and its states for what has arrived: the last hidden ones, then every layer's.
 
-def _last(hidden_states: tuple[Tensor | None, ...] | None, tokens: int) -> tuple[Tensor | None, ...] | None:
-    # Not all layers' are there if some were asked for by index.
-    return hidden_states and tuple(None if x is None else x[:, -tokens:] for x in hidden_states)
+        Not all layers' are there if some were asked for by index.
+        """
+        parts = []
+        for piece, first, new in arrival.lane.pieces(arrival.ids):
+            positions = torch.arange(first, first + piece.shape[1], device=piece.device).unsqueeze(0)
+            provided = {"input_ids": piece, "position_ids": positions, self.cache_argument: arrival.lane.context}
+            output = self.run(**{**kwargs, **provided})
+            states = (output.last_hidden_state, *(output.hidden_states or ()))
+            parts.append([None if x is None else x[:, -new:] for x in states])
+        joined = (None if xs[0] is None else torch.cat(xs, dim=1) for xs in zip(*parts, strict=True))
+        return type(output), tuple(joined)
 
 
-def _join(parts: tuple[Tensor | None, ...]) -> Tensor | None:
-    return None if parts[0] is None else torch.cat(parts, dim=1)
+def _place(parts: Sequence[Tensor | None], arrivals: list[Arrival], batch: int, tokens: int) -> Tensor | None:
+    """States of what has arrived in one tensor ``[batch, tokens, hidden]``, each where its token is; else zeros."""
+    if parts[0] is None or (arrivals and arrivals[0].where is None):
+        return parts[0]
+    placed = parts[0].new_zeros(batch, tokens, parts[0].shape[-1])
+    for arrival, part in zip(arrivals, parts, strict=False):
+        placed[arrival.where] = part
+    return placed
+
+
+def _padding(attention_mask: Tensor | None, cache: ReencodeCache, tokens: int) -> Padding | None:
+    """Padding among the new tokens, anywhere in their rows; None if there is none."""
+    if attention_mask is None:
+        return None
+    # Read even where that stops a GPU: how many tokens come decides what runs.
+    if attention_mask.all() and not cache.has_padding:
+        return None
+    mask = attention_mask != 0
+    past, present = mask[:, :-tokens], mask[:, -tokens:]
+    before, counts = torch.stack((past.sum(dim=1), present.sum(dim=1))).tolist()
+    if past.shape[1] and before != cache.lengths:
+        raise ValueError(
+            f"attention_mask: expected as many ones for past tokens as each row has seen, {cache.lengths}, got {before}"
+        )
+    return None if min(counts) == tokens else Padding(present, counts)
+
+
+def _positions(cache: ReencodeCache, present: Tensor | None, tokens: int, device: torch.device) -> Tensor:
+    """Stream positions of the new tokens, ``[1 or batch, tokens]``."""
+    if present is None:
+        ranks = torch.arange(tokens, device=device).unsqueeze(0)
+    else:
+        ranks = (present.cumsum(dim=1) - 1).clamp(min=0)
+    return ranks if cache.seen is None else ranks + cache.seen.unsqueeze(1)
 
 
 def adds_positions(model: PreTrainedModel) -> bool:

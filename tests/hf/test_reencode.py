@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertLMHeadModel, DynamicCache, GPTJConfig, GPTJForCausalLM
 
 import sinkattn
-from sinkattn.hf import UnsupportedModelError, reencode, stream_tokens
-from sinkattn.hf.reencode import ReencodeCache, context_start, kept_tokens, rebuild_period
+from sinkattn.hf import UnsupportedModelError, lanes, reencode, stream_tokens
+from sinkattn.hf.lanes import Lane, context_start, kept_tokens, rebuild_period
+from sinkattn.hf.reencode import ReencodeCache
 from sinkattn.hf.versions import cache_name, forward_cache
 from sinkattn.ops import RingLayout
 
@@ -135,14 +136,14 @@ def test_streams_of_any_cuts_and_rollbacks(data):
         cache.crop(-wrong - right)
         at -= right
         assert cache.get_seq_length() == at
-        assert cache.ids.shape[1] <= S + W - 1 + headroom
+        assert cache.lanes[0].ids.shape[1] <= S + W - 1 + headroom
 
 
 @torch.no_grad()
 def test_a_wrong_number_of_kept_tokens_is_noticed(streaming, monkeypatch):
     model, want, ids = streaming
     assert rms_error(model(ids).logits, want) < 2e-6
-    monkeypatch.setattr(reencode, "kept_tokens", lambda layout: layout.window // 2 - 1)
+    monkeypatch.setattr(lanes, "kept_tokens", lambda layout: layout.window // 2 - 1)
     assert rms_error(model(ids).logits, want) > 1e-2
 
 
@@ -162,13 +163,13 @@ def test_memory_is_constant(gpt2):
     cache, ids = sinkattn.SinkCache(model), random_ids(2, 500)
     assert cache.nbytes == 0
     feed(model, cache, ids[:, :30])
-    places = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.context.layers]
+    places = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.lanes[0].context.layers]
     layers, heads, head_dim = 2, 4, 8
     states = 2 * layers * 2 * heads * (S + W) * head_dim * 4
     for token in range(30, 500):
         feed(model, cache, ids[:, token : token + 1])
         assert states < cache.nbytes <= states + 2 * (S + W + 1) * 8
-    assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.context.layers] == places
+    assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.lanes[0].context.layers] == places
     assert cache.get_seq_length() == 500
     assert cache.get_max_length() == -1
 
@@ -253,7 +254,8 @@ def test_beam_search_equals_one_that_encodes_everything_anew(gpt2, monkeypatch):
     got = gpt2.generate(ids, max_new_tokens=40, **options)
 
     def encode_anew(self, beam_idx):  # keys and values of other beams are not used
-        self.ids, self._held = self.ids[beam_idx], (S, 0)
+        (lane,) = self.lanes
+        lane.ids, lane.held = lane.ids[beam_idx], (S, 0)
 
     monkeypatch.setattr(ReencodeCache, "reorder_cache", encode_anew)
     assert got.shape == (2, 48)
@@ -261,20 +263,22 @@ def test_beam_search_equals_one_that_encodes_everything_anew(gpt2, monkeypatch):
 
 
 def test_rollback_limits(streaming):
+    """By the headroom from anywhere, and to all tokens whose contexts are among the ids that are kept."""
     model = sinkattn.enable(build("gpt2"), S, W, headroom=5)
     cache, ids = sinkattn.SinkCache(model), random_ids(1, 40)
     cache.crop(-3)  # of an empty cache, as transformers may ask
     feed(model, cache, ids)
     assert cache.is_croppable
     cache.crop(torch.tensor(-2))
-    with pytest.raises(RuntimeError, match=r"can go back 3 tokens more \(headroom 5\), got 4"):
-        cache.crop(-4)
-    cache.crop(-3)
+    # The oldest token that may come next is 35, of the context that starts at 27; that is the one of 33 to 38.
+    with pytest.raises(RuntimeError, match=r"can go back 5 tokens more \(headroom 5\), got 6"):
+        cache.crop(-6)
+    cache.crop(-5)
     with pytest.raises(RuntimeError, match="can go back 0 tokens more"):
         cache.crop(-1)
     with pytest.raises(ValueError, match="expected a negative number"):
         cache.crop(1)
-    assert cache.get_seq_length() == 35
+    assert cache.get_seq_length() == 33
     fixed = sinkattn.SinkCache(streaming[0])
     feed(streaming[0], fixed, ids)
     assert not fixed.is_croppable
@@ -382,13 +386,10 @@ def test_disable_restores_everything(absolute):
 @torch.no_grad()
 def test_calls_that_would_be_wrong_are_refused(streaming):
     model, _, ids = streaming
-    ids, padded = ids[:, :10], torch.ones(2, 10, dtype=torch.long)
-    padded[1, :3] = 0
-    embeddings = torch.zeros(2, 10, 32)
+    ids, embeddings = ids[:, :10], torch.zeros(2, 10, 32)
     for kwargs, error, message in [
         ({"output_attentions": True}, ValueError, "output_attentions"),
         ({"cache": DynamicCache()}, TypeError, "expected a sinkattn.SinkCache or None, got DynamicCache"),
-        ({"attention_mask": padded}, ValueError, "padding is not supported in models that stream by re-encoding"),
         (
             {"position_ids": torch.arange(5, 15)[None]},
             ValueError,
@@ -451,14 +452,14 @@ def test_what_cannot_stream_this_way_is_refused(gpt2, monkeypatch):
         sinkattn.enable(bert, S, W)
     rotating = GPTJForCausalLM(GPTJConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=4, rotary_dim=8)).eval()
     assert not reencode.adds_positions(rotating)
-    pieces = ReencodeCache.pieces
+    pieces = Lane.pieces
 
     def forgetful(self, new):
         for piece, first, count in pieces(self, new):
             piece[:, :-count] = 0
             yield piece, first, count
 
-    monkeypatch.setattr(ReencodeCache, "pieces", forgetful)
+    monkeypatch.setattr(Lane, "pieces", forgetful)
     keys = [sorted(module.__dict__) for module in gpt2.modules()]
     with pytest.raises(UnsupportedModelError, match="differs from the original"):
         sinkattn.enable(gpt2, S, W)

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import sinkattn
 from sinkattn import ops
-from sinkattn.hf import UnsupportedModelError, reencode
+from sinkattn.hf import UnsupportedModelError, lanes
 from sinkattn.hf.agreement import BOUND, Record, relative_error
 
 S, W = 4, 28
@@ -121,13 +121,13 @@ def test_a_model_that_rotates_one_position_off_is_refused_in_any_dtype(dtype, mo
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_a_context_that_begins_one_token_off_is_refused(dtype, monkeypatch):
     model = deep("gpt2", dtype)
-    pieces = reencode.ReencodeCache.pieces
+    pieces = lanes.Lane.pieces
 
-    def off(cache, new):
-        for ids, first, count in pieces(cache, new):
+    def off(lane, new):
+        for ids, first, count in pieces(lane, new):
             yield (torch.cat((ids[:, 1:2], ids[:, 1:]), dim=1) if first and ids.shape[1] > count else ids), first, count
 
-    monkeypatch.setattr(reencode.ReencodeCache, "pieces", off)
+    monkeypatch.setattr(lanes.Lane, "pieces", off)
     with pytest.raises(UnsupportedModelError, match="the swapped model differs from the original"):
         sinkattn.enable(model, S, W)
 
