@@ -139,7 +139,7 @@ def test_a_call_of_nothing_but_padding(gpt2):
         start = cache.seen.item()
         got = feed(model, cache, part)
         assert rms_error(got[0], want[1][start : start + part.shape[1]]) < 2e-6
-    assert (cache.seen.tolist(), cache.get_seq_length()) == ([20], 30)
+    assert (cache.seen.tolist(), cache.get_seq_length(), cache.has_padding) == ([20], 30, True)
 
 
 def length(row: list[int | None]) -> int:
@@ -264,6 +264,28 @@ def test_rows_that_are_taken_go_on_as_what_they_were(gpt2, lengths, take, source
         with torch.no_grad():
             want = oracle(plain, torch.cat((rows[i], new[row : row + 1]), dim=1))[0, -20:]
         assert rms_error(got[row], want) < 2e-6
+
+
+def test_rows_that_are_taken_go_back_over_their_own_padding(gpt2):
+    model, _, _ = gpt2
+    cache = sinkattn.SinkCache(model)
+    feed_rows(model, cache, some_rows((2, 7, 4)))
+    cache.batch_select_indices(torch.tensor([1, 2, 1, 0]))
+    assert cache.seen.tolist() == [7, 4, 7, 2]
+    cache.crop(-4)
+    assert cache.seen.tolist() == [3, 3, 3, 2]
+
+
+@torch.no_grad()
+def test_generate_goes_on_with_rows_that_were_taken(gpt2):
+    """Also if it is given all of their ids."""
+    model, _, plain = gpt2
+    cache, ids, source = sinkattn.SinkCache(model), random_ids(3, 25), torch.tensor([2, 0, 1])
+    feed(model, cache, ids)
+    cache.batch_select_indices(source)
+    whole = torch.cat((ids[source], random_ids(3, 5, seed=6)), dim=1)
+    got = model.generate(whole, cache=cache, max_new_tokens=20, do_sample=False)
+    assert torch.equal(got, greedy(plain, whole, 20))
 
 
 def test_rows_that_cannot_be_taken_are_refused(gpt2):
