@@ -27,6 +27,7 @@ class RingKVCache:
         value_dim: head_dim of the values, if different.
         dtype: float32, float16, bfloat16 or float64; default: torch's.
         device: default: torch's.
+        layout: a `RingLayout`, in place of the three numbers.
         share_seen_with: another ring whose token counters this one uses and leaves alone (the layers of a model).
 
     Attributes:
@@ -51,9 +52,11 @@ class RingKVCache:
         value_dim: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        layout: ops.RingLayout | None = None,
         share_seen_with: RingKVCache | None = None,
     ) -> None:
-        self.layout = ops.RingLayout(num_sinks, window, headroom)
+        # Given to a ring that is made while torch.compile traces, which cannot see into a class of C++.
+        self.layout = ops.RingLayout(num_sinks, window, headroom) if layout is None else layout
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in ops.DTYPES:
             raise ValueError(f"dtype: expected one of {ops.DTYPES}, got {dtype}")
@@ -71,12 +74,11 @@ class RingKVCache:
             self.keys = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
             self.values = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
             self.arrivals = torch.zeros(batch_size, kv_heads, dtype=torch.int32, device=device)
-            self._owns_seen = share_seen_with is None
-            if share_seen_with is None:
-                self.seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
-                self._peak = torch.zeros_like(self.seen)
-            else:
-                self.seen, self._peak = share_seen_with.seen, share_seen_with._peak
+            self._owns_seen = True
+            self.seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            self._peak = torch.zeros_like(self.seen)
+        if share_seen_with is not None:
+            self.share_seen(share_seen_with)
 
     def __repr__(self) -> str:
         """Shape, layout and dtype."""
@@ -124,18 +126,25 @@ class RingKVCache:
         """Take notice that up to ``tokens`` tokens were written that do not count: they may have evicted others."""
         torch.maximum(self._peak, self.seen + tokens, out=self._peak)
 
-    def rollback(self, counts: int | Tensor) -> None:
+    def rollback(self, counts: int | Tensor, *, headroom: int | None = None) -> None:
         """Forget the last ``counts`` tokens (of every row, or int64 ``[batch]``), as if they had never come.
 
         Raises RuntimeError, with nothing changed, for more than ``headroom`` tokens behind the furthest point that
-        a row has reached, or more than it has.
+        a row has reached, or more than it has. Headroom is the layout's; who knows that no row has reached the end of
+        the ring, so that nothing was overwritten, may say more.
         """
         if not self._owns_seen:
             return
         if not isinstance(counts, Tensor):
             counts = torch.full_like(self.seen, counts)
         ops.check_tensor("counts", counts, tuple(self.seen.shape), torch.int64, self.seen.device)
-        ops.rollback_(self.seen, self._peak, counts, headroom=self.layout.headroom)
+        headroom = self.layout.headroom if headroom is None else headroom
+        ops.rollback_(self.seen, self._peak, counts, headroom=headroom)
+
+    def most_back(self, headroom: int | None = None) -> Tensor:
+        """Tokens that `rollback` can forget of every row: int64 ``[batch]``."""
+        headroom = self.layout.headroom if headroom is None else headroom
+        return torch.minimum(self.seen, (headroom - (torch.maximum(self._peak, self.seen) - self.seen)).clamp(min=0))
 
     def reorder(self, source: Tensor) -> None:
         """Row i becomes what row ``source[i]`` (int64 ``[batch]``) was, in place: beam search, forks."""
@@ -144,6 +153,22 @@ class RingKVCache:
         if self._owns_seen:
             self.seen.copy_(self.seen[source])
             self._peak.copy_(self._peak[source])
+
+    def take_rows(self, index: Tensor) -> None:
+        """Row i becomes what row ``index[i]`` (int64) was, in new memory: there may be another number of rows then.
+
+        A ring that shares its counters takes them from the other one anew: `share_seen`.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            self.keys, self.values = self.keys[index], self.values[index]
+            self.arrivals = self.arrivals.new_zeros(self.keys.shape[:2])
+            if self._owns_seen:
+                self.seen, self._peak = self.seen[index], self._peak[index]
+
+    def share_seen(self, other: RingKVCache) -> None:
+        """Use the token counters of another ring, and leave them alone."""
+        self._owns_seen = False
+        self.seen, self._peak = other.seen, other._peak
 
     def reset(self, rows: Tensor | None = None) -> None:
         """Start the given rows (int64, default all) anew; their memory is zeroed."""

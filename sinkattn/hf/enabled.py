@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sinkattn.hf.cache import SinkCache, Streams
 from sinkattn.hf.generation import generate
+from sinkattn.hf.inputs import ids_alone
 from sinkattn.hf.versions import CACHE_NAMES, cache_name, forward_cache, take_cache
 from sinkattn.ops import RingLayout
 
@@ -45,7 +46,7 @@ class Enabled:
         if hasattr(type(self.model), "generate"):
             self.put(self.model, "generate", partial(generate, self.model))
         if self.model is not self.decoder:
-            self._hooks.append(self.model.register_forward_pre_hook(_under_its_own_name, with_kwargs=True))
+            self._hooks.append(self.model.register_forward_pre_hook(_before_forward, with_kwargs=True))
         self.put_forward(self.decoder, self.forward)
 
     def remove(self) -> None:
@@ -121,10 +122,13 @@ class Enabled:
         self.check_cache(name, cache)
         if cache is None:
             cache = SinkCache(self.model)
-        mask, shapes = kwargs.get("attention_mask"), ((batch, tokens), (batch, cache.tokens_seen + tokens))
-        if mask is not None and not (isinstance(mask, Tensor) and tuple(mask.shape) in shapes):
+        cache.carry_out_plan()
+        mask = kwargs.get("attention_mask")
+        # Of the new tokens, of all, or of those that generate knows of.
+        widths = (tokens, cache.tokens_seen + tokens, cache.get_seq_length() + tokens)
+        if mask is not None and not (isinstance(mask, Tensor) and any(mask.shape == (batch, n) for n in widths)):
             got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"attention_mask: expected {list(shapes[1])}, or None, got {got}")
+            raise ValueError(f"attention_mask: expected {[batch, widths[1]]}, or None, got {got}")
         return cache
 
 
@@ -146,40 +150,24 @@ class _Forward(partial):
         return inspect.signature(before or type(module).forward.__get__(module))
 
 
-def _under_its_own_name(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Forward pre-hook of an enabled model: its class may ignore, in silence, a cache under the other name."""
+def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of an enabled model.
+
+    Its class may ignore, in silence, a cache under the other name. And the ids that it is given are noted, for its
+    decoder may get embeddings.
+    """
     enabled = model.__dict__["_sinkattn"]
     for name in CACHE_NAMES:
-        enabled.check_cache(name, kwargs.get(name))
+        cache = kwargs.get(name)
+        enabled.check_cache(name, cache)
+        if cache is not None:
+            ids = args[0] if args else kwargs.get("input_ids")
+            cache.note(ids if isinstance(ids, Tensor) else None, alone=ids_alone(kwargs))
     wanted = enabled.model_cache_argument
     if not any(name in kwargs for name in CACHE_NAMES if name != wanted):
         return None
     _, cache = take_cache(kwargs)
     return args, kwargs if cache is None else {**kwargs, wanted: cache}
-
-
-def readable(x: Tensor, tokens: int) -> bool:
-    """Whether to read a tensor: that would stop a GPU at every step, and end a graph that is traced."""
-    return tokens > 1 or (x.is_cpu and not torch.compiler.is_dynamo_compiling())
-
-
-def check_positions(position_ids: Any, positions: Tensor, present: Tensor | None = None) -> None:
-    """Refuse positions that are not ``positions``, ``[1 or batch, tokens]``, where tokens are ``present``."""
-    if position_ids is None:
-        return
-    tokens = positions.shape[1]
-    if position_ids.ndim > 2 or position_ids.shape[-1] != tokens:
-        raise ValueError(f"position_ids: expected [batch, {tokens}], or None, got {list(position_ids.shape)}")
-    if not readable(position_ids, tokens):
-        return
-    wrong = position_ids != positions
-    if present is not None:
-        wrong = wrong & present
-    if wrong.any():
-        raise ValueError(
-            f"position_ids: expected those of the stream, from {positions[:, 0].tolist()} on, or None; a stream has no "
-            "gaps"
-        )
 
 
 def sample_ids(model: PreTrainedModel, tokens: int) -> Tensor:

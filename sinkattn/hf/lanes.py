@@ -46,11 +46,6 @@ def first_token(start: int, layout: RingLayout) -> int:
     return 0 if start == layout.num_sinks else start + kept_tokens(layout)
 
 
-def most_ids(layout: RingLayout) -> int:
-    """Ids that a stream keeps at most, so tokens that it can go back at most."""
-    return layout.num_sinks + layout.window - 1 + layout.headroom
-
-
 class ContextLayer(CacheLayerMixin):
     """Keys and values of one layer for up to ``capacity`` tokens, in memory that is taken once."""
 
@@ -199,50 +194,3 @@ class Lane:
             index = torch.tensor(places, device=self.ids.device)
             parts[count] = self.take(index, [self.rows[place] for place in places])
         return parts
-
-
-class Columns:
-    """Which rows had a token in the latest columns of a batch, as far back as a stream can go.
-
-    Args:
-        most: columns to remember.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.ragged: Tensor | None = None
-        """Columns up to the last one with padding: bool ``[batch, up to most]``; None if there is none to remember."""
-        self.whole = 0
-        """Columns after these; all rows had a token there."""
-
-    def append(self, tokens: int, present: Tensor | None) -> None:
-        """Add columns in which rows had a token where ``present``, bool ``[batch, tokens]``; everywhere if None."""
-        if present is None:
-            self.whole += tokens
-            if self.ragged is not None and self.whole >= self.most:
-                self.ragged = None
-            return
-        whole = present.new_ones(len(present), min(self.whole, self.most))
-        past = whole if self.ragged is None else torch.cat((self.ragged, whole), dim=1)
-        self.ragged, self.whole = torch.cat((past, present), dim=1)[:, -self.most :].clone(), 0
-
-    def tokens(self, count: int, batch: int) -> list[int] | None:
-        """How many tokens each row had in the last ``count`` columns; None if these are not remembered."""
-        if self.ragged is None or count <= self.whole:
-            return [count] * batch
-        ragged = count - self.whole
-        if ragged > self.ragged.shape[1]:
-            return None
-        return [self.whole + tokens for tokens in self.ragged[:, -ragged:].sum(dim=1).tolist()]
-
-    def remove(self, count: int) -> None:
-        """Forget the last ``count`` columns."""
-        ragged = max(0, count - self.whole)
-        if self.ragged is not None and ragged:
-            self.ragged = self.ragged[:, :-ragged]
-        self.whole = max(0, self.whole - count)
-
-    def take(self, index: Tensor) -> None:
-        """Row i becomes what row ``index[i]`` was."""
-        if self.ragged is not None:
-            self.ragged = self.ragged.index_select(0, index)

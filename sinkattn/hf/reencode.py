@@ -18,8 +18,9 @@ from transformers import DynamicCache
 
 from sinkattn.hf.agreement import check_agreement, relative_error
 from sinkattn.hf.cache import SinkCache, SinkLayer, Streams
-from sinkattn.hf.enabled import Enabled, check_positions, sample_ids
-from sinkattn.hf.lanes import Columns, Lane, context_start, most_ids, rebuild_period
+from sinkattn.hf.enabled import Enabled, sample_ids
+from sinkattn.hf.inputs import check_positions, present_tokens, stream_positions
+from sinkattn.hf.lanes import Lane, context_start, rebuild_period
 from sinkattn.hf.probe import UnsupportedModelError, evaluation_mode, find_decoder, trained_length
 from sinkattn.hf.versions import cache_name
 from sinkattn.ops import RingLayout, check_no_gradients, check_tensor
@@ -59,7 +60,6 @@ class ReencodeCache(SinkCache):
     def _drop(self) -> None:
         self.lanes: list[Lane] = []
         """Each row of the batch is in one of them; none before the first forward."""
-        self._columns = Columns(most_ids(self.layout))
         self._seen: Tensor | None = None
         self.layers[0].__dict__.pop("batch_size", None)
 
@@ -83,11 +83,6 @@ class ReencodeCache(SinkCache):
             else:
                 self._seen = torch.tensor(self.lengths, device=lane.ids.device)
         return self._seen
-
-    @property
-    def has_padding(self) -> bool:
-        """Whether some rows have seen fewer tokens than others."""
-        return any(lane.seen != self.tokens_seen for lane in self.lanes)
 
     @property
     def nbytes(self) -> int:
@@ -118,60 +113,47 @@ class ReencodeCache(SinkCache):
                 arrivals.append(Arrival(lane, ids[where], where))
         return arrivals
 
-    def finish(self, tokens: int, arrivals: list[Arrival], padding: Padding | None) -> None:
-        """Close a forward of ``tokens`` columns: what arrived counts."""
-        self._remember_beginning()
+    def finish(self, arrivals: list[Arrival], padding: Padding | None) -> None:
+        """Close the forward: what arrived counts."""
+        before = self.seen
         for lane, ids, _ in arrivals:
             lane.append(ids)
-        self._columns.append(tokens, None if padding is None else padding.present)
         self._changed()
-        self._streams.tokens_seen += tokens
-        self._streams.arriving = None
+        self._count_columns(None if padding is None else padding.present, before)
 
     def abandon(self) -> None:
         """Close a forward that failed: its tokens do not count."""
-        self._streams.arriving = self._streams.ids = None
+        self.streams.arriving = self.streams.ids = None
         if self.tokens_seen == 0:
             self._drop()
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last ``-tokens_to_remove`` columns (a negative number, as transformers has it).
+    def can_take_back(self, counts: Tensor, rows: Tensor) -> bool:
+        """Whether ``counts[i]`` tokens, int64, can be taken back of row ``rows[i]``; columns are left as they are.
 
-        A row loses those of its tokens that were in them. It can go back by ``headroom`` tokens from the furthest
-        point that it has reached, and beyond that as long as the context of the next token is still among the ids
-        that are kept. Raises ValueError for a positive number, RuntimeError beyond what is kept; nothing is changed
-        then.
+        As many as come after the first token whose context is among the ids that are kept: `Lane.most_back`.
         """
-        count = -int(tokens_to_remove)
-        if count < 0:
-            raise ValueError(f"tokens_to_remove: expected a negative number of tokens, got {tokens_to_remove}")
-        if count == 0 or not self.lanes:
-            return
-        counts = self._columns.tokens(count, self.batch_size)
-        if counts is None:
-            raise RuntimeError(f"cache: it is not known any more where there was padding {count} tokens back")
-        self._take_back(counts)
-        self._columns.remove(count)
-        self._streams.tokens_seen -= count
-        self._forget_beginning()
+        most = {row: lane.most_back for lane in self.lanes for row in lane.rows}
+        return all(count <= most[row] for count, row in zip(counts.tolist(), rows.tolist(), strict=True))
 
-    def _take_back(self, counts: list[int]) -> None:
-        """Take the last ``counts[row]`` tokens from each row; raises RuntimeError, with nothing changed, if it cannot.
+    def take_back(self, counts: int | Tensor) -> None:
+        """Forget the last ``counts`` tokens of every row, int64 ``[batch]``; columns are left as they are.
 
-        `tokens_seen` stays: it counts columns.
+        Raises RuntimeError, with nothing changed, if they cannot all be taken back: `can_take_back`.
         """
+        by_row = [counts] * self.batch_size if isinstance(counts, int) else counts.tolist()
         for lane in self.lanes:
             for row in lane.rows:
-                if counts[row] > lane.most_back:
+                if by_row[row] > lane.most_back:
                     raise RuntimeError(
                         f"cache: can go back {lane.most_back} tokens more (headroom {self.layout.headroom}), got "
-                        f"{counts[row]} in row {row}"
+                        f"{by_row[row]} in row {row}"
                     )
-        parts = [part for lane in self.lanes for part in lane.split(counts).items()]
+        parts = [part for lane in self.lanes for part in lane.split(by_row).items()]
         for count, lane in parts:
             lane.take_back(count)
         self.lanes = [lane for _, lane in parts]
         self._changed()
+        self._note_rolled_back(counts)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was: integers ``[batch]``."""
@@ -179,44 +161,29 @@ class ReencodeCache(SinkCache):
             device = self.lanes[0].ids.device
             beam_idx = beam_idx.to(device, torch.int64)
             check_tensor("beam_idx", beam_idx, (self.batch_size,), torch.int64, device)
-            self.batch_select_indices(beam_idx)
+            self._take_rows(beam_idx)
+            self._reorder_notes(beam_idx)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row becomes ``repeats`` rows, side by side, each a stream of its own."""
-        if self.lanes:
-            rows = torch.arange(self.batch_size, device=self.lanes[0].ids.device)
-            self._take_rows(rows.repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Row i becomes what row ``indices[i]`` was: integers ``[rows]``, at least one, or bool ``[batch]``."""
-        if self.lanes:
-            rows = torch.arange(self.batch_size, device=self.lanes[0].ids.device)
-            self._take_rows(rows[indices])  # which refuses rows that there are not
-
-    def _take_rows(self, index: Tensor) -> None:
-        """Row i becomes what row ``index[i]`` was, int64 ``[rows]``: as many rows as there are in it."""
-        if not len(index):
-            raise ValueError("cache: expected one row or more to keep, got none")
-        super().reorder_cache(index)
+    def _take_rows(self, indices: Tensor) -> None:
         if len(self.lanes) == 1:
             # Nothing has to be read from the device.
-            self.lanes = [self.lanes[0].take(index, range(len(index)))]
+            self.lanes = [self.lanes[0].take(indices, range(len(indices)))]
         else:
-            sources, lanes = index.tolist(), []
+            sources, lanes = indices.tolist(), []
+            if not all(0 <= source < self.batch_size for source in sources):
+                raise IndexError(f"indices: expected rows from 0 to {self.batch_size - 1}, got {sources}")
             for lane in self.lanes:
                 places = {row: place for place, row in enumerate(lane.rows)}
                 rows = [row for row, source in enumerate(sources) if source in places]
                 if rows:
-                    taken = torch.tensor([places[sources[row]] for row in rows], device=index.device)
+                    taken = torch.tensor([places[sources[row]] for row in rows], device=indices.device)
                     lanes.append(lane.take(taken, rows))
             self.lanes = lanes
-        self._columns.take(index)
         self._changed()
 
     def reset(self) -> None:
         """Start all streams anew; nothing of the old ones is left in memory."""
         super().reset()
-        self._streams.beginning = None
         self._drop()
 
 
@@ -255,9 +222,9 @@ class Reencode(Enabled):
         cache.begin(batch, tokens, ids)
         try:
             padding = _padding(mask, cache, tokens)
-            if position_ids is not None:
+            if position_ids is not None and not cache.counts_anew:
                 present = None if padding is None else padding.present
-                check_positions(position_ids, _positions(cache, present, tokens, ids.device), present)
+                check_positions(position_ids, stream_positions(cache, present, tokens, ids.device), present)
             arrivals = cache.arrivals(ids, padding)
             # Where there is nothing but padding, any token shows what the outputs look like.
             run = arrivals or [Arrival(Lane(self.layout, [0], ids.new_empty(1, 0)), ids.new_zeros(1, 1), None)]
@@ -273,7 +240,7 @@ class Reencode(Enabled):
         except BaseException:
             cache.abandon()
             raise
-        cache.finish(tokens, arrivals, padding)
+        cache.finish(arrivals, padding)
         return output if return_dict else output.to_tuple()
 
     def _run_lane(self, arrival: Arrival, kwargs: dict[str, Any]) -> tuple[type, tuple[Tensor | None, ...]]:
@@ -304,28 +271,12 @@ def _place(parts: Sequence[Tensor | None], arrivals: list[Arrival], batch: int, 
 
 def _padding(attention_mask: Tensor | None, cache: ReencodeCache, tokens: int) -> Padding | None:
     """Padding among the new tokens, anywhere in their rows; None if there is none."""
-    if attention_mask is None:
+    present = present_tokens(attention_mask, cache, tokens)
+    if present is None:
         return None
     # Read even where that stops a GPU: how many tokens come decides what runs.
-    if attention_mask.all() and not cache.has_padding:
-        return None
-    mask = attention_mask != 0
-    past, present = mask[:, :-tokens], mask[:, -tokens:]
-    before, counts = torch.stack((past.sum(dim=1), present.sum(dim=1))).tolist()
-    if past.shape[1] and before != cache.lengths:
-        raise ValueError(
-            f"attention_mask: expected as many ones for past tokens as each row has seen, {cache.lengths}, got {before}"
-        )
+    counts = present.sum(dim=1).tolist()
     return None if min(counts) == tokens else Padding(present, counts)
-
-
-def _positions(cache: ReencodeCache, present: Tensor | None, tokens: int, device: torch.device) -> Tensor:
-    """Stream positions of the new tokens, ``[1 or batch, tokens]``."""
-    if present is None:
-        ranks = torch.arange(tokens, device=device).unsqueeze(0)
-    else:
-        ranks = (present.cumsum(dim=1) - 1).clamp(min=0)
-    return ranks if cache.seen is None else ranks + cache.seen.unsqueeze(1)
 
 
 def adds_positions(model: PreTrainedModel) -> bool:

@@ -21,7 +21,8 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from sinkattn import ops
 from sinkattn.hf import adapters
 from sinkattn.hf.cache import SinkCache, SinkLayer, StatefulSinkLayer, Streams
-from sinkattn.hf.enabled import Enabled, check_positions, readable
+from sinkattn.hf.enabled import Enabled
+from sinkattn.hf.inputs import check_positions, present_tokens, readable, stream_positions
 from sinkattn.hf.probe import (
     Findings,
     Rotation,
@@ -179,9 +180,11 @@ class Swap(Enabled):
         if torch.is_grad_enabled():
             # Here, before any layer has changed a state.
             ops.check_no_gradients(*self.decoder.parameters(), kwargs.get("inputs_embeds"))
-        padding = _padding(kwargs.get("attention_mask"), cache, batch, tokens)
-        positions = _positions(cache, padding, tokens, inputs.device)
-        check_positions(kwargs.get("position_ids"), positions, None if padding is None else padding.present)
+        padding = _padding(kwargs.get("attention_mask"), cache, tokens)
+        present = None if padding is None else padding.present
+        positions = stream_positions(cache, present, tokens, inputs.device)
+        if not cache.counts_anew:  # which counts from where it began
+            check_positions(kwargs.get("position_ids"), positions, present)
 
         # The rotary modules rotate by nothing now; whatever else goes by position sees the position within the cache.
         last = self.layout.num_sinks + self.layout.window - 1
@@ -200,7 +203,7 @@ class Swap(Enabled):
         finally:
             self._enter(before)
             if finished:
-                cache.finish(None if padding is None else padding.lengths)
+                cache.finish(present)
             else:
                 cache.abandon(written=running.layers_run > 0)
 
@@ -322,38 +325,13 @@ AttentionInterface.register(NAME, _attention_forward)
 AttentionMaskInterface.register(NAME, no_mask)
 
 
-def _padding(attention_mask: Any, cache: SinkCache, batch: int, tokens: int) -> Padding | None:
+def _padding(attention_mask: Tensor | None, cache: SinkCache, tokens: int) -> Padding | None:
     """Padding among the new tokens, anywhere in their rows; None if there is none."""
-    if attention_mask is None:
-        return None
-    present = attention_mask[:, -tokens:] != 0
-    if readable(attention_mask, tokens):
-        past = attention_mask[:, :-tokens] != 0
-        if past.shape[1] and not torch.equal(past.sum(dim=1), cache.seen):
-            raise ValueError(
-                "attention_mask: expected as many ones for past tokens as each row has seen, "
-                f"{cache.seen.tolist()}, got {past.sum(dim=1).tolist()}"
-            )
-        if present.all():
-            return None
-    elif cache.has_states:
+    if cache.has_states and attention_mask is not None and not readable(attention_mask, tokens):
         return None  # a single token is none of padding where there has been none before
-    if cache.has_states:
-        raise ValueError(
-            "attention_mask: padding is not supported in models with layers that keep a state, expected ones; run rows "
-            "of equal length, or one by one"
-        )
+    present = present_tokens(attention_mask, cache, tokens)
+    if present is None:
+        return None
+    cache.check_padding(present)
     order = None if tokens == 1 else (~present).to(torch.int8).argsort(dim=1, stable=True)
     return Padding(present.sum(dim=1), present, order)
-
-
-def _positions(cache: SinkCache, padding: Padding | None, tokens: int, device: torch.device) -> Tensor:
-    """Stream positions of the new tokens, ``[1 or batch, tokens]``."""
-    seen = cache.seen
-    if padding is not None:
-        ranks = (padding.present.cumsum(dim=1) - 1).clamp(min=0)
-        return ranks if seen is None else ranks + seen.unsqueeze(1)
-    ranks = torch.arange(tokens, device=device).unsqueeze(0)
-    if seen is None:
-        return ranks
-    return ranks + (seen if cache.has_padding else seen[:1]).unsqueeze(1)

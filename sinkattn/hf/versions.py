@@ -20,6 +20,14 @@ OLDEST_TESTED, NEWEST_TESTED = "5.17.0", "5.24.0"
 CACHE_NAMES = ("cache", "past_key_values")
 
 
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+CHUNKS_HOLD_THE_PAST = _number(transformers.__version__) < (5, 23)
+"""`generate` with ``prefill_chunk_size`` feeds all ids that it is given, those that the cache has seen, too."""
+
+
 def cache_name(names: Collection[str]) -> str | None:
     """Which of ``names``, those of arguments or of fields of an output, is the cache's; None if none is."""
     return next((name for name in CACHE_NAMES if name in names), None)
@@ -62,7 +70,3 @@ def untested() -> str:
         f" (transformers {transformers.__version__} is installed; this sinkattn was tested with {OLDEST_TESTED} to "
         f"{NEWEST_TESTED})"
     )
-
-
-def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])

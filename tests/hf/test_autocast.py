@@ -36,8 +36,8 @@ def test_as_near_to_fp32_as_the_model_as_it_was(family):
         cache = sinkattn.SinkCache(model)
         cut = torch.cat([model(part, cache=cache).logits for part in ids.split(7, dim=1)], dim=1)[:, tokens]
     assert own > 1e-3
-    assert rms_error(got.float(), want) < 1.5 * own
-    assert rms_error(cut.float(), want) < 1.5 * own
+    assert rms_error(got.float(), want) < 2 * own
+    assert rms_error(cut.float(), want) < 2 * own
 
 
 @torch.no_grad()

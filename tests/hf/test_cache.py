@@ -67,8 +67,25 @@ def test_without_headroom_nothing_can_be_taken_back():
     model = sinkattn.enable(build("llama"), S, W)
     cache = sinkattn.SinkCache(model)
     cache.crop(-3)  # of an empty cache, as transformers may ask
-    feed(model, cache, random_ids(1, 3))
+    feed(model, cache, random_ids(1, S + W + 1))
     assert not cache.is_croppable
+    with pytest.raises(RuntimeError, match="headroom 0"):
+        cache.crop(-1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_until_a_ring_is_full_everything_can_be_taken_back(family):
+    """The smallest one: a layer with a sliding window of its own may keep less than the others."""
+    model = sinkattn.enable(families.build(family), S, W)
+    smallest = min(layer.layout.slots for layer in sinkattn.SinkCache(model).layers)
+    ids, new = random_ids(2, smallest), random_ids(2, 60, seed=3)
+    cache = sinkattn.SinkCache(model)
+    feed(model, cache, ids)
+    cache.crop(-(smallest - 5))
+    want = feed(model, sinkattn.SinkCache(model), torch.cat((ids[:, :5], new), dim=1))[:, 5:]
+    torch.testing.assert_close(feed(model, cache, new), want)
+    cache.reset()
+    feed(model, cache, random_ids(2, smallest + 1))
     with pytest.raises(RuntimeError, match="headroom 0"):
         cache.crop(-1)
 
@@ -95,6 +112,18 @@ def test_reset_and_fork():
     assert cache.get_seq_length() == 0
     assert torch.equal(feed(model, cache, ids), feed(model, sinkattn.SinkCache(model), ids))
     assert fork.get_seq_length() == 93
+
+
+@pytest.mark.parametrize("family", ["llama", "lfm2", "gpt2"])
+def test_after_a_reset_another_batch_may_come(family):
+    model = sinkattn.enable(families.build(family), 4, 12)
+    cache = sinkattn.SinkCache(model)
+    for batch in (3, 1, 2):
+        ids = random_ids(batch, 30)
+        assert torch.equal(feed(model, cache, ids), feed(model, sinkattn.SinkCache(model), ids))
+        with pytest.raises(ValueError, match=f"holds {batch} streams, got a batch of 5"):
+            feed(model, cache, random_ids(5, 2))
+        cache.reset()
 
 
 def test_batches_are_checked():
