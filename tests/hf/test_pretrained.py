@@ -79,8 +79,10 @@ def test_it_streams_in_every_dtype(dtype, load, ids, exact):
     plain = model(ids[:, : S + W]).logits[0, :-1]
     before = cross_entropy(plain.float(), ids[0, 1 : S + W], reduction="none")
     got = losses(enable(model, S, W), ids)
-    assert (got[: S + W - 1] - before).mean().abs() < 0.01
-    assert (got - exact).mean().abs() < 0.01
+    # Of so few tokens, half precision alone moves the mean by as much, differently on every processor.
+    bound = 0.01 if dtype == torch.float32 else 0.03
+    assert (got[: S + W - 1] - before).mean().abs() < bound
+    assert (got - exact).mean().abs() < bound
 
 
 @pytest.mark.parametrize("int8", INT8.values(), ids=INT8)
