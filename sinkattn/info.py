@@ -31,8 +31,8 @@ def model_facts(model: Any, num_sinks: int, window: int) -> dict[str, Any]:
     from sinkattn.hf import SinkCache, disable, enable
     from sinkattn.hf.cache import find_swap
     from sinkattn.hf.lanes import extra_tokens
-    from sinkattn.hf.probe import evaluation_mode, state_kept
     from sinkattn.hf.reencode import Reencode
+    from sinkattn.hf.unchanged import evaluation_mode, state_kept
     from sinkattn.hf.versions import forward_cache
 
     facts: dict[str, Any] = {"class": type(model).__name__, "num_sinks": num_sinks, "window": window}

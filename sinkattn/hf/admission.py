@@ -11,17 +11,11 @@ from transformers import PreTrainedModel
 from sinkattn import ops
 from sinkattn.hf import adapters
 from sinkattn.hf.cache import find_swap
-from sinkattn.hf.probe import (
-    UnsupportedModelError,
-    evaluation_mode,
-    probe,
-    rope_parameters,
-    state_kept,
-    trained_length,
-)
+from sinkattn.hf.probe import UnsupportedModelError, probe, rope_parameters, trained_length
 from sinkattn.hf.reencode import adds_positions, enable_by_reencoding
 from sinkattn.hf.swap import Swap
 from sinkattn.hf.trial import try_out
+from sinkattn.hf.unchanged import evaluation_mode, state_kept
 
 
 def enable(

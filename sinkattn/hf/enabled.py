@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sinkattn.hf.cache import SinkCache, Streams
+from sinkattn.hf.cache import SinkCache
+from sinkattn.hf.cache_layers import Streams
 from sinkattn.hf.generation import generate
 from sinkattn.hf.inputs import ids_alone
 from sinkattn.hf.versions import CACHE_NAMES, cache_name, forward_cache, take_cache

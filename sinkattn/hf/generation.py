@@ -88,7 +88,7 @@ def generate(model: PreTrainedModel, inputs: Tensor | None = None, *args, **kwar
     ended = None
     if beams == 1 and rows * repeats > 1:
         ended = Ended.watch(model, cache, kwargs)
-    streams.generating, streams.interrupted, streams.plan = True, True, plan.carry_out
+    streams.generating, streams.plan = True, plan.carry_out
     try:
         output = type(model).generate(model, inputs, **kwargs)
         streams.interrupted = False

@@ -17,11 +17,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sinkattn.hf.agreement import check_agreement, relative_error
-from sinkattn.hf.cache import SinkCache, SinkLayer, Streams
+from sinkattn.hf.cache import SinkCache
+from sinkattn.hf.cache_layers import SinkLayer, Streams
 from sinkattn.hf.enabled import Enabled, sample_ids
 from sinkattn.hf.inputs import check_positions, present_tokens, stream_positions
 from sinkattn.hf.lanes import Lane, context_start, rebuild_period
-from sinkattn.hf.probe import UnsupportedModelError, evaluation_mode, find_decoder, trained_length
+from sinkattn.hf.probe import UnsupportedModelError, find_decoder, trained_length
+from sinkattn.hf.unchanged import evaluation_mode
 from sinkattn.hf.versions import cache_name
 from sinkattn.ops import RingLayout, check_no_gradients, check_tensor
 

@@ -20,7 +20,8 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 
 from sinkattn import ops
 from sinkattn.hf import adapters
-from sinkattn.hf.cache import SinkCache, SinkLayer, StatefulSinkLayer, Streams
+from sinkattn.hf.cache import SinkCache
+from sinkattn.hf.cache_layers import SinkLayer, StatefulSinkLayer, Streams
 from sinkattn.hf.enabled import Enabled
 from sinkattn.hf.inputs import check_positions, present_tokens, readable, stream_positions
 from sinkattn.hf.probe import (

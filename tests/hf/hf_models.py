@@ -1,5 +1,9 @@
 """Tiny models of the supported families, every parameter perturbed: fresh norms and biases would hide mistakes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
 import torch
 from transformers import (
     BioGptConfig,
@@ -89,3 +93,21 @@ def build_model(model_class, config_class, dtype: torch.dtype = torch.float32, s
 
 def random_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def interrupted(block: torch.nn.Module, runs: int, error: type[BaseException]) -> Iterator[None]:
+    """Expect that what is run within is interrupted by an error, when a block of the model has run so often."""
+
+    def interrupt(*args):
+        nonlocal runs
+        runs -= 1
+        if runs < 0:
+            raise error("stop")
+
+    handle = block.register_forward_pre_hook(interrupt)
+    try:
+        with pytest.raises(error, match="stop"):
+            yield
+    finally:
+        handle.remove()

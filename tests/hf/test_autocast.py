@@ -20,7 +20,7 @@ def bf16():
 @torch.no_grad()
 @pytest.mark.parametrize("family", ONE_LAYER)
 def test_as_near_to_fp32_as_the_model_as_it_was(family):
-    model, ids, tokens = families.build(family), random_ids(2, 60), [3, 15, 16, 40, 59]
+    model, ids, tokens = families.build(family), random_ids(2, 60), list(range(3, 60, 4))
     layer = families.FAMILIES[family].lone[0]
     silence_others(model, layer)
 
@@ -36,8 +36,8 @@ def test_as_near_to_fp32_as_the_model_as_it_was(family):
         cache = sinkattn.SinkCache(model)
         cut = torch.cat([model(part, cache=cache).logits for part in ids.split(7, dim=1)], dim=1)[:, tokens]
     assert own > 1e-3
-    assert rms_error(got.float(), want) < 2 * own
-    assert rms_error(cut.float(), want) < 2 * own
+    assert rms_error(got.float(), want) < 1.5 * own
+    assert rms_error(cut.float(), want) < 1.5 * own
 
 
 @torch.no_grad()

@@ -561,6 +561,18 @@ def test_what_feeds_all_that_it_is_given_wants_new_ids_alone(monkeypatch):
 # Found by review
 
 
+def one_row_ends(model, cache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A batch in which row 0 ends early: all ids and 5 new ones, which of them are no padding, and new ids alone."""
+    ids = random_ids(2, 10, seed=61)
+    alone = [greedy(model, ids[i : i + 1], 8)[0, 10:].tolist() for i in range(2)]
+    end = next(token for token in alone[0][:5] if token not in alone[1])
+    text = model.generate(ids, cache=cache, max_new_tokens=8, eos_token_id=end, pad_token_id=0, do_sample=False)
+    new = random_ids(2, 5, seed=3)
+    whole, keep = torch.cat((text, new), dim=1), torch.ones(2, 23, dtype=torch.int64)
+    keep[0, 10 + alone[0].index(end) + 1 : 18] = 0
+    return whole, keep, torch.cat((text[:, -1:], new), dim=1)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", ["a row ends at once", "nobody ends", "long replies"])
 def test_new_ids_beside_a_row_that_is_mostly_padding(family, shape):
@@ -612,18 +624,12 @@ def test_states_do_not_go_back(family, headroom):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_call_that_transformers_refuses_changes_nothing(family):
     model = enabled(family, headroom=8)
-    ids = random_ids(2, 10, seed=61)
-    alone = [greedy(model, ids[i : i + 1], 8)[0, 10:].tolist() for i in range(2)]
-    end = next(token for token in alone[0][:5] if token not in alone[1])
-    cache, new = sinkattn.SinkCache(model), random_ids(2, 5, seed=3)
-    text = model.generate(ids, cache=cache, max_new_tokens=8, eos_token_id=end, pad_token_id=0, do_sample=False)
-    whole = torch.cat((text, new), dim=1)
-    keep = torch.ones_like(whole)
-    keep[0, 10 + alone[0].index(end) + 1 : 18] = 0
+    cache = sinkattn.SinkCache(model)
+    whole, keep, new = one_row_ends(model, cache)
     whole[1, 13] = (whole[1, 13] + 1) % 90 + 2
     before = cache.seen.tolist()
     for wrong in ({"typo": 1}, {"num_return_sequences": 3, "do_sample": False}):
-        for given in (whole, torch.cat((text[:, -1:], new), dim=1)):
+        for given in (whole, new):
             with pytest.raises(ValueError, match=r"typo|num_return_sequences"):
                 model.generate(given, cache=cache, max_new_tokens=3, **wrong)
             assert (cache.seen.tolist(), cache.get_seq_length()) == (before, 17)
@@ -644,14 +650,8 @@ def test_a_call_that_transformers_refuses_changes_nothing(family):
 @pytest.mark.parametrize("mask", ["exact", "ones", "none"])
 def test_another_row_than_the_one_that_ended_is_edited(family, mask):
     model = enabled(family, headroom=8)
-    ids = random_ids(2, 10, seed=61)
-    alone = [greedy(model, ids[i : i + 1], 8)[0, 10:].tolist() for i in range(2)]
-    end = next(token for token in alone[0][:5] if token not in alone[1])
-    cache, new = sinkattn.SinkCache(model), random_ids(2, 5, seed=3)
-    text = model.generate(ids, cache=cache, max_new_tokens=8, eos_token_id=end, pad_token_id=0, do_sample=False)
-    whole = torch.cat((text, new), dim=1)
-    keep = torch.ones_like(whole)
-    keep[0, 10 + alone[0].index(end) + 1 : 18] = 0
+    cache = sinkattn.SinkCache(model)
+    whole, keep, _ = one_row_ends(model, cache)
     whole[1, 15] = (whole[1, 15] + 1) % 90 + 2
     given = {"exact": keep, "ones": torch.ones_like(keep), "none": None}[mask]
     output = model.generate(whole, attention_mask=given, cache=cache, max_new_tokens=3, **GREEDY)
@@ -745,9 +745,13 @@ def test_the_same_call_again(family):
     model, ids = enabled(family), random_ids(1, 10)
     cache = sinkattn.SinkCache(model)
     model.generate(ids, cache=cache, max_new_tokens=3, do_sample=False)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="row 0 is the first 10 tokens of the stream again"):
-            model.generate(ids, cache=cache, max_new_tokens=3, do_sample=False)
+    with pytest.raises(ValueError, match="row 0 is the first 10 tokens of the stream again"):
+        model.generate(ids, cache=cache, max_new_tokens=3, do_sample=False)
+    # One that transformers refuses has not begun.
+    with pytest.raises(ValueError, match="typo"):
+        model.generate(random_ids(1, 5, seed=3), cache=cache, typo=1)
+    with pytest.raises(ValueError, match="row 0 is the first 10 tokens of the stream again"):
+        model.generate(ids, cache=cache, max_new_tokens=3, do_sample=False)
 
     class Interrupt(TextStreamer):
         def __init__(self, after):
@@ -854,14 +858,8 @@ def test_a_generate_within_a_generate_needs_a_cache_of_its_own():
 
 def test_embeddings_after_a_row_ended():
     model = enabled("llama", headroom=4)
-    ids = random_ids(2, 10, seed=61)
-    alone = [greedy(model, ids[i : i + 1], 8)[0, 10:].tolist() for i in range(2)]
-    end = next(token for token in alone[0][:5] if token not in alone[1])
-    cache, new = sinkattn.SinkCache(model), random_ids(2, 5, seed=3)
-    text = model.generate(ids, cache=cache, max_new_tokens=8, eos_token_id=end, pad_token_id=0, do_sample=False)
-    keep = torch.ones(2, 23, dtype=torch.int64)
-    keep[0, 10 + alone[0].index(end) + 1 : 18] = 0
-    given = model.get_input_embeddings()(torch.cat((text[:, -1:], new), dim=1)).detach()
+    cache = sinkattn.SinkCache(model)
+    whole, keep, new = one_row_ends(model, cache)
+    given = model.get_input_embeddings()(new).detach()
     output = model.generate(inputs_embeds=given, cache=cache, max_new_tokens=2, **GREEDY)
-    want = fresh(model, torch.cat((text, new), dim=1), keep)
-    torch.testing.assert_close(output.logits[0], want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.logits[0], fresh(model, whole, keep), rtol=1e-4, atol=1e-4)

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from hf_models import ABSOLUTE, build, random_ids
+from hf_models import ABSOLUTE, build, interrupted, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_reencode import greedy, oracle, rms_error
@@ -367,20 +367,11 @@ def test_columns_are_remembered_as_far_back_as_streams_can_go(gpt2):
 @pytest.mark.parametrize("run", range(5))
 def test_an_interrupted_forward_counts_for_no_lane(gpt2, run, error):
     model, want, _ = gpt2
-    rows, cache, runs = some_rows(), sinkattn.SinkCache(model), 0
+    rows, cache = some_rows(), sinkattn.SinkCache(model)
     before = (3, 15, 15, 33)
     feed_rows(model, cache, [row[:, :n] for row, n in zip(rows, before, strict=True)])
-
-    def interrupt(*args):
-        nonlocal runs
-        runs += 1
-        if runs > run:
-            raise error("stop")
-
-    handle = model.transformer.h[1].register_forward_pre_hook(interrupt)
-    with pytest.raises(error, match="stop"):
+    with interrupted(model.transformer.h[1], run, error):
         feed_rows(model, cache, some_rows((9, 1, 30, 2)))
-    handle.remove()
     assert (cache.seen.tolist(), cache.get_seq_length()) == (list(before), 33)
     got = feed_rows(model, cache, [row[:, n:] for row, n in zip(rows, before, strict=True)])
     for row in (1, 2):

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.slow
 
 FOLDER = Path(package.submodule_search_locations[0])
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-S, W, TOKENS = 4, 60, 90
+# bfloat16 alone moves the loss of a token by 0.07 (RMS), differently on every processor: a mean takes many.
+S, W, TOKENS = 4, 196, 300
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS, ACTIVATIONS = "Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"
 # Not in fp16: there torchao's sums of int8 products overflow in this model.
@@ -79,10 +80,8 @@ def test_it_streams_in_every_dtype(dtype, load, ids, exact):
     plain = model(ids[:, : S + W]).logits[0, :-1]
     before = cross_entropy(plain.float(), ids[0, 1 : S + W], reduction="none")
     got = losses(enable(model, S, W), ids)
-    # Of so few tokens, half precision alone moves the mean by as much, differently on every processor.
-    bound = 0.01 if dtype == torch.float32 else 0.03
-    assert (got[: S + W - 1] - before).mean().abs() < bound
-    assert (got - exact).mean().abs() < bound
+    assert (got[: S + W - 1] - before).mean().abs() < 0.01
+    assert (got - exact).mean().abs() < 0.01
 
 
 @pytest.mark.parametrize("int8", INT8.values(), ids=INT8)

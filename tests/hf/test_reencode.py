@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from hf_models import ABSOLUTE, build, random_ids
+from hf_models import ABSOLUTE, build, interrupted, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertLMHeadModel, DynamicCache, GPTJConfig, GPTJForCausalLM
@@ -290,20 +290,11 @@ def test_rollback_limits(streaming):
 @pytest.mark.parametrize(("tokens", "run"), [(1, 0), (20, 0), (20, 1), (25, 2)])
 def test_an_interrupted_forward_does_not_count(streaming, before, tokens, run, error):
     model, want, ids = streaming
-    cache, runs = sinkattn.SinkCache(model), 0
+    cache = sinkattn.SinkCache(model)
     if before:
         feed(model, cache, ids[:, :before])
-
-    def interrupt(*args):
-        nonlocal runs
-        runs += 1
-        if runs > run:
-            raise error("stop")
-
-    handle = model.transformer.h[1].register_forward_pre_hook(interrupt)
-    with pytest.raises(error, match="stop"):
+    with interrupted(model.transformer.h[1], run, error):
         feed(model, cache, random_ids(2, tokens, seed=7))
-    handle.remove()
     assert cache.get_seq_length() == before
     got = torch.cat((feed(model, cache, ids[:, before : before + 1]), feed(model, cache, ids[:, before + 1 :])), dim=1)
     assert rms_error(got, want[:, before:]) < 2e-6
