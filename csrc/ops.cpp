@@ -1,5 +1,5 @@
 // Schemas of the `sinkattn::` operators. Kernels: ring_cache.cpp, ring_cache_cuda.cu, attention.cpp, and for attention
-// on CUDA sinkattn/ops.py.
+// on CUDA sinkattn/ops/attention.py.
 // Shapes: keys, values [batch, kv_heads, slots, head_dim]; key, value [batch, kv_heads, tokens, head_dim];
 // cos, sin [batch, tokens, pairs], for sink_attention_ [2, batch, tokens, pairs]; query and what it returns [batch,
 // heads, tokens, head_dim]; sink_logits, alibi_slopes [heads]; seen, peak, lengths, counts [batch] int64; arrivals

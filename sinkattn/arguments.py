@@ -77,7 +77,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def describe_model(model: Any, name: str | None) -> dict[str, Any]:
     """What a report says of a model."""
-    from sinkattn.hf.probe import trained_length
+    from sinkattn.hf.model_config import trained_length
 
     return {
         "name": name or "the one that ships with sinkattn",

@@ -29,10 +29,10 @@ def collect() -> dict[str, Any]:
 def model_facts(model: Any, num_sinks: int, window: int) -> dict[str, Any]:
     """Whether `sinkattn.enable` takes a model; if so how it streams and its cache. Changes nothing."""
     from sinkattn.hf import SinkCache, disable, enable
-    from sinkattn.hf.cache import find_swap
-    from sinkattn.hf.lanes import extra_tokens
-    from sinkattn.hf.reencode import Reencode
-    from sinkattn.hf.unchanged import evaluation_mode, state_kept
+    from sinkattn.hf.dry_run import evaluation_mode, preserve_state
+    from sinkattn.hf.model_patch import get_patch
+    from sinkattn.hf.reencode.lanes import extra_tokens
+    from sinkattn.hf.reencode.patch import ReencodePatch
     from sinkattn.hf.versions import forward_cache
 
     facts: dict[str, Any] = {"class": type(model).__name__, "num_sinks": num_sinks, "window": window}
@@ -42,16 +42,16 @@ def model_facts(model: Any, num_sinks: int, window: int) -> dict[str, Any]:
         return {**facts, "accepted": False, "reason": str(error)}
     try:
         cache = SinkCache(model)
-        with evaluation_mode(model), state_kept(model):
+        with evaluation_mode(model), preserve_state(model):
             token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
             model(input_ids=token, **{forward_cache(model): cache})
-        swap = find_swap(model)
+        patch = get_patch(model)
         facts |= {"accepted": True, "cache_bytes_per_stream": cache.nbytes}
-        if isinstance(swap, Reencode):
-            return {**facts, "reencoded_tokens_per_token": extra_tokens(swap.layout)}
-        layers = swap.findings.layers.values()
+        if isinstance(patch, ReencodePatch):
+            return {**facts, "reencoded_tokens_per_token": extra_tokens(patch.layout)}
+        layers = patch.probe_result.layers.values()
         rotary = [_rotary(layer, cache.layers[layer.index].keys.shape[-1]) for layer in layers]
-        kept = [_kept(swap.kinds[module].layout) for module in swap.findings.layers]
+        kept = [_kept(patch.groups[module].layout) for module in patch.probe_result.layers]
         others = len(cache.layers) - len(rotary)
         return {**facts, "rotary_by_layer": rotary, "kept_by_layer": kept, "layers_with_other_states": others}
     finally:

@@ -12,15 +12,28 @@ same because rotary scores depend on differences of positions alone.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sinkattn.rope import Rope, rotate, table_dtype
 
-if TYPE_CHECKING:
-    from sinkattn.ring_cache import RingKVCache
+
+class Layout(Protocol):
+    """Slot arithmetic, as far as the specification needs it (`sinkattn.RingLayout`)."""
+
+    num_sinks: int
+    window: int
+
+
+class Ring(Protocol):
+    """A ring, as far as the specification needs it (`sinkattn.RingKVCache`)."""
+
+    keys: Tensor
+    values: Tensor
+    seen: Tensor
+    layout: Layout
 
 
 def visible(token: int, num_sinks: int, window: int) -> list[int]:
@@ -184,7 +197,7 @@ def sink_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    ring: RingKVCache,
+    ring: Ring,
     *,
     rope: Rope | None = None,
     scale: float | None = None,

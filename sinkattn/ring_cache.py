@@ -141,7 +141,7 @@ class RingKVCache:
         headroom = self.layout.headroom if headroom is None else headroom
         ops.rollback_(self.seen, self._peak, counts, headroom=headroom)
 
-    def most_back(self, headroom: int | None = None) -> Tensor:
+    def max_rollback(self, headroom: int | None = None) -> Tensor:
         """Tokens that `rollback` can forget of every row: int64 ``[batch]``."""
         headroom = self.layout.headroom if headroom is None else headroom
         return torch.minimum(self.seen, (headroom - (torch.maximum(self._peak, self.seen) - self.seen)).clamp(min=0))

@@ -11,8 +11,25 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sinkattn"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From bottom to top: a file imports only from further down. Every other file stands above them all.
-LAYERS = [{"rope"}, {"reference", "kernels"}, {"ops"}, {"ring_cache"}, {"hf"}]
+LAYERS = [{"rope", "attention_arguments"}, {"reference", "kernels"}, {"ops"}, {"ring_cache"}, {"hf"}]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
+# The same within `sinkattn.hf`.
+HF_LAYERS = [
+    {"versions", "dry_run"},
+    {"unsupported"},
+    {"model_config"},
+    {"probe"},
+    {"adapters", "model_patch"},
+    {"cache"},
+    {"inputs"},
+    {"generation"},
+    {"swap"},
+    {"trial", "stream", "load"},
+    {"reencode"},
+    {"api"},
+    {"__init__"},
+]
+HF_HEIGHT = {name: height for height, names in enumerate(HF_LAYERS) for name in names}
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
@@ -83,6 +100,16 @@ def test_imports_go_one_way(path):
         assert not {name for name in imports if name.partition(".")[0] == "transformers"}
 
 
+def test_imports_within_hf_go_one_way():
+    wrong = {}
+    for path in (PACKAGE / "hf").rglob("*.py"):
+        part = path.relative_to(PACKAGE / "hf").with_suffix("").parts[0]
+        ours = {name.split(".")[2] for name in imports_of(path) if name.startswith("sinkattn.hf.")} - {part}
+        if above := {name for name in ours & HF_HEIGHT.keys() if HF_HEIGHT[name] >= HF_HEIGHT[part]}:
+            wrong[str(path)] = above
+    assert not wrong
+
+
 def names_compiled_code(path: Path) -> bool:
     attributes = {
         ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
@@ -91,4 +118,43 @@ def names_compiled_code(path: Path) -> bool:
 
 
 def test_only_ops_names_compiled_code():
-    assert [path.name for path in FILES if names_compiled_code(path)] == ["ops.py"]
+    assert {layer_of(path) for path in FILES if names_compiled_code(path)} == {"ops"}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Which modules of the package each of them names in an import, also for type checkers only, or in a function."""
+    modules = {module_of(path): path for path in FILES}
+    graph = {}
+    for module, path in modules.items():
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                # `from package import module` needs the module; `from package import name` the package.
+                named = {f"{node.module}.{alias.name}" for alias in node.names}
+                names |= {name if name in modules else node.module for name in named}
+        graph[module] = (names & modules.keys()) - {module}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> set[str]:
+    """Modules that lead back to themselves."""
+    reached = {module: set(imported) for module, imported in graph.items()}
+    for _ in graph:
+        reached = {module: those.union(*(reached[each] for each in those)) for module, those in reached.items()}
+    return {module for module, those in reached.items() if module in those}
+
+
+def test_no_circle_of_imports():
+    graph = import_graph()
+    # The root looks up its lazy names in `sinkattn.hf`, and defines nothing that another module imports but its name.
+    assert circles({module: those - {"sinkattn"} for module, those in graph.items()}) == set()
+
+
+def test_a_circle_of_imports_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == {"b", "c"}

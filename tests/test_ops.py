@@ -527,24 +527,24 @@ def test_bad_score_options_are_refused(options, message):
 
 def test_what_keeps_triton_from_running_is_said(monkeypatch):
     device = torch.device("cuda", 7)
-    monkeypatch.setattr(ops, "_triton_obstacle", lambda device: f"{device} is too old")
+    monkeypatch.setattr(ops.backends, "triton_obstacle", lambda device: f"{device} is too old")
     with pytest.raises(RuntimeError, match="backend: 'triton' cannot run: cuda:7 is too old"):
         ops.select_backend(device, "triton")
     with pytest.warns(RuntimeWarning, match="plain PyTorch runs on cuda:7, slowly: cuda:7 is too old"):
         assert ops.select_backend(device) == "reference"
-    monkeypatch.setattr(ops, "_triton_obstacle", lambda device: None)
+    monkeypatch.setattr(ops.backends, "triton_obstacle", lambda device: None)
     assert ops.select_backend(device) == "triton"
     assert ops.select_backend(device, dtype=torch.float64) == "reference"
 
 
 def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch):
     pytest.importorskip("triton")
-    ops._triton_obstacle.cache_clear()
+    ops.backends.triton_obstacle.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     try:
         with pytest.raises(RuntimeError, match="it needs CUDA tensors, or TRITON_INTERPRET=1 set for CPU tensors"):
             ops.select_backend(torch.device("cpu"), "triton")
     finally:
-        ops._triton_obstacle.cache_clear()
+        ops.backends.triton_obstacle.cache_clear()
     with pytest.raises(RuntimeError, match="it needs CUDA tensors, got tensors on meta"):
         ops.select_backend(torch.device("meta"), "triton")

@@ -19,9 +19,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from sinkattn.hf import SinkCache, enable
-from sinkattn.hf.cache import find_swap
-from sinkattn.hf.probe import trained_length
-from sinkattn.hf.reencode import Reencode
+from sinkattn.hf.model_config import trained_length
+from sinkattn.hf.model_patch import get_patch
+from sinkattn.hf.reencode.patch import ReencodePatch
 from sinkattn.hf.stream import keep_last_logits
 from sinkattn.hf.versions import forward_cache
 
@@ -156,7 +156,7 @@ class Streamed(Cached):
 
 def dense_limit(streamed: Streamed) -> int | None:
     """Tokens that dense attention can take with the positions that the model has; None if they never run out."""
-    absolute = isinstance(find_swap(streamed.model), Reencode)
+    absolute = isinstance(get_patch(streamed.model), ReencodePatch)
     return trained_length(streamed.model) if absolute else None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkattn.hf.cache import SinkCache
+from sinkattn.hf.cache.sink_cache import SinkCache
 
 # Tensors among the arguments of a model that say nothing which is not in the ids.
 OF_IDS = {
@@ -22,13 +22,13 @@ OF_IDS = {
 }
 
 
-def ids_alone(kwargs: dict[str, Any]) -> bool:
+def only_ids(kwargs: dict[str, Any]) -> bool:
     """Whether a model or its `generate` is given ids alone, as opposed to pictures or embeddings, too."""
     # Pictures come as tensors, or encoded, by name.
     return not any(isinstance(x, (Tensor, Mapping)) and name not in OF_IDS for name, x in kwargs.items())
 
 
-def readable(x: Tensor, tokens: int) -> bool:
+def can_read_on_host(x: Tensor, tokens: int) -> bool:
     """Whether to read a tensor: that would stop a GPU at every step, and end a graph that is traced."""
     return tokens > 1 or (x.is_cpu and not torch.compiler.is_dynamo_compiling())
 
@@ -45,11 +45,11 @@ def present_tokens(attention_mask: Tensor | None, cache: SinkCache, tokens: int)
     present = None
     if attention_mask is not None:
         present = attention_mask[:, -tokens:] != 0
-        if readable(attention_mask, tokens):
-            cache.check_past(attention_mask[:, :-tokens])
+        if can_read_on_host(attention_mask, tokens):
+            cache.state.check_past_mask(attention_mask[:, :-tokens])
             present = None if present.all() else present
-    if cache.ended is not None and tokens == 1:
-        going_on = ~cache.ended.unsqueeze(1)
+    if cache.ended_rows is not None and tokens == 1:
+        going_on = ~cache.ended_rows.unsqueeze(1)
         present = going_on if present is None else present & going_on
     return present
 
@@ -73,7 +73,7 @@ def check_positions(position_ids: Any, positions: Tensor, present: Tensor | None
     tokens = positions.shape[1]
     if position_ids.ndim > 2 or position_ids.shape[-1] != tokens:
         raise ValueError(f"position_ids: expected [batch, {tokens}], or None, got {list(position_ids.shape)}")
-    if not readable(position_ids, tokens):
+    if not can_read_on_host(position_ids, tokens):
         return
     wrong = position_ids != positions
     if present is not None:

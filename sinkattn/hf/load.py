@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from sinkattn.hf.probe import trained_length
+from sinkattn.hf.model_config import trained_length
 
 SHIPPED = Path(__file__).parents[1] / "demo_model"
 

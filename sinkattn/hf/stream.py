@@ -16,12 +16,12 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from sinkattn.hf.cache import SinkCache
+from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.versions import forward_cache
 
 # Tokens held back for a character to become complete. It takes four bytes at most, but tokens may end in the middle
 # of one character after another; more than this are bytes that are no text at all.
-MOST_HELD = 32
+MAX_HELD = 32
 DECODE_CONTEXT = 8
 
 
@@ -143,7 +143,7 @@ def stream_text(
     for token in tokens:
         text = decoder.step(backend, token)
         held = [] if text is not None else [*held, token]
-        if len(held) > MOST_HELD:
+        if len(held) > MAX_HELD:
             # DecodeStream would hold these back, and all that follow, for ever.
             text, held = backend.decode(held, skip_special_tokens=False), []
             decoder = DecodeStream(skip_special_tokens=False)

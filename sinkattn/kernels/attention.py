@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from sinkattn.attention_arguments import AttentionArguments
 from sinkattn.kernels.chunk import chunk_kernel, rotate_kernel
 from sinkattn.kernels.configs import Config, block_of, chunk_config, decode_config, fits_decode, parts_of_a_line
 from sinkattn.kernels.decode import decode_kernel
@@ -96,37 +97,19 @@ class Launch:
         return self.kernel.run(grid=self.grid, warmup=warmup, **tensors, **self.numbers)
 
 
-def attend(
-    keys: Tensor,
-    values: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    seen: Tensor,
-    lengths: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    num_sinks: int,
-    window: int,
-    scale: float,
-    interleaved: bool,
-    sink_logits: Tensor | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    arrivals: Tensor | None,
-) -> tuple[Tensor, bool]:
-    """Output ``[batch, tokens, heads, value_dim]``, and whether the new tokens were appended on the way.
+def attend(call: AttentionArguments) -> tuple[Tensor, bool]:
+    """Output ``[batch, tokens, heads, value_dim]``, and whether the kernel appended the new tokens too.
 
-    The arguments are those of the operator, checked.
+    The arguments have been checked.
     """
-    batch, heads, tokens, head_dim = query.shape
-    _, kv_heads, slots, value_dim = values.shape
-    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
-    if tokens > 1 and not _in_units(value):
-        value = value.contiguous()  # a copy costs less than reading it in small pieces for every block of queries
+    batch, heads, tokens, head_dim = call.query.shape
+    _, kv_heads, slots, value_dim = call.values.shape
+    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (call.query, call.key, call.value))
+    if tokens > 1 and not _is_aligned(value):
+        value = value.contiguous()  # cheaper than narrow loads in every block of queries
     shape = Shape(
-        target_of(keys.device),
-        keys.dtype,
+        target_of(call.keys.device),
+        call.keys.dtype,
         batch,
         heads,
         kv_heads,
@@ -134,12 +117,12 @@ def attend(
         head_dim,
         value_dim,
         slots,
-        num_sinks,
-        window,
-        0 if cos is None else cos.shape[3],
-        interleaved,
-        scale,
-        softcap,
+        call.num_sinks,
+        call.window,
+        0 if call.cos is None else call.cos.shape[3],
+        call.interleaved,
+        call.scale,
+        call.softcap,
         query.stride(),
         key.stride(),
         value.stride(),
@@ -148,13 +131,15 @@ def attend(
     out = query.new_empty(batch, tokens, heads, value_dim)
     if not out.numel():
         return out, True
-    # Without pairs the tables are never read.
-    tables = {"cos": seen if cos is None else cos.contiguous(), "sin": seen if sin is None else sin.contiguous()}
-    given = {"query": query, "key": key, "value": value, "seen": seen, "lengths": lengths, **tables}
-    given |= {"keys": keys, "values": values, "sink_logits": sink_logits, "alibi_slopes": alibi_slopes, "out": out}
-    # Triton launches on the current device, whatever the tensors are on.
-    with torch.cuda.device_of(keys):
-        for launch, tensors in launches(shape, given, arrivals):
+    given = {"query": query, "key": key, "value": value, "out": out}
+    names = ("keys", "values", "seen", "lengths", "sink_logits", "alibi_slopes")
+    given |= {name: getattr(call, name) for name in names}
+    # A kernel without pairs never reads the tables, so any pointer will do.
+    given["cos"] = call.seen if call.cos is None else call.cos.contiguous()
+    given["sin"] = call.seen if call.sin is None else call.sin.contiguous()
+    # Triton launches on the current device, whatever device the tensors are on.
+    with torch.cuda.device_of(call.keys):
+        for launch, tensors in launches(shape, given, call.arrivals):
             launch.run(tensors)
     return out, tokens == 1 and shape.runs_decode
 
@@ -219,7 +204,7 @@ def chunk_launch(shape: Shape) -> Launch:
     return Launch(chunk_kernel, (blocks * shape.lines,), numbers)
 
 
-def _in_units(x: Tensor) -> bool:
+def _is_aligned(x: Tensor) -> bool:
     # Whether every vector starts at a multiple of 16 bytes.
     return x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:3])
 

@@ -14,7 +14,7 @@ from families import FAMILIES, FULL, REENCODE, SLIDING, build, random_ids
 from torch import nn
 
 import sinkattn
-from sinkattn.hf.lanes import context_start
+from sinkattn.hf.reencode.lanes import context_start
 from sinkattn.info import model_facts
 from sinkattn.reference import visible
 

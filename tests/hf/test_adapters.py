@@ -85,7 +85,7 @@ def test_one_layer_equals_the_unpatched_model_on_gathered_tokens(variant, monkey
     sinkattn.enable(model, S, W)
     assert rms_error(model(ids).logits[:, tokens], want) < 2e-6
     if variant in HAVE_ALIBI:
-        for layer in model._sinkattn.findings.layers.values():
+        for layer in model._sinkattn.probe_result.layers.values():
             layer.alibi_slopes = 2 * layer.alibi_slopes
     else:
         without_sink_rotation(monkeypatch)
@@ -261,9 +261,9 @@ def test_frequencies_of_short_inputs_are_taken():
 def test_a_look_leaves_no_trace_and_info_names_alibi():
     model = build("mpt")
     keys = [sorted(module.__dict__) for module in model.modules()]
-    findings = find(model)
-    assert [layer.index for layer in findings.layers.values()] == [0, 1]
-    assert list(findings.forwards) == [block.attn for block in model.transformer.blocks]
+    probe_result = find(model)
+    assert [layer.index for layer in probe_result.layers.values()] == [0, 1]
+    assert list(probe_result.forwards) == [block.attn for block in model.transformer.blocks]
     facts = model_facts(model, S, W)
     assert facts["rotary_by_layer"] == ["ALiBi"] * 2
     assert model_facts(build("gptj"), S, W)["rotary_by_layer"] == ["interleaved, 4 of 8 elements"] * 2

@@ -44,7 +44,7 @@ def fresh(model, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.T
     return torch.cat([model(ids[i : i + 1, mask[i].bool()]).logits[:, -1] for i in range(len(ids))])
 
 
-class Fed:
+class CachedRow:
     """Counts the tokens that a decoder is fed, row by row."""
 
     def __init__(self, model):
@@ -79,7 +79,7 @@ def encoded_anew(reply: torch.Tensor, how: str) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_conversation_encoded_anew(family, prompt, headroom, how):
     model = enabled(family, headroom)
-    fed = Fed(model)
+    fed = CachedRow(model)
     cache, first, new = sinkattn.SinkCache(model), random_ids(2, prompt), random_ids(2, 15, seed=6)
     reply = model.generate(first, cache=cache, max_new_tokens=10, **GREEDY).sequences[:, prompt:]
     same = {"same": 9, "dropped": 0, "one more": 2, "others": 2, "the last": 8, "cut short": 4}[how]
@@ -171,10 +171,10 @@ def test_a_reset_cache_remembers_no_ids(family):
     model = enabled(family)
     cache, ids = sinkattn.SinkCache(model), random_ids(1, 40)
     model.generate(ids, cache=cache, max_new_tokens=5, do_sample=False)
-    assert cache.streams.history.recent is not None
+    assert cache.state.history.recent is not None
     cache.reset()
-    assert cache.streams.history.recent is None
-    assert cache.streams.history.first is None
+    assert cache.state.history.recent is None
+    assert cache.state.history.first is None
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
@@ -214,7 +214,7 @@ def test_rows_follow_what_beam_search_returns(family, beams, returned, prompt, h
                 )
             torch.testing.assert_close(output.logits[0], want, rtol=1e-4, atol=1e-4)
         new = torch.cat((text[:, -1:], new), dim=1)
-        if cache.streams.unusable is None:
+        if cache.state.unusable_reason is None:
             assert len(cache.seen) == len(text)
             assert torch.equal(cache.seen, torch.minimum(lengths, torch.tensor(text.shape[1] - 1)))
             output = model.generate(new, cache=copy.deepcopy(cache), max_new_tokens=3, **GREEDY)
@@ -352,7 +352,7 @@ def test_rows_encoded_anew_with_padding_elsewhere(family):
     for turn in range(3):
         rows = [torch.cat((row, random_ids(1, 4 + 20 * i, seed=turn)[0])) for i, row in enumerate(rows)]
         ids, mask = left_padded(rows)
-        fed = Fed(model)
+        fed = CachedRow(model)
         output = model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=6, **GREEDY)
         assert family == "gpt2" or fed.take() <= 4 + 20 + 5 + 5
         torch.testing.assert_close(output.logits[0], fresh(model, ids, mask), rtol=1e-4, atol=1e-4)
@@ -441,7 +441,7 @@ def test_ones_that_nobody_has_read_are_no_padding(monkeypatch):
     model = enabled("llama", headroom=3)
     cache, ids = sinkattn.SinkCache(model), random_ids(2, 60)
     model(ids[:, :57], cache=cache)
-    monkeypatch.setattr(sinkattn.hf.inputs, "readable", lambda x, tokens: False)
+    monkeypatch.setattr(sinkattn.hf.inputs, "can_read_on_host", lambda x, tokens: False)
     for i in (57, 58):
         model(ids[:, i : i + 1], cache=cache, attention_mask=torch.ones(2, i + 1))
     cache.crop(-2)
@@ -551,7 +551,7 @@ def test_what_feeds_all_that_it_is_given_wants_new_ids_alone(monkeypatch):
     cache = sinkattn.SinkCache(model)
     text = model.generate(random_ids(1, 40), cache=cache, max_new_tokens=5, do_sample=False)
     whole = torch.cat((text, random_ids(1, 9, seed=3)), dim=1)
-    monkeypatch.setattr(sinkattn.hf.generation, "CHUNKS_HOLD_THE_PAST", True)
+    monkeypatch.setattr(sinkattn.hf.generation.generate, "CHUNKS_HOLD_THE_PAST", True)
     for option in ("prefill_chunk_size", "prompt_lookup_num_tokens"):
         with pytest.raises(ValueError, match="input_ids: expected the new ids alone, for p"):
             model.generate(whole, cache=cache, max_new_tokens=2, **{option: 4})
@@ -807,9 +807,9 @@ def test_pictures_are_not_fed_anew_after_a_beam_search():
         cache.reset()
         ids[0, 0] = seed + 2
         text = model.generate(ids, pixel_values=picture, cache=cache, num_beams=3, **options)
-        if cache.streams.unusable is not None:
+        if cache.state.unusable_reason is not None:
             break
-    assert cache.streams.unusable is not None
+    assert cache.state.unusable_reason is not None
     with pytest.raises(RuntimeError, match="beam search returned other hypotheses"):
         model.generate(torch.cat((text, random_ids(1, 5) % 90 + 2), dim=1), cache=cache, **options)
 

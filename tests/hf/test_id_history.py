@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sinkattn.hf.id_history import FIRST, UNKNOWN, IdHistory, common_tokens, is_token
+from sinkattn.hf.cache.id_history import FIRST, UNKNOWN, IdHistory, common_tokens, is_token
 
 ROWS, CAPACITY = 2, 12
 
@@ -78,10 +78,10 @@ def test_columns_are_numbered_anew():
     history, ones = IdHistory(CAPACITY), torch.ones(1, 3, dtype=torch.bool)
     ids = torch.tensor([[1, 2, 3]])
     history.record(0, torch.zeros(1, dtype=int), ids)
-    history.count_as(ids, ones)
+    history.renumber_columns(ids, ones)
     assert not history.padded
     shifted = torch.tensor([[9, 1, 2, 3]])
-    history.count_as(shifted, shifted != 9)
+    history.renumber_columns(shifted, shifted != 9)
     assert history.known_columns(4).tolist() == [[~9, 1, 2, 3]]
     assert history.known_tokens([3])[0][1].tolist() == [1, 2, 3]
     history.record(

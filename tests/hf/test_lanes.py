@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from test_reencode import greedy, oracle, rms_error
 
 import sinkattn
-from sinkattn.hf import reencode
-from sinkattn.hf.lanes import context_start, kept_tokens, rebuild_period
+from sinkattn.hf.reencode.lanes import context_start, kept_tokens, rebuild_period
 from sinkattn.ops import RingLayout
 
 S, W = 3, 12
@@ -113,7 +112,7 @@ def test_padding_that_is_taken_for_tokens_is_noticed(gpt2, monkeypatch):
     ids, mask = padded(some_rows(), "left")
     ids = ids.clamp(min=0)
     assert rms_error(model(ids, attention_mask=mask).logits[1, 40:], want[1]) < 2e-6
-    monkeypatch.setattr(reencode, "_padding", lambda *args: None)
+    monkeypatch.setattr(sinkattn.hf.reencode.patch, "_padding", lambda *args: None)
     assert rms_error(model(ids, attention_mask=mask).logits[1, 40:], want[1]) > 1e-2
 
 
@@ -340,9 +339,9 @@ def test_how_far_back_a_stream_can_go(gpt2):
     cache = sinkattn.SinkCache(model)
     feed_rows(model, cache, [row[:, : min(length, 30)] for row, length in zip(rows, LENGTHS, strict=True)])
     with pytest.raises(RuntimeError, match=r"can go back 9 tokens more \(headroom 4\), got 10 in row 2"):
-        cache.take_back(torch.tensor([0, 3, 10, 0]))
+        cache.roll_back(torch.tensor([0, 3, 10, 0]))
     assert cache.seen.tolist() == [3, 20, 30, 30]
-    cache.take_back(torch.tensor([0, 3, 9, 0]))
+    cache.roll_back(torch.tensor([0, 3, 9, 0]))
     assert cache.seen.tolist() == [3, 17, 21, 30]
     got = feed_rows(model, cache, [row[:, n:] for row, n in zip(rows, (3, 17, 21, 30), strict=True)])
     for row, n in enumerate((3, 17, 21, 30)):
@@ -472,14 +471,14 @@ def test_masks_that_contradict_the_stream_are_refused(gpt2):
 def test_an_unpadded_batch_runs_what_it_needs_and_no_more(with_mask, monkeypatch):
     """Forwards of the decoder itself: rows, tokens, the first position, and no mask."""
     model, ids, calls = sinkattn.enable(build("gpt2"), S, W), random_ids(2, 32), []
-    swap = model._sinkattn
+    patch = model._sinkattn
 
     def recorded(**kwargs):
         calls.append((tuple(kwargs["input_ids"].shape), kwargs["position_ids"][0, 0].item()))
         assert kwargs["attention_mask"] is None
-        return type(swap).run(swap, **kwargs)
+        return type(patch).run_decoder(patch, **kwargs)
 
-    monkeypatch.setattr(swap, "run", recorded)
+    monkeypatch.setattr(patch, "run_decoder", recorded)
     cache = sinkattn.SinkCache(model)
     for part in ids.split([10, 5, 1, 1, 15], dim=1):
         feed(model, cache, part, torch.ones(2, cache.get_seq_length() + part.shape[1]) if with_mask else None)

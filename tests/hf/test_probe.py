@@ -6,7 +6,7 @@ from hf_models import build, random_ids
 from transformers import CohereConfig, CohereForCausalLM
 
 from sinkattn.hf import UnsupportedModelError, enable
-from sinkattn.hf.probe import probe
+from sinkattn.hf.probe.probe import probe
 
 
 @pytest.mark.parametrize(
@@ -14,10 +14,10 @@ from sinkattn.hf.probe import probe
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_conventions_are_found(family, style, rotary_dim, dtype):
-    findings = probe(build(family, dtype))
-    rotations = [layer.rotation for layer in findings.layers.values()]
+    probe_result = probe(build(family, dtype))
+    rotations = [layer.rotation for layer in probe_result.layers.values()]
     assert [(rope.style, rope.rotary_dim, begin) for rope, begin in rotations] == [(style, rotary_dim, 0)] * 2
-    assert [layer.index for layer in findings.layers.values()] == [0, 1]
+    assert [layer.index for layer in probe_result.layers.values()] == [0, 1]
 
 
 def test_scaling_is_found():
@@ -36,8 +36,8 @@ def test_interleaved_rotary_is_found():
 
 
 def test_sliding_windows_are_found():
-    findings = probe(build("mistral"))
-    assert [layer.visible for layer in findings.layers.values()] == [("window", 64)] * 2
+    probe_result = probe(build("mistral"))
+    assert [layer.visible for layer in probe_result.layers.values()] == [("window", 64)] * 2
 
 
 def test_a_probe_leaves_no_trace():

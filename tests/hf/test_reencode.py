@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertLMHeadModel, DynamicCache, GPTJConfig, GPTJForCausalLM
 
 import sinkattn
-from sinkattn.hf import UnsupportedModelError, lanes, reencode, stream_tokens
-from sinkattn.hf.lanes import Lane, context_start, kept_tokens, rebuild_period
-from sinkattn.hf.reencode import ReencodeCache
+from sinkattn.hf import UnsupportedModelError, stream_tokens
+from sinkattn.hf.reencode import lanes, trial
+from sinkattn.hf.reencode.cache import ReencodeCache
+from sinkattn.hf.reencode.lanes import Lane, context_start, kept_tokens, rebuild_period
 from sinkattn.hf.versions import cache_name, forward_cache
 from sinkattn.ops import RingLayout
 
@@ -442,7 +443,7 @@ def test_what_cannot_stream_this_way_is_refused(gpt2, monkeypatch):
     with pytest.raises(UnsupportedModelError, match="BertLMHeadModel: is not causal"):
         sinkattn.enable(bert, S, W)
     rotating = GPTJForCausalLM(GPTJConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=4, rotary_dim=8)).eval()
-    assert not reencode.adds_positions(rotating)
+    assert not trial.has_absolute_positions(rotating)
     pieces = Lane.pieces
 
     def forgetful(self, new):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import sinkattn
 from sinkattn.hf.load import SHIPPED, default_window, load
-from sinkattn.hf.stream import MOST_HELD, stream_text, stream_tokens
+from sinkattn.hf.stream import MAX_HELD, stream_text, stream_tokens
 
 LAYOUT = {"num_sinks": 2, "window": 9}
 
@@ -164,7 +164,7 @@ def test_bytes_that_are_no_text_are_not_held_back_for_ever(byte_tokenizer):
         longest = max(longest, held)
         text += piece
     assert text == "\ufffd" * 1000
-    assert longest <= MOST_HELD
+    assert longest <= MAX_HELD
     after = list(stream_text(byte_tokenizer, [*broken, *byte_tokenizer("fine").input_ids]))
     assert "".join(after).endswith("fine")
 

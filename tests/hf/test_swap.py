@@ -24,8 +24,8 @@ from transformers import (
 
 import sinkattn
 from sinkattn.hf import UnsupportedModelError
-from sinkattn.hf.enabled import Enabled
-from sinkattn.hf.swap import Swap
+from sinkattn.hf.model_patch import ModelPatch
+from sinkattn.hf.swap.ring_patch import RingPatch
 from sinkattn.reference import visible
 
 S, W = 4, 28
@@ -473,14 +473,14 @@ def test_what_modules_count_is_put_back(family, persistent):
 def test_an_interrupted_enable_leaves_nothing_behind(monkeypatch):
     model = build("llama")
     keys = [sorted(module.__dict__) for module in model.modules()]
-    put = Enabled.put
+    put = ModelPatch.set_attribute
 
     def interrupt(self, module, name, value):
-        if name == "config" and type(self) is Swap:
+        if name == "config" and type(self) is RingPatch:
             raise KeyboardInterrupt
         put(self, module, name, value)
 
-    monkeypatch.setattr(Enabled, "put", interrupt)
+    monkeypatch.setattr(ModelPatch, "set_attribute", interrupt)
     with pytest.raises(KeyboardInterrupt):
         sinkattn.enable(model, S, W)
     assert [sorted(module.__dict__) for module in model.modules()] == keys

@@ -23,8 +23,9 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import sinkattn
 from sinkattn import ops
-from sinkattn.hf import UnsupportedModelError, lanes
-from sinkattn.hf.agreement import BOUND, Record, relative_error
+from sinkattn.hf import UnsupportedModelError
+from sinkattn.hf.reencode import lanes
+from sinkattn.hf.trial.agreement import BOUND, Record, relative_error
 
 S, W = 4, 28
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

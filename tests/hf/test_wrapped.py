@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import sinkattn
 from sinkattn.hf import UnsupportedModelError
-from sinkattn.hf.agreement import relative_error
+from sinkattn.hf.trial.agreement import relative_error
 from sinkattn.info import model_facts
 
 NEW = 60

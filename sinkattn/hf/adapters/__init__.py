@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionMaskInterface, PreTrainedModel
 
-from sinkattn.hf.probe import Findings, Layer, Visible, find_decoder
+from sinkattn.hf.model_config import find_decoder
+from sinkattn.hf.probe.masks import MaskPattern
+from sinkattn.hf.probe.result import LayerInfo, ProbeResult
 
 # By the class of a family's attention modules. Their code is not imported here: not everyone needs all of it.
 FAMILIES = {
@@ -29,7 +31,7 @@ FAMILIES = {
 MASK_NAME = "sinkattn_adapted"
 
 
-def find(model: PreTrainedModel) -> Findings | None:
+def find(model: PreTrainedModel) -> ProbeResult | None:
     """What the adapter of a model's family knows about it; None if there is none. Leaves the model as it was.
 
     Raises:
@@ -39,14 +41,14 @@ def find(model: PreTrainedModel) -> Findings | None:
     families = {module: name for module in decoder.modules() if (name := _family(module)) is not None}
     if not families:
         return None
-    findings = Findings(decoder, [])
+    probe_result = ProbeResult(decoder, [])
     for name in dict.fromkeys(families.values()):
         family = import_module(f"{__name__}.{name}")
         rotation, slopes = family.positions(decoder)
         for module in (module for module, its in families.items() if its == name):
-            findings.layers[module] = Layer(module.layer_idx, rotation, Visible("all"), None, slopes)
-            findings.forwards[module] = partial(family.forward, module)
-    return findings
+            probe_result.layers[module] = LayerInfo(module.layer_idx, rotation, MaskPattern("all"), None, slopes)
+            probe_result.forwards[module] = partial(family.forward, module)
+    return probe_result
 
 
 def _family(module: nn.Module) -> str | None:

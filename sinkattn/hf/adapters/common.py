@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sinkattn.hf.probe import Rotation
+from sinkattn.hf.probe.result import Rotation
 from sinkattn.rope import Rope
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sinkattn.hf.adapters.common import attend, live_rotation, split_heads
-from sinkattn.hf.probe import Rotation, UnsupportedModelError
+from sinkattn.hf.probe.result import Rotation
+from sinkattn.hf.unsupported import UnsupportedModelError
 
 
 def positions(decoder: PreTrainedModel) -> tuple[Rotation | None, Tensor | None]:

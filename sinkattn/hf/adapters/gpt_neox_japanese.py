@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sinkattn.hf.adapters.common import attend, live_rotation, split_heads
-from sinkattn.hf.probe import Rotation
+from sinkattn.hf.probe.result import Rotation
 
 
 def positions(decoder: PreTrainedModel) -> tuple[Rotation, None]:

@@ -132,7 +132,7 @@ class Lane:
         return self.ids.nbytes + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
     @property
-    def most_back(self) -> int:
+    def max_rollback(self) -> int:
         """Tokens that can be taken back: those after which the context of the next one is among the ids still."""
         return self.seen - first_token(self.first, self.layout)
 
@@ -171,8 +171,8 @@ class Lane:
             ids = torch.cat((ids[:, :sinks], ids[:, sinks + first - self.first :]), dim=1)
         self.ids, self.first = ids, first
 
-    def take_back(self, count: int) -> None:
-        """Forget the last ``count`` tokens, `most_back` at most. The context is put right when the next token comes."""
+    def roll_back(self, count: int) -> None:
+        """Forget the last ``count`` tokens, `max_rollback` at most; the next token rebuilds the context if needed."""
         self.seen -= count
         self.ids = self.ids[:, : self.ids.shape[1] - count]
 

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
-from sinkattn.hf.cache_layers import SinkLayer, Streams
-from sinkattn.hf.id_history import UNKNOWN, IdHistory
+from sinkattn.hf.cache.id_history import IdHistory
+from sinkattn.hf.cache.layers import SinkLayer
+from sinkattn.hf.cache.state import SharedCacheState
+from sinkattn.hf.model_patch import ModelPatch, get_patch
 from sinkattn.ops import RingLayout
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from sinkattn.hf.enabled import Enabled
-
-
-def find_swap(model: torch.nn.Module) -> Enabled | None:
-    """What `enable` left on a model, or on one wrapped in it; None if it is not enabled."""
-    return next((m.__dict__["_sinkattn"] for m in model.modules() if "_sinkattn" in m.__dict__), None)
 
 
 class SinkCache(Cache):
@@ -41,20 +33,20 @@ class SinkCache(Cache):
 
     def __new__(cls, model: PreTrainedModel | None = None, *args, **kwargs) -> SinkCache:
         """Make the kind of cache that the model streams with."""
-        swap = None if model is None else find_swap(model)  # None: a copy, or one that is unpickled
-        return super().__new__(cls if swap is None else swap.cache_class)
+        patch = None if model is None else get_patch(model)  # None: a copy, or one that is unpickled
+        return super().__new__(cls if patch is None else patch.cache_class)
 
     def __init__(self, model: PreTrainedModel, max_batch_size: int | None = None) -> None:
-        swap = find_swap(model)
-        if swap is None:
+        patch = get_patch(model)
+        if patch is None:
             raise ValueError("model: expected a model prepared by sinkattn.enable(model), got one that is not enabled")
         if max_batch_size is not None and max_batch_size < 1:
             raise ValueError(f"max_batch_size: expected 1 or more, got {max_batch_size}")
-        self.swap_id: str = swap.id
+        self.patch_id: str = patch.id
         self._max_batch_size = max_batch_size
-        layout = swap.layout
-        self.streams = Streams(layout, IdHistory(layout.num_sinks + layout.window + layout.headroom))
-        super().__init__(layers=swap.cache_layers(self.streams))
+        layout = patch.layout
+        self.state = SharedCacheState(layout, IdHistory(layout.num_sinks + layout.window + layout.headroom))
+        super().__init__(layers=patch.cache_layers(self.state))
 
     def __copy__(self) -> SinkCache:
         """Refused: two caches over one memory would overwrite each other."""
@@ -63,12 +55,12 @@ class SinkCache(Cache):
     @property
     def layout(self) -> RingLayout:
         """Slot arithmetic of the rings of all layers but those with a sliding window of their own."""
-        return self.streams.layout
+        return self.state.layout
 
     @property
     def tokens_seen(self) -> int:
         """Tokens that every row has seen, padding included."""
-        return self.streams.tokens_seen
+        return self.state.tokens_seen
 
     @property
     def nbytes(self) -> int:
@@ -78,22 +70,22 @@ class SinkCache(Cache):
     @property
     def seen(self) -> Tensor | None:
         """Tokens that each row has seen, without padding: int64 ``[batch]``, on the device; None before the first."""
-        return None if self.streams.ring is None else self.streams.ring.seen
+        return None if self.state.ring is None else self.state.ring.seen
 
     @property
     def has_padding(self) -> bool:
         """Whether some rows may have seen fewer tokens than others."""
-        return self.streams.history.padded
+        return self.state.history.padded
 
     @property
-    def counts_anew(self) -> bool:
+    def counts_from_generate(self) -> bool:
         """Whether `generate` counts positions from where it began, and not from where the streams did."""
-        return self.streams.origin is not None
+        return self.state.generate_start is not None
 
     @property
-    def ended(self) -> Tensor | None:
+    def ended_rows(self) -> Tensor | None:
         """Rows that `generate` feeds padding from now on, because they have ended: bool ``[batch]``; None if none."""
-        return self.streams.ended
+        return self.state.ended_rows
 
     @property
     def has_states(self) -> bool:
@@ -108,28 +100,10 @@ class SinkCache(Cache):
     def _state_layers(self) -> list[LinearAttentionCacheLayerMixin]:
         return [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
 
-    def note(self, ids: Tensor | None, *, alone: bool) -> None:
+    def note_inputs(self, ids: Tensor | None, *, alone: bool) -> None:
         """Note the ids that a whole model is given, for its decoder may be given embeddings; and whether it is more."""
-        self.streams.noted = ids
-        self.streams.ids_alone &= alone
-
-    def check_past(self, past: Tensor) -> None:
-        """Check the part of a mask, ``[batch, columns]``, that is about columns which the streams have been fed.
-
-        Of those in sight, for the mask may be as long as the stream. Raises ValueError.
-        """
-        streams = self.streams
-        if streams.generating or past.shape[1] != streams.tokens_seen or not streams.tokens_seen:
-            return
-        begin = streams.history.oldest
-        past = past[:, begin:] != 0
-        present = streams.history.present(begin, streams.tokens_seen)
-        if not torch.equal(present, past):
-            row, column = (present != past).nonzero()[0].tolist()
-            raise ValueError(
-                f"attention_mask: expected {int(present[row, column])} in row {row} at token {begin + column} of the "
-                f"past, as it was fed, got {int(past[row, column])}"
-            )
+        self.state.model_ids = ids
+        self.state.only_ids &= alone
 
     def check_padding(self, present: Tensor) -> None:
         """Raise ValueError for padding in a model that cannot leave it out; present: bool ``[batch, tokens]``."""
@@ -142,110 +116,54 @@ class SinkCache(Cache):
     @property
     def usable(self) -> bool:
         """Whether the streams can go on."""
-        return self.streams.unusable is None
+        return self.state.unusable_reason is None
 
     def check_usable(self) -> None:
         """Raise RuntimeError if the streams cannot go on."""
         if not self.usable:
-            raise RuntimeError(f"cache: {self.streams.unusable}")
+            raise RuntimeError(f"cache: {self.state.unusable_reason}")
 
     def carry_out_plan(self) -> None:
         """Do what `generate` has planned to do before its first forward."""
-        streams = self.streams
-        if streams.plan is not None:
-            plan, streams.plan, counted = streams.plan, None, self.get_seq_length()
+        state = self.state
+        if state.pending_plan is not None:
+            plan, state.pending_plan, counted = state.pending_plan, None, self.get_seq_length()
             plan()
-            streams.interrupted = True  # until generate comes to its end
-            if streams.origin is not None:
-                streams.origin = streams.tokens_seen - counted
+            state.interrupted = True  # until generate comes to its end
+            if state.generate_start is not None:
+                state.generate_start = state.tokens_seen - counted
 
-    def continue_at(self, column: int, ids: Tensor, fed: Tensor) -> None:
-        """Count columns as `generate` does: what it feeds begins with ``column``.
-
-        ids int64, fed bool ``[batch, tokens]``: all ids that it has, and which are tokens of the streams already. Some
-        rows may be further than others.
-        """
-        streams, device = self.streams, self.seen.device
-        ids, fed = ids.to(device), fed.to(device)
-        streams.history.count_as(ids[:, :column], fed[:, :column])
-        streams.tokens_seen = column
-        streams.peak = max(streams.peak, column)
-        if fed[:, column:].any():
-            streams.fed_before = (ids, fed)
-
-    def catch_up(self) -> None:
-        """Count the columns in which some rows are further than others, if what was to be fed there never came."""
-        streams = self.streams
-        if streams.fed_before is not None:
-            (ids, fed), streams.fed_before, begin = streams.fed_before, None, streams.tokens_seen
-            end = int(fed.any(dim=0).nonzero()[-1]) + 1
-            if begin < end:
-                streams.history.record_columns(begin, ids[:, begin:end], fed[:, begin:end])
-                streams.tokens_seen = end
-                streams.peak = max(streams.peak, end)
-
-    def refuse(self, why: str, column: int, ids: Tensor, present: Tensor) -> None:
-        """Let no stream go on until `generate` is given all of them; columns from ``column`` on are as given here.
-
-        ids, present: ``[batch, tokens]`` ids, and which are no padding.
-        """
-        streams, device = self.streams, self.seen.device
-        streams.unusable = why
-        streams.history.record_columns(column, ids.to(device), present.to(device))
-        streams.tokens_seen = column + ids.shape[1]
-
-    def note_ended(self, rows: Tensor, last: Tensor) -> None:
-        """Note which rows ended before others, bool ``[batch]``, and so were given padding as their ``last`` id."""
-        if rows.any():
-            self.streams.pending = (rows, int(last[rows][0]))
-
-    def begin(self, batch: int, tokens: int, ids: Tensor | None) -> None:
+    def begin_forward(self, batch: int, tokens: int, ids: Tensor | None) -> None:
         """Open a forward of ``tokens`` new tokens per row; raises, with nothing changed, if it cannot be taken."""
-        streams = self.streams
-        if streams.arriving is not None:
+        state = self.state
+        if state.num_new_tokens is not None:
             raise RuntimeError("cache: is in the middle of a forward already, in this thread or another")
-        if (seen := self.seen) is not None and len(seen) != batch and streams.tokens_seen:
+        if (seen := self.seen) is not None and len(seen) != batch and state.tokens_seen:
             raise ValueError(f"cache: holds {len(seen)} streams, got a batch of {batch}")
         if self._max_batch_size is not None and batch > self._max_batch_size:
             raise ValueError(f"cache: max_batch_size is {self._max_batch_size}, got a batch of {batch}")
         self.check_usable()
-        noted, streams.noted = streams.noted, None
+        noted, state.model_ids = state.model_ids, None
         if ids is None and noted is not None and noted.shape == (batch, tokens):
             ids = noted
         if seen is not None and len(seen) != batch:
             self._give_memory_back()  # of other streams, before reset()
-        streams.arriving, streams.ids = tokens, ids
+        state.num_new_tokens, state.forward_ids = tokens, ids
 
-    def finish(self, present: Tensor | None) -> None:
+    def finish_forward(self, present: Tensor | None) -> None:
         """Close the forward: its tokens are in all rings, and count; those ``present``, bool ``[batch, tokens]``."""
-        ring, tokens = self.streams.ring, self.streams.arriving
-        self._count_columns(present, ring.seen)
+        ring, tokens = self.state.ring, self.state.num_new_tokens
+        self.state.count_columns(present, ring.seen)
         ring.advance(tokens if present is None else present.sum(dim=1))
 
-    def _count_columns(self, present: Tensor | None, seen: Tensor) -> None:
-        # seen: tokens of every row before.
-        streams, before, index = self.streams, None, None
-        ids, tokens, begin = streams.ids, streams.arriving, streams.tokens_seen
-        if ids is None:
-            ids = torch.full((len(seen), tokens), UNKNOWN, device=seen.device)
-        if present is not None and streams.fed_before is not None:
-            before = streams.fed_before[1][:, begin : begin + tokens]
-            before = functional.pad(before, (0, tokens - before.shape[1]))
-        if torch.compiler.is_dynamo_compiling() and tokens <= streams.history.capacity:
-            index = seen[0] + torch.arange(tokens, device=seen.device)
-        streams.history.record(begin, seen, ids, present, before=before, index=index)
-        streams.tokens_seen += tokens
-        streams.peak = max(streams.peak, streams.tokens_seen)
-        streams.arriving = streams.ids = streams.pending = None
-
-    def abandon(self, *, written: bool) -> None:
+    def abandon_forward(self, *, written: bool) -> None:
         """Close a forward that failed: its tokens do not count, though some layers may have ``written`` them.
 
         The next tokens overwrite them, so the stream can go on, unless the last of them took slots of tokens that
         the next query sees.
         """
-        streams = self.streams
-        seen, tokens, streams.arriving, streams.ids = streams.tokens_seen, streams.arriving, None, None
+        state = self.state
+        seen, tokens, state.num_new_tokens, state.forward_ids = state.tokens_seen, state.num_new_tokens, None, None
         if seen == 0:
             self._give_memory_back()
             return
@@ -254,17 +172,17 @@ class SinkCache(Cache):
             "the stream anew"
         )
         if written:
-            streams.ring.note_uncounted(tokens)
-            streams.peak = max(streams.peak, seen + tokens)
+            state.ring.note_uncounted(tokens)
+            state.peak = max(state.peak, seen + tokens)
             for layout in {layer.layout for layer in self._sink_layers}:
                 oldest_kept = seen + tokens - layout.ring
                 if layout.window_begin(seen) < min(oldest_kept, seen):
-                    streams.unusable = interrupted
+                    state.unusable_reason = interrupted
         if self.has_states:
-            streams.unusable = interrupted
+            state.unusable_reason = interrupted
 
     def _give_memory_back(self) -> None:
-        self.streams.ring = None
+        self.state.ring = None
         for layer in self._state_layers:
             LinearAttentionLayer.__init__(layer, layer.number_of_states)
         for layer in self._sink_layers:
@@ -281,8 +199,8 @@ class SinkCache(Cache):
         columns = -int(tokens_to_remove)  # transformers 5.17 passes a tensor
         if columns < 0:
             raise ValueError(f"tokens_to_remove: expected a negative number of tokens, got {-columns}")
-        streams = self.streams
-        if streams.tokens_seen == 0:
+        state = self.state
+        if state.tokens_seen == 0:
             return
         if columns:
             if any(
@@ -294,47 +212,42 @@ class SinkCache(Cache):
                     "without such layers"
                 )
             counts: int | Tensor = columns
-            if streams.history.padded:
-                present = streams.history.present(streams.tokens_seen - columns, streams.tokens_seen)
+            if state.history.padded:
+                present = state.history.present(state.tokens_seen - columns, state.tokens_seen)
                 if present is None:
                     raise RuntimeError(f"cache: it is not known any more where there was padding {columns} tokens back")
                 counts = present.sum(dim=1)
-            self.take_back(counts)
-            streams.tokens_seen -= columns
+            self.roll_back(counts)
+            state.tokens_seen -= columns
         for layer in self._state_layers:
             if layer.record_past:
                 LinearAttentionLayer.crop(layer, -columns)
 
-    def can_take_back(self, counts: Tensor, rows: Tensor) -> bool:
+    def can_roll_back(self, counts: Tensor, rows: Tensor) -> bool:
         """Whether ``counts[i]`` tokens, int64, can be taken back of row ``rows[i]``; columns are left as they are."""
         if self.has_states and counts.any():
             return False
         rows = rows.to(self.seen.device)
-        return bool((counts.to(rows.device) <= self.streams.ring.most_back(self._headroom)[rows]).all())
+        return bool((counts.to(rows.device) <= self.state.ring.max_rollback(self._headroom)[rows]).all())
 
-    def take_back(self, counts: int | Tensor) -> None:
+    def roll_back(self, counts: int | Tensor) -> None:
         """Forget the last ``counts`` tokens of every row, int64 ``[batch]``; columns are left as they are.
 
-        Raises RuntimeError, with nothing changed, if they cannot all be taken back: `can_take_back`.
+        Raises RuntimeError, with nothing changed, if they cannot all be taken back: `can_roll_back`.
         """
-        self.streams.ring.rollback(counts, headroom=self._headroom)
-        self._note_rolled_back(counts)
-
-    def _note_rolled_back(self, counts: int | Tensor) -> None:
-        if self.streams.pending is not None:
-            rows, last = self.streams.pending
-            self.streams.pending = (rows & (torch.as_tensor(counts, device=rows.device) == 0), last)
+        self.state.ring.rollback(counts, headroom=self._headroom)
+        self.state.note_rolled_back(counts)
 
     @property
     def _headroom(self) -> int | None:
         # While no ring has gone round, nothing was overwritten.
         smallest = min(layer.layout.slots for layer in self._sink_layers)
-        return None if self.streams.peak > smallest else smallest
+        return None if self.state.peak > smallest else smallest
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was."""
         super().reorder_cache(beam_idx)
-        self._reorder_notes(beam_idx)
+        self.state.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times, one copy after the other: several continuations of one stream."""
@@ -354,7 +267,7 @@ class SinkCache(Cache):
             return
         indices = self._check_rows(indices)
         self._take_rows(indices)
-        self._reorder_notes(indices)
+        self.state.select_rows(indices)
 
     def _check_rows(self, indices: Tensor) -> Tensor:
         rows = len(self.seen)
@@ -375,27 +288,24 @@ class SinkCache(Cache):
             if isinstance(layer, LinearAttentionCacheLayerMixin):
                 LinearAttentionLayer.reorder_cache(layer, indices)  # which takes any number of rows
         # The ring whose counters the others share comes first.
-        for layer in sorted(self._sink_layers, key=lambda layer: layer.ring is not self.streams.ring):
+        for layer in sorted(self._sink_layers, key=lambda layer: layer.ring is not self.state.ring):
             layer.take_rows(indices)
-
-    def _reorder_notes(self, index: Tensor) -> None:
-        streams = self.streams
-        streams.history.take_rows(index)
-        if streams.given is not None:
-            streams.given = streams.given[index.to(streams.given.device)]
-        if streams.pending is not None:
-            rows, token = streams.pending
-            streams.pending = rows[index.to(rows.device)], token
 
     def reset(self) -> None:
         """Start all streams anew, in the same memory."""
         super().reset()
-        self._forget()
+        self.state.clear()
 
-    def _forget(self) -> None:
-        streams = self.streams
-        streams.history.clear()
-        streams.tokens_seen = streams.peak = 0
-        streams.ids_alone = streams.mendable = True
-        streams.interrupted = False
-        streams.fed_before = streams.unusable = streams.pending = streams.given = streams.noted = None
+
+def check_cache(patch: ModelPatch, name: str, cache: Any) -> None:
+    """Raise TypeError or ValueError unless ``cache``, the argument ``name`` of a call, is None or of this patch."""
+    if cache is None:
+        return
+    if not isinstance(cache, SinkCache):
+        raise TypeError(
+            f"{name}: expected a sinkattn.SinkCache or None, got {type(cache).__name__}; if you gave none, it is "
+            "from what holds the enabled model: enable the outer model instead, or give it a SinkCache; prefix "
+            "tuning is not supported"
+        )
+    if cache.patch_id != patch.id:
+        raise ValueError(f"{name}: this SinkCache was made for another model or before the last enable()")

@@ -1,4 +1,4 @@
-"""`enable` and `disable`: whether a model is taken, and how it streams."""
+"""The public verbs: `enable` patches a model so that it streams, `disable` undoes it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from transformers import PreTrainedModel
 
 from sinkattn import ops
 from sinkattn.hf import adapters
-from sinkattn.hf.cache import find_swap
-from sinkattn.hf.probe import UnsupportedModelError, probe, rope_parameters, trained_length
-from sinkattn.hf.reencode import adds_positions, enable_by_reencoding
-from sinkattn.hf.swap import Swap
-from sinkattn.hf.trial import try_out
-from sinkattn.hf.unchanged import evaluation_mode, state_kept
+from sinkattn.hf.dry_run import evaluation_mode, preserve_state
+from sinkattn.hf.model_config import rope_parameters, trained_length
+from sinkattn.hf.model_patch import get_patch
+from sinkattn.hf.probe.probe import probe
+from sinkattn.hf.reencode.trial import enable_by_reencoding, has_absolute_positions
+from sinkattn.hf.swap.ring_patch import RingPatch
+from sinkattn.hf.trial.trial import try_out
+from sinkattn.hf.unsupported import UnsupportedModelError
 
 
 def enable(
@@ -60,7 +62,7 @@ def enable(
     layout = ops.RingLayout(num_sinks, window, headroom)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
-    if find_swap(model) is not None:
+    if get_patch(model) is not None:
         raise ValueError("model: is enabled already; call sinkattn.disable(model) first")
     if not isinstance(model, PreTrainedModel):
         enable(_unwrapped(model), num_sinks, window, headroom, backend=backend)
@@ -68,28 +70,28 @@ def enable(
     _check_model(model, layout)
     backend = ops.select_backend(model.device, backend, model.dtype)
     with _unexpected_means_unsupported(model):
-        with state_kept(model):
-            if adds_positions(model):
+        with preserve_state(model):
+            if has_absolute_positions(model):
                 enable_by_reencoding(model, layout)
                 return model
-            findings = adapters.find(model) or probe(model)
-            swap = Swap(model, layout, backend, findings)
+            probe_result = adapters.find(model) or probe(model)
+            patch = RingPatch(model, layout, backend, probe_result)
             with evaluation_mode(model):
-                try_out(model, layout, backend, findings)
+                try_out(model, layout, backend, probe_result)
         try:
-            swap.install()
+            patch.install()
         except BaseException:
-            swap.remove()
+            patch.remove()
             raise
     return model
 
 
 def disable(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `enable`, exactly. Returns the same model; raises ValueError if it is not enabled."""
-    swap = find_swap(model)
-    if swap is None:
+    patch = get_patch(model)
+    if patch is None:
         raise ValueError("model: expected a model prepared by sinkattn.enable(model), got one that is not enabled")
-    swap.remove()
+    patch.remove()
     return model
 
 

@@ -20,20 +20,15 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 
 from sinkattn import ops
 from sinkattn.hf import adapters
-from sinkattn.hf.cache import SinkCache
-from sinkattn.hf.cache_layers import SinkLayer, StatefulSinkLayer, Streams
-from sinkattn.hf.enabled import Enabled
-from sinkattn.hf.inputs import check_positions, present_tokens, readable, stream_positions
-from sinkattn.hf.probe import (
-    Findings,
-    Rotation,
-    UnsupportedModelError,
-    modules_with,
-    no_mask,
-    no_rotation,
-    rope_parameters,
-    with_attention,
-)
+from sinkattn.hf.cache.layers import SinkLayer, StatefulSinkLayer
+from sinkattn.hf.cache.sink_cache import SinkCache
+from sinkattn.hf.cache.state import SharedCacheState
+from sinkattn.hf.inputs import can_read_on_host, check_positions, present_tokens, stream_positions
+from sinkattn.hf.model_config import modules_with, rope_parameters, with_attention
+from sinkattn.hf.probe.result import ProbeResult, Rotation
+from sinkattn.hf.probe.rotations import no_rotation
+from sinkattn.hf.swap.stream_patch import StreamPatch
+from sinkattn.hf.unsupported import UnsupportedModelError
 from sinkattn.hf.versions import native_layers
 from sinkattn.rope import table_dtype
 
@@ -41,10 +36,10 @@ NAME = "sinkattn"
 
 
 @dataclass(frozen=True, eq=False)
-class Kind:
+class LayerGroup:
     """What layers of one kind share: how they rotate, and what of the stream they keep."""
 
-    number: int
+    index: int
     rotation: Rotation | None
     layout: ops.RingLayout
 
@@ -61,10 +56,10 @@ class Padding(NamedTuple):
 
 
 @dataclass
-class Forward:
+class RunningForward:
     """One forward of an enabled model under way."""
 
-    swap: Swap
+    patch: RingPatch
     cache: SinkCache
     tokens: int
     padding: Padding | None
@@ -76,35 +71,38 @@ class Forward:
 
 
 # Per thread, and a forward within a forward has its own.
-_running: ContextVar[Forward | None] = ContextVar("sinkattn_running", default=None)
+_running: ContextVar[RunningForward | None] = ContextVar("sinkattn_running", default=None)
+
 
 # Layers of a cache whose keys and values a ring can keep instead.
 REPLACED = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer", "LinearAttentionAndFullAttentionLayer"}
+
+
 REPLACED |= {"LinearAttentionAndSlidingWindowAttentionLayer"}
 
 
-class Swap(Enabled):
+class RingPatch(StreamPatch):
     """What `enable` leaves on a model that rotates: its rotary embeddings, and what puts them to use."""
 
     def __init__(
-        self, model: PreTrainedModel, layout: ops.RingLayout, backend: ops.Backend, findings: Findings
+        self, model: PreTrainedModel, layout: ops.RingLayout, backend: ops.Backend, probe_result: ProbeResult
     ) -> None:
-        super().__init__(model, findings.decoder, layout)
+        super().__init__(model, probe_result.decoder, layout)
         self.backend = backend
-        self.findings = findings
+        self.probe_result = probe_result
         self._check_decoder()
-        self.kinds = self._kinds()
+        self.groups = self._layer_groups()
         # In place of the context variable, which torch.compile cannot see through, while it traces.
-        self._traced: Forward | None = None
+        self._traced: RunningForward | None = None
 
     def _check_decoder(self) -> None:
         name = type(self.model).__name__
         needed = {self.cache_argument or "cache", "attention_mask"}
-        if not self.findings.forwards:
+        if not self.probe_result.forwards:
             needed.add("position_ids")  # those with ALiBi take none
         if missing := needed - set(self.parameters):
             raise UnsupportedModelError(f"{name}: its decoder takes no {', '.join(sorted(missing))}")
-        found = {layer.index for layer in self.findings.layers.values()}
+        found = {layer.index for layer in self.probe_result.layers.values()}
         native = native_layers(self.decoder.config)
         for index in found - set(range(len(native))):
             raise UnsupportedModelError(f"{name}: layer {index} attends, but its cache has {len(native)} layers")
@@ -117,12 +115,12 @@ class Swap(Enabled):
                     f"{name}: layer {index} keeps keys and values, but does not call transformers' attention function"
                 )
 
-    def _kinds(self) -> dict[nn.Module, Kind]:
-        layers, layout = self.findings.layers, self.layout
+    def _layer_groups(self) -> dict[nn.Module, LayerGroup]:
+        layers, layout = self.probe_result.layers, self.layout
         # A model whose layers all have a window is bounded to the sinks and the window asked for like any other.
         mixed = any(layer.visible.kind != "window" for layer in layers.values())
-        kinds: dict[tuple[Rotation | None, ops.RingLayout], Kind] = {}
-        by_module: dict[nn.Module, Kind] = {}
+        groups: dict[tuple[Rotation | None, ops.RingLayout], LayerGroup] = {}
+        by_module: dict[nn.Module, LayerGroup] = {}
         for module, layer in layers.items():
             what, size = layer.visible
             own = layout
@@ -133,41 +131,41 @@ class Swap(Enabled):
                     f"{type(self.model).__name__}: layer {layer.index} sees a {what} of {size} tokens; num_sinks + "
                     f"window must not exceed it, got {layout.num_sinks + layout.window}"
                 )
-            by_module[module] = kinds.setdefault((layer.rotation, own), Kind(len(kinds), layer.rotation, own))
+            by_module[module] = groups.setdefault((layer.rotation, own), LayerGroup(len(groups), layer.rotation, own))
         return by_module
 
-    def cache_layers(self, streams: Streams) -> list[Any]:
+    def cache_layers(self, state: SharedCacheState) -> list[Any]:
         """Layers of a new cache: rings for attention, transformers' own for other kinds of state."""
         layers = native_layers(self.decoder.config)
-        for module, kind in self.kinds.items():
-            index = self.findings.layers[module].index
+        for module, group in self.groups.items():
+            index = self.probe_result.layers[module].index
             native = layers[index]
             if isinstance(native, LinearAttentionCacheLayerMixin):
-                layers[index] = StatefulSinkLayer(streams, kind.layout, native.number_of_states)
+                layers[index] = StatefulSinkLayer(state, group.layout, native.number_of_states)
             else:
-                layers[index] = SinkLayer(streams, kind.layout)
+                layers[index] = SinkLayer(state, group.layout)
         return layers
 
     def install(self) -> None:
         """Put the swap in place."""
         super().install()
-        for module in self.kinds:
-            self.put(module, "_sinkattn", self)
-        for module, layer in self.findings.layers.items():
+        for module in self.groups:
+            self.set_attribute(module, "_sinkattn", self)
+        for module, layer in self.probe_result.layers.items():
             if layer.temperature is not None:
-                self.put(module, "attn_temperature_tuning", False)
+                self.set_attribute(module, "attn_temperature_tuning", False)
         longrope = any(rope.get("rope_type") == "longrope" for rope in rope_parameters(self.model))
         if longrope and hasattr(type(self.model), "generate"):
             # Theirs drops the cache where other frequencies would begin, which never happens within sinks + window.
             prepare = partial(GenerationMixin.prepare_inputs_for_generation, self.model)
-            self.put(self.model, "prepare_inputs_for_generation", prepare)
-        self._hooks += [rotary.register_forward_hook(no_rotation) for rotary in self.findings.rotaries]
-        for module, forward in self.findings.forwards.items():
-            self.put_forward(module, forward)
+            self.set_attribute(self.model, "prepare_inputs_for_generation", prepare)
+        self._hooks += [rotary.register_forward_hook(no_rotation) for rotary in self.probe_result.rotaries]
+        for module, forward in self.probe_result.forwards.items():
+            self.set_forward(module, forward)
         before = self.decoder.config
-        own = with_attention(before, adapters.MASK_NAME if self.findings.forwards else NAME)
+        own = with_attention(before, adapters.MASK_NAME if self.probe_result.forwards else NAME)
         for module in modules_with(self.decoder, before):
-            self.put(module, "config", own)
+            self.set_attribute(module, "config", own)
 
     def forward(self, *args, **kwargs) -> Any:
         """Forward of the decoder: checks its arguments, provides cache and positions, and counts the tokens after."""
@@ -175,7 +173,7 @@ class Swap(Enabled):
         inputs = kwargs.get("input_ids")
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
-            return self.run(**kwargs)  # which says what is missing
+            return self.run_decoder(**kwargs)  # which says what is missing
         batch, tokens = inputs.shape[:2]
         cache = self.stream_of(kwargs, batch, tokens)
         if torch.is_grad_enabled():
@@ -184,7 +182,7 @@ class Swap(Enabled):
         padding = _padding(kwargs.get("attention_mask"), cache, tokens)
         present = None if padding is None else padding.present
         positions = stream_positions(cache, present, tokens, inputs.device)
-        if not cache.counts_anew:  # which counts from where it began
+        if not cache.counts_from_generate:  # which counts from where it began
             check_positions(kwargs.get("position_ids"), positions, present)
 
         # The rotary modules rotate by nothing now; whatever else goes by position sees the position within the cache.
@@ -192,23 +190,23 @@ class Swap(Enabled):
         positions = positions.clamp(max=last)
         provided = {self.cache_argument: cache, "attention_mask": None, "position_ids": positions}
         kwargs |= {name: value for name, value in provided.items() if name in self.parameters}
-        cache.begin(batch, tokens, kwargs.get("input_ids"))
-        finished, running = False, Forward(self, cache, tokens, padding, positions)
+        cache.begin_forward(batch, tokens, kwargs.get("input_ids"))
+        finished, running = False, RunningForward(self, cache, tokens, padding, positions)
         before = self._enter(running)
         try:
-            output = self.run(**kwargs)
-            if running.layers_run != len(self.kinds):
-                raise RuntimeError(f"expected {len(self.kinds)} attention layers to run, got {running.layers_run}")
+            output = self.run_decoder(**kwargs)
+            if running.layers_run != len(self.groups):
+                raise RuntimeError(f"expected {len(self.groups)} attention layers to run, got {running.layers_run}")
             finished = True
             return output
         finally:
             self._enter(before)
             if finished:
-                cache.finish(present)
+                cache.finish_forward(present)
             else:
-                cache.abandon(written=running.layers_run > 0)
+                cache.abandon_forward(written=running.layers_run > 0)
 
-    def _enter(self, running: Forward | None) -> Forward | None:
+    def _enter(self, running: RunningForward | None) -> RunningForward | None:
         # Returns what was running before.
         if torch.compiler.is_dynamo_compiling():
             before, self._traced = self._traced, running
@@ -233,7 +231,7 @@ class Swap(Enabled):
             raise RuntimeError(f"dropout: sinkattn is for inference, call model.eval(); got {dropout}")
         # What is traced has no context variable; what runs after a break of its graph finds it empty.
         running = self._traced if torch.compiler.is_dynamo_compiling() else _running.get() or self._traced
-        if running is None or running.swap is not self:
+        if running is None or running.patch is not self:
             raise RuntimeError(
                 "attention modules of an enabled model run only as part of the model; if they did, the forward of its "
                 "decoder was replaced since: call sinkattn.disable(model), and enable it again"
@@ -247,21 +245,21 @@ class Swap(Enabled):
         # Under autocast queries and keys come in fp32, like their rotary embedding, and a stream may enter it midway.
         dtype = value.dtype
         query, key, value = (x.to(layer.values.dtype) for x in (query, key, value))
-        ring, kind, padding = layer.ring, self.kinds[module], running.padding
-        num_sinks, window = kind.layout.num_sinks, kind.layout.window
+        ring, group, padding = layer.ring, self.groups[module], running.padding
+        num_sinks, window = group.layout.num_sinks, group.layout.window
         cos = sin = rope = None
-        if kind.rotation is not None:
-            rope, begin = kind.rotation
+        if group.rotation is not None:
+            rope, begin = group.rotation
             if begin:
                 # The kernels rotate the first elements of a head; products do not care for their order.
                 query, key = (torch.cat((x[..., begin:], x[..., :begin]), dim=-1) for x in (query, key))
-            if kind.number not in running.tables:
+            if group.index not in running.tables:
                 # Once per forward: all layers of a kind rotate by the same angles.
-                running.tables[kind.number] = rope.stream_tables(
+                running.tables[group.index] = rope.stream_tables(
                     ring.seen, running.tokens, num_sinks=num_sinks, window=window, dtype=table_dtype(key.dtype)
                 )
-            cos, sin = running.tables[kind.number]
-        if (temperature := self.findings.layers[module].temperature) is not None:
+            cos, sin = running.tables[group.index]
+        if (temperature := self.probe_result.layers[module].temperature) is not None:
             steps = ((running.positions.float() + 1) / temperature.step).floor()
             query = (query * (1 + temperature.scale * steps.log1p())[:, None, :, None]).to(query.dtype)
         if padding is not None and padding.order is not None:
@@ -282,7 +280,7 @@ class Swap(Enabled):
                 scale=scale,
                 interleaved=rope is not None and rope.interleaved,
                 lengths=None if padding is None else padding.lengths,
-                alibi_slopes=self.findings.layers[module].alibi_slopes,
+                alibi_slopes=self.probe_result.layers[module].alibi_slopes,
                 arrivals=ring.arrivals,
                 backend=self.backend,
                 **options,
@@ -314,21 +312,28 @@ def _attention_forward(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention function of enabled models, as transformers calls it: returns ``[batch, tokens, heads, head_dim]``."""
-    swap = module.__dict__.get("_sinkattn")
-    if swap is None:
+    patch = module.__dict__.get("_sinkattn")
+    if patch is None:
         raise RuntimeError(f"attn_implementation {NAME!r} is set by sinkattn.enable(model), not by hand")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = swap.attend(module, query, key, value, scale, dropout=dropout, softcap=softcap, sink_logits=s_aux)
+    out = patch.attend(module, query, key, value, scale, dropout=dropout, softcap=softcap, sink_logits=s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 
+def _no_mask(*args, **kwargs) -> None:
+    """Mask function of an attention function that masks by itself."""
+    return None
+
+
 AttentionInterface.register(NAME, _attention_forward)
-AttentionMaskInterface.register(NAME, no_mask)
+
+
+AttentionMaskInterface.register(NAME, _no_mask)
 
 
 def _padding(attention_mask: Tensor | None, cache: SinkCache, tokens: int) -> Padding | None:
     """Padding among the new tokens, anywhere in their rows; None if there is none."""
-    if cache.has_states and attention_mask is not None and not readable(attention_mask, tokens):
+    if cache.has_states and attention_mask is not None and not can_read_on_host(attention_mask, tokens):
         return None  # a single token is none of padding where there has been none before
     present = present_tokens(attention_mask, cache, tokens)
     if present is None:

@@ -31,12 +31,13 @@ def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
 # Types of attributes that a forward may change.
 PLAIN = (bool, int, float, type(None), Tensor)
 
+
 # Buffers of more elements are weights of a quantised model, and no state.
 LARGEST_STATE = 1 << 20
 
 
 @contextmanager
-def state_kept(model: nn.Module) -> Iterator[None]:
+def preserve_state(model: nn.Module) -> Iterator[None]:
     """Put back, in the end, what modules keep beside their parameters: buffers, and attributes of plain types."""
     before = [(module, *_state(module)) for module in model.modules()]
     tensors = {x for _, *holders in before for held in holders for x in held.values() if isinstance(x, Tensor)}
@@ -62,3 +63,10 @@ def state_kept(model: nn.Module) -> Iterator[None]:
 
 def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
     return {name: x for name, x in module.__dict__.items() if isinstance(x, PLAIN)}, dict(module._buffers)
+
+
+def sample_ids(model: PreTrainedModel, tokens: int) -> Tensor:
+    """Ids for a trial: int64 ``[2, tokens]``."""
+    weight = model.get_input_embeddings().weight
+    # Spread over the vocabulary; the two rows differ so that rows cannot be mixed up unseen.
+    return ((torch.arange(2 * tokens, device=weight.device) * 7919 + 13) % weight.shape[0]).view(2, tokens)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sinkattn.hf.probe import UnsupportedModelError
+from sinkattn.hf.unsupported import UnsupportedModelError
 
 # Attention of the same inputs in fp32: rounding stays below 1e-4, even with scores of several hundred.
 BOUND = 1e-3

@@ -7,8 +7,12 @@ from torch import Tensor
 
 # Tokens at the start of a stream that are kept for ever.
 FIRST = 64
+
+
 # In place of the id of a token that came as an embedding, and of padding that has none.
 UNKNOWN = torch.iinfo(torch.int64).min
+
+
 UNKNOWN_PADDING = UNKNOWN + 1
 
 
@@ -117,7 +121,7 @@ class IdHistory:
         self._write(self.columns, begin, torch.where(present, ids, padding))
         self._end = max(self._end, begin + ids.shape[1])
 
-    def count_as(self, ids: Tensor, present: Tensor) -> None:
+    def renumber_columns(self, ids: Tensor, present: Tensor) -> None:
         """Number columns anew: the tokens of the streams are those that are ``present`` here, ``[batch, columns]``."""
         if self.padded or not present.all():
             self._tell_apart()

@@ -1,0 +1,1 @@
+"""`SinkCache`: rings behind transformers' `Cache` interface (sink_cache, layers) and their state (state)."""

@@ -1,0 +1,1 @@
+"""The probe: what a model's attention layers do, found by running them (probe, recording, masks, rotations, result)."""

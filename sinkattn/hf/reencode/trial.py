@@ -1,0 +1,109 @@
+"""Which models stream by re-encoding, and the trial before one is enabled."""
+
+from __future__ import annotations
+
+import inspect
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from sinkattn.hf.cache.sink_cache import SinkCache
+from sinkattn.hf.dry_run import evaluation_mode, sample_ids
+from sinkattn.hf.model_config import find_decoder, trained_length
+from sinkattn.hf.reencode.lanes import context_start, rebuild_period
+from sinkattn.hf.reencode.patch import ReencodePatch
+from sinkattn.hf.trial.agreement import check_agreement, relative_error
+from sinkattn.hf.unsupported import UnsupportedModelError
+from sinkattn.hf.versions import cache_name
+from sinkattn.ops import RingLayout
+
+
+def has_absolute_positions(model: PreTrainedModel) -> bool:
+    """Whether a model adds positions to its embeddings, found out by running it.
+
+    A rotation of queries and keys, or a bias by distance, makes no difference to a token that sees itself alone.
+    """
+    decoder = find_decoder(model)
+    parameters = inspect.signature(decoder.forward).parameters
+    if not {"input_ids", "position_ids", "use_cache"} <= set(parameters) or cache_name(parameters) is None:
+        return False
+    if any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
+        return False
+    ids = sample_ids(model, 4).view(-1, 1)
+    with evaluation_mode(model):
+        zero, one = (
+            decoder(input_ids=ids, position_ids=torch.full_like(ids, position), use_cache=False)[0]
+            for position in (0, 1)
+        )
+    return not torch.equal(zero, one)
+
+
+def enable_by_reencoding(model: PreTrainedModel, layout: RingLayout) -> None:
+    """Make a model that adds positions to its embeddings stream by re-encoding, after a trial.
+
+    Raises:
+        UnsupportedModelError: its outputs are not what they should be; it is left as it was.
+    """
+    if trained_length(model) is None:
+        raise UnsupportedModelError(f"{type(model).__name__}: its configuration does not say how many positions it has")
+    # Cheap, and across two rebuilds, whatever the layout that is wanted.
+    trial = RingLayout(min(2, layout.num_sinks), min(4, layout.window), 0)
+    grown = trial.num_sinks + trial.window
+    ids = sample_ids(model, grown + rebuild_period(trial) + 1)
+    patch = ReencodePatch(model, find_decoder(model), trial)
+    with evaluation_mode(model):
+        _check_causal(type(model).__name__, patch.decoder, ids)
+        want, again = (_in_contexts(patch.decoder, ids, trial) for _ in range(2))
+        try:
+            patch.install()
+            options = {patch.cache_argument: SinkCache(model)}
+            # Cut so that everything is computed in the shapes in which it was.
+            calls = ids.tensor_split((trial.num_sinks, grown), dim=1)
+            got = torch.cat([patch.decoder(input_ids=call, **options)[0] for call in calls if call.shape[1]], dim=1)
+            # Nothing is rounded otherwise than it was, unless kernels add up in another order each time.
+            allowed = max(64 * torch.finfo(torch.float32).eps, 2 * relative_error(again, want))
+            check_agreement(type(model).__name__, "its hidden states", relative_error(got, want), allowed)
+        except BaseException:
+            patch.remove()
+            raise
+    patch.layout = layout
+
+
+def _check_causal(name: str, decoder: PreTrainedModel, ids: Tensor) -> None:
+    """Refuse a decoder whose tokens see what comes after them. ids: ``[2, tokens]``."""
+
+    def earlier(row: int | None) -> Tensor:
+        # Hidden states of the first row without its last token, with the last token of a row replaced.
+        fed = ids.clone()
+        if row is not None:
+            fed[row, -1] = ids[row, 0]
+        return decoder(input_ids=fed, use_cache=False)[0][0, :-1]
+
+    want = earlier(None)
+    # All shapes are the same, so nothing is rounded otherwise, unless scales of a quantisation are those of a batch.
+    error, noise = relative_error(earlier(0), want), relative_error(earlier(1), want)
+    if error > max(1e-5, 2 * noise):
+        raise UnsupportedModelError(f"{name}: is not causal: outputs change by {error:.1e} with the token after")
+
+
+def _in_contexts(decoder: PreTrainedModel, ids: Tensor, layout: RingLayout) -> Tensor:
+    """Hidden states ``[batch, tokens, hidden]`` that the decoder as it is has for each token at the end of its context.
+
+    Every context is encoded from nothing, the sinks first.
+    """
+    device, parts = ids.device, []
+    name = cache_name(inspect.signature(decoder.forward).parameters)
+    for start, tokens in groupby(range(ids.shape[1]), key=lambda token: context_start(token, layout)):
+        tokens = list(tokens)
+        options: dict[str, Any] = {name: DynamicCache(config=decoder.config), "use_cache": True}
+        outputs, position = [], 0
+        for call in (ids[:, : layout.num_sinks], ids[:, start : tokens[-1] + 1]):
+            if call.shape[1]:
+                positions = torch.arange(position, position + call.shape[1], device=device).unsqueeze(0)
+                outputs.append(decoder(input_ids=call, position_ids=positions, **options)[0])
+                position += call.shape[1]
+        parts.append(torch.cat(outputs, dim=1)[:, -len(tokens) :])
+    return torch.cat(parts, dim=1)

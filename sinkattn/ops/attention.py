@@ -1,0 +1,134 @@
+"""The attention operator: its public function, its fake kernel, and its CUDA kernel, which is Triton's.
+
+The CPU kernel is C++ (csrc/attention.cpp).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import sinkattn.ops.library  # noqa: F401  (registers the operators)
+from sinkattn import reference
+from sinkattn.attention_arguments import AttentionArguments
+from sinkattn.ops.backends import Backend, select_backend, triton_obstacle
+from sinkattn.ops.checks import (
+    check_attention,
+    check_no_gradients,
+    check_same_device,
+    check_score_options,
+    check_triton,
+)
+from sinkattn.rope import table_dtype
+
+_operator = torch.ops.sinkattn.sink_attention_.default
+
+MAX_CHECKED = 1024
+_checked: set[tuple] = set()
+
+
+def sink_attention_(
+    keys: Tensor,
+    values: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    num_sinks: int,
+    window: int,
+    scale: float,
+    interleaved: bool = False,
+    lengths: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    arrivals: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Append new tokens to the ring and attend; a token's output depends only on the tokens it sees.
+
+    Args:
+        keys, values, key, value, seen, lengths, interleaved: as for `append_`.
+        query: ``[batch, heads, tokens, head_dim]``, not yet rotated; heads a multiple of kv_heads.
+        cos, sin: ``[2, batch, tokens, pairs]`` from `Rope.stream_tables`, or None for no rotary embedding.
+        num_sinks, window: the layout; the slots beyond them are headroom.
+        scale: factor on the scores.
+        sink_logits: ``[heads]`` learned extra logit of each head, without a value (gpt-oss).
+        softcap: ``softcap * tanh(scores / softcap)`` (Gemma 2).
+        alibi_slopes: ``[heads]`` bias of minus slope times cache-relative distance (arXiv 2108.12409).
+        arrivals: int32 ``[batch, kv_heads]`` completion counters of the KV splits on a GPU, zero on entry and exit.
+            Calls that may overlap must not share them. None allocates them for this call.
+        backend: see `select_backend`.
+
+    Returns:
+        ``[batch, heads, tokens, value_dim]``; zeros for tokens beyond ``lengths``.
+
+    Raises:
+        ValueError, TypeError: shape, dtype or device of an argument.
+        RuntimeError: a backend that cannot run here, or an input that requires gradients.
+    """
+    check_no_gradients(query, key, value, sink_logits, alibi_slopes)
+    chosen = select_backend(keys.device, backend, keys.dtype)
+    if sink_logits is not None:
+        sink_logits = sink_logits.to(keys.device, table_dtype(keys.dtype)).contiguous()
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.to(keys.device, table_dtype(keys.dtype)).contiguous()
+    call = AttentionArguments(
+        keys, values, query, key, value, seen, lengths, cos, sin, num_sinks, window, scale, interleaved,
+        sink_logits, softcap, alibi_slopes, arrivals,
+    )  # fmt: skip
+    if chosen == "reference":
+        check_attention(call)
+        check_score_options(call)
+        return reference.sink_attention_(**{name: x for name, x in call._asdict().items() if name != "arrivals"})
+    check_score_options(call)
+    # For CPU tensors the operator dispatches to the C++ kernel, so Triton's interpreter is called directly.
+    attend = _attend_with_triton if chosen == "triton" and keys.is_cpu else _operator
+    try:
+        return attend(*call)
+    except RuntimeError:
+        # The operator has validated its arguments already; these checks only give a better message.
+        check_attention(call)
+        raise
+
+
+@torch.library.register_fake("sinkattn::sink_attention_")
+def _(*arguments) -> Tensor:
+    call = AttentionArguments(*arguments)
+    check_same_device(**{name: x for name, x in call._asdict().items() if isinstance(x, Tensor)})
+    batch, heads, tokens, _ = call.query.shape
+    return call.query.new_empty(batch, tokens, heads, call.values.shape[3]).transpose(1, 2)
+
+
+def _attend_with_triton(*arguments) -> Tensor:
+    call = AttentionArguments(*arguments)
+    # Checks take longer than the launch, so a call like one before is not checked again.
+    described = tuple((x.dtype, x.device, x.shape, x.stride()) if isinstance(x, Tensor) else x for x in call)
+    if described not in _checked or call.keys.is_cpu:
+        if obstacle := triton_obstacle(call.keys.device):
+            raise RuntimeError(f"backend: 'triton' cannot run: {obstacle}")
+        check_attention(call)
+        check_score_options(call)
+        check_triton(call)
+        if len(_checked) >= MAX_CHECKED:
+            _checked.clear()
+        _checked.add(described)
+    for name, x in (("keys", call.keys), ("values", call.values)):
+        if x.data_ptr() % 16:
+            raise ValueError(f"{name}: expected memory that starts at a multiple of 16 bytes")
+    from sinkattn.kernels.attention import attend  # imports triton, which CPU-only users may lack
+
+    out, appended = attend(call)
+    if not appended:
+        cos, sin = (None, None) if call.cos is None else (call.cos[0], call.sin[0])
+        torch.ops.sinkattn.append_(
+            call.keys, call.values, call.key, call.value, call.seen, call.lengths, cos, sin, call.num_sinks,
+            call.interleaved,
+        )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+torch.library.impl("sinkattn::sink_attention_", "cuda", _attend_with_triton)

@@ -1,0 +1,121 @@
+"""Checks of arguments: each error names the argument, the rule and the value."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sinkattn.attention_arguments import AttentionArguments
+from sinkattn.rope import table_dtype
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TRITON_DTYPES = DTYPES[:3]
+TRITON_MAX_DIM = 256
+
+
+def check_tensor(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError for another shape, TypeError for another dtype or device."""
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
+    if x.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}, got {x.dtype}")
+    if x.device != device:
+        raise TypeError(f"{name}: expected device {device}, got {x.device}")
+
+
+def check_new_tokens(
+    keys: Tensor, values: Tensor, key: Tensor, value: Tensor, seen: Tensor, lengths: Tensor | None
+) -> None:
+    """Check new tokens against the cache that they are appended to (shapes: `sinkattn.ops.append_`)."""
+    if key.ndim != 4:
+        raise ValueError(f"key: expected [batch, kv_heads, tokens, head_dim], got {list(key.shape)}")
+    batch, kv_heads, _, head_dim = keys.shape
+    tokens = key.shape[2]
+    check_tensor("key", key, (batch, kv_heads, tokens, head_dim), keys.dtype, keys.device)
+    check_tensor("value", value, (batch, kv_heads, tokens, values.shape[3]), keys.dtype, keys.device)
+    check_tensor("seen", seen, (batch,), torch.int64, keys.device)
+    if lengths is not None:
+        check_tensor("lengths", lengths, (batch,), torch.int64, keys.device)
+        if lengths.is_cpu:  # on a GPU reading them would synchronise; the kernels clamp there
+            for row, count in enumerate(lengths.tolist()):
+                if not 0 <= count <= tokens:
+                    raise RuntimeError(f"lengths: expected 0 to {tokens}, got {count} in row {row}")
+    check_no_gradients(key, value)
+
+
+def check_attention(call: AttentionArguments) -> None:
+    """Check the shapes, dtypes and devices of a call against each other, and that the layout fits the cache."""
+    keys, query, cos, sin = call.keys, call.query, call.cos, call.sin
+    if query.ndim != 4:
+        raise ValueError(f"query: expected [batch, heads, tokens, head_dim], got {list(query.shape)}")
+    check_new_tokens(keys, call.values, call.key, call.value, call.seen, call.lengths)
+    slots = keys.shape[2]
+    if not 0 <= call.num_sinks < slots:
+        raise ValueError(f"num_sinks: expected 0 to {slots - 1}, got {call.num_sinks}")
+    if not 1 <= call.window <= slots - call.num_sinks:
+        raise ValueError(f"window: expected 1 to {slots - call.num_sinks}, got {call.window}")
+    batch, heads, tokens, head_dim = query.shape
+    check_tensor("query", query, (keys.shape[0], heads, call.key.shape[2], keys.shape[3]), keys.dtype, keys.device)
+    if heads % keys.shape[1] or not heads:
+        raise ValueError(f"query: expected heads to be a multiple of kv_heads ({keys.shape[1]}), got {heads}")
+    if (cos is None) != (sin is None):
+        raise ValueError("cos, sin: expected both or none")
+    if cos is not None and sin is not None:
+        shape = (2, batch, tokens, cos.shape[-1])
+        for name, x in (("cos", cos), ("sin", sin)):
+            check_tensor(name, x, shape, table_dtype(keys.dtype), keys.device)
+        if 2 * cos.shape[-1] > head_dim:
+            raise ValueError(
+                f"cos: expected at most {head_dim // 2} pairs for head_dim {head_dim}, got {cos.shape[-1]}"
+            )
+
+
+def check_score_options(call: AttentionArguments) -> None:
+    """Check the arguments that change the scores: scale, softcap, sink logits and ALiBi slopes."""
+    if not math.isfinite(call.scale):
+        raise ValueError(f"scale: expected a finite number, got {call.scale}")
+    if call.softcap is not None and not call.softcap > 0:
+        raise ValueError(f"softcap: expected more than 0, or None, got {call.softcap}")
+    per_head = call.query.shape[1:2]
+    for name, x in (("sink_logits", call.sink_logits), ("alibi_slopes", call.alibi_slopes)):
+        if x is not None and x.shape != per_head:
+            raise ValueError(f"{name}: expected shape {list(per_head)}, got {list(x.shape)}")
+
+
+def check_triton(call: AttentionArguments) -> None:
+    """Check what only the Triton kernels need of a call that `check_attention` has passed: dtypes and contiguity."""
+    keys, values = call.keys, call.values
+    check_tensor("values", values, (*keys.shape[:3], values.shape[3]), keys.dtype, keys.device)
+    if keys.dtype not in TRITON_DTYPES:
+        raise TypeError(f"keys: expected one of {TRITON_DTYPES} for the triton backend, got {keys.dtype}")
+    for name, x in (("keys", keys), ("values", values)):
+        if not 1 <= x.shape[3] <= TRITON_MAX_DIM:
+            raise ValueError(
+                f"{name}: expected a head_dim of 1 to {TRITON_MAX_DIM} for the triton backend, got {x.shape[3]}"
+            )
+    for name in ("sink_logits", "alibi_slopes"):
+        if (x := getattr(call, name)) is not None:
+            check_tensor(name, x, tuple(x.shape), torch.float32, keys.device)
+    if call.arrivals is not None:
+        check_tensor("arrivals", call.arrivals, tuple(keys.shape[:2]), torch.int32, keys.device)
+    for name in ("keys", "values", "seen", "lengths", "arrivals", "sink_logits", "alibi_slopes"):
+        if (x := getattr(call, name)) is not None and not x.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous memory, got strides {x.stride()}")
+
+
+def check_no_gradients(*inputs: Tensor | None) -> None:
+    """Refuse inputs that require gradients while gradients are recorded: no operator has a backward."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        raise RuntimeError("sinkattn computes no gradients: call it under torch.no_grad() or torch.inference_mode()")
+
+
+def check_same_device(keys: Tensor, **others: Tensor | None) -> None:
+    """Raise TypeError for a tensor on another device than ``keys``.
+
+    For fake kernels: one meta tensor among real ones dispatches to them, and they would silently compute nothing.
+    """
+    for name, x in others.items():
+        if x is not None and x.device != keys.device:
+            raise TypeError(f"{name}: expected device {keys.device}, got {x.device}")

@@ -1,0 +1,91 @@
+"""Operators on the ring: append, roll back, reorder, reset, linearise. Each has its fake kernel below it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import sinkattn.ops.library  # noqa: F401  (registers the operators)
+from sinkattn.ops.checks import check_new_tokens, check_same_device
+
+
+def append_(
+    keys: Tensor,
+    values: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    *,
+    num_sinks: int,
+    lengths: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+) -> None:
+    """Write new tokens into their slots, each key rotated once; does not change ``seen``.
+
+    Args:
+        keys, values: ``[batch, kv_heads, slots, head_dim]`` the cache, contiguous; written in place.
+        key, value: ``[batch, kv_heads, tokens, head_dim]`` any strides, dtype of the cache, key not yet rotated.
+        seen: int64 ``[batch]`` tokens appended before.
+        num_sinks: sink tokens; the other slots are the ring.
+        lengths: int64 ``[batch]`` new tokens of each row, the others are padding; all ``tokens`` when None.
+        cos, sin: ``[batch, tokens, pairs]`` rotary tables for the new tokens; None writes the key as it is.
+        interleaved: the two elements of a pair are neighbours.
+
+    Raises:
+        ValueError, TypeError: shape, dtype or device of an argument.
+        RuntimeError: lengths out of range, or an input that requires gradients.
+    """
+    check_new_tokens(keys, values, key, value, seen, lengths)
+    torch.ops.sinkattn.append_(keys, values, key, value, seen, lengths, cos, sin, num_sinks, interleaved)
+
+
+@torch.library.register_fake("sinkattn::append_")
+def _(keys, values, key, value, seen, lengths, cos, sin, num_sinks, interleaved) -> None:
+    check_same_device(keys, values=values, key=key, value=value, seen=seen, lengths=lengths, cos=cos, sin=sin)
+
+
+def rollback_(seen: Tensor, peak: Tensor, counts: Tensor, *, headroom: int) -> None:
+    """Forget the last ``counts`` tokens of every row; ``peak`` keeps the most that a row has ever seen.
+
+    All int64 ``[batch]``. Raises RuntimeError, with nothing changed, when a row cannot go back that far.
+    """
+    torch.ops.sinkattn.rollback_(seen, peak, counts, headroom)
+
+
+@torch.library.register_fake("sinkattn::rollback_")
+def _(seen, peak, counts, headroom) -> None:
+    return None
+
+
+def reorder_(keys: Tensor, values: Tensor, source: Tensor) -> None:
+    """Row i becomes what row ``source[i]`` (int64 ``[batch]``) was, in place; a row that stays is not copied."""
+    torch.ops.sinkattn.reorder_(keys, values, source)
+
+
+@torch.library.register_fake("sinkattn::reorder_")
+def _(keys, values, source) -> None:
+    return None
+
+
+def reset_(keys: Tensor, values: Tensor, rows: Tensor) -> None:
+    """Zero the cache of ``rows`` (int64), so that nothing of an old stream is left in memory."""
+    torch.ops.sinkattn.reset_(keys, values, rows)
+
+
+@torch.library.register_fake("sinkattn::reset_")
+def _(keys, values, rows) -> None:
+    return None
+
+
+def linearise(keys: Tensor, values: Tensor, seen: Tensor, *, num_sinks: int, window: int) -> tuple[Tensor, Tensor]:
+    """Copy in order of time ``[batch, kv_heads, num_sinks + window, head_dim]``: sinks, window, then zeros."""
+    return torch.ops.sinkattn.linearise(keys, values, seen, num_sinks, window)
+
+
+@torch.library.register_fake("sinkattn::linearise")
+def _(keys, values, seen, num_sinks, window) -> tuple[Tensor, Tensor]:
+    batch, kv_heads, _, head_dim = keys.shape
+    shape = (batch, kv_heads, num_sinks + window)
+    return keys.new_empty(*shape, head_dim), values.new_empty(*shape, values.shape[3])
