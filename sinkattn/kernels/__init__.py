@@ -1,1 +1,1 @@
-"""Attention in Triton, for CUDA tensors. Imported when the first of them comes."""
+"""Attention in Triton, for CUDA tensors. Imported by the first call that needs it."""

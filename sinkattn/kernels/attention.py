@@ -1,4 +1,4 @@
-"""From tensors to launches: which kernel runs, with which blocks and arguments."""
+"""Launches: which kernel a call runs, with which grid, block sizes and arguments."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from torch import Tensor
 
 from sinkattn.attention_arguments import AttentionArguments
 from sinkattn.kernels.chunk import chunk_kernel, rotate_kernel
-from sinkattn.kernels.configs import Config, block_of, chunk_config, decode_config, fits_decode, parts_of_a_line
+from sinkattn.kernels.configs import Config, block_size, chunk_config, decode_config, fits_decode, num_kv_splits
 from sinkattn.kernels.decode import decode_kernel
 from sinkattn.kernels.primitives import LOG2_E
 
-# What the decode kernel takes at once when there is more than one new token: tokens, and queries of a key head.
-DECODE_TOKENS = 16
-DECODE_ROWS = 64
+# Calls of more than one token go to the decode kernel up to this many tokens, and queries per KV head.
+MAX_DECODE_TOKENS = 16
+MAX_DECODE_ROWS = 64
 
 
 class Target(NamedTuple):
-    """What kernels are compiled for: compute capability (90 for 9.0) and how many programs run side by side."""
+    """What kernels are compiled for: compute capability (90 for 9.0) and number of streaming multiprocessors."""
 
     capability: int
-    processors: int
+    num_sms: int
 
 
 @functools.cache
-def target_of(device: torch.device) -> Target:
-    """Target of a device; of the interpreter, on the CPU, so that small windows are split as well."""
+def get_target(device: torch.device) -> Target:
+    """Target of a device. On the CPU, for the interpreter, one with few enough SMs that tests see split windows too."""
     if device.type != "cuda":
         return Target(90, 64)
     properties = torch.cuda.get_device_properties(device)
     return Target(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
-class Shape(NamedTuple):
-    """All of a call but its tensors: calls of equal shape are launched alike."""
+class CallShape(NamedTuple):
+    """What decides how a call is launched: sizes, strides, dtype and options. Equal shapes share one `Launch`."""
 
     target: Target
     dtype: torch.dtype
@@ -62,38 +62,38 @@ class Shape(NamedTuple):
 
     @property
     def group(self) -> int:
-        """Query heads of a key head."""
+        """Query heads per KV head."""
         return self.heads // self.kv_heads
 
     @property
-    def lines(self) -> int:
-        """Key heads of all streams."""
+    def num_kv_rows(self) -> int:
+        """Batch size times KV heads: the independent rows of the cache."""
         return self.batch * self.kv_heads
 
     @property
     def block_dim(self) -> int:
-        """Width of the larger of the blocks of keys and of values."""
-        return block_of(max(self.head_dim, self.value_dim))
+        """The larger of the block sizes of key and value dimensions."""
+        return block_size(max(self.head_dim, self.value_dim))
 
     @property
-    def runs_decode(self) -> bool:
-        """Whether the decode kernel does a call: one token, or a few whose queries fit a tile."""
+    def uses_decode_kernel(self) -> bool:
+        """Whether the decode kernel runs this call: one token, or a few whose queries fit into one tile."""
         rows = self.group * self.tokens
         if self.tokens > self.window or not fits_decode(rows, self.block_dim, self.dtype):
             return False
-        return self.tokens == 1 or (self.tokens <= DECODE_TOKENS and rows <= DECODE_ROWS)
+        return self.tokens == 1 or (self.tokens <= MAX_DECODE_TOKENS and rows <= MAX_DECODE_ROWS)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with its grid and all of its arguments but tensors."""
+    """A kernel, its grid, and all arguments that are not tensors."""
 
     kernel: Any
     grid: tuple[int, ...]
     numbers: dict[str, Any]
 
     def run(self, tensors: dict[str, Tensor | None], *, warmup: bool = False) -> Any:
-        """Queue it on the current stream; with ``warmup`` only compile it."""
+        """Launch on the current CUDA stream; with ``warmup`` only compile."""
         return self.kernel.run(grid=self.grid, warmup=warmup, **tensors, **self.numbers)
 
 
@@ -107,8 +107,8 @@ def attend(call: AttentionArguments) -> tuple[Tensor, bool]:
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (call.query, call.key, call.value))
     if tokens > 1 and not _is_aligned(value):
         value = value.contiguous()  # cheaper than narrow loads in every block of queries
-    shape = Shape(
-        target_of(call.keys.device),
+    shape = CallShape(
+        get_target(call.keys.device),
         call.keys.dtype,
         batch,
         heads,
@@ -127,7 +127,7 @@ def attend(call: AttentionArguments) -> tuple[Tensor, bool]:
         key.stride(),
         value.stride(),
     )
-    # In the order in which models want it: no copy when heads are joined.
+    # Heads inside tokens, the order in which models join heads, so that joining copies nothing.
     out = query.new_empty(batch, tokens, heads, value_dim)
     if not out.numel():
         return out, True
@@ -141,21 +141,21 @@ def attend(call: AttentionArguments) -> tuple[Tensor, bool]:
     with torch.cuda.device_of(call.keys):
         for launch, tensors in launches(shape, given, call.arrivals):
             launch.run(tensors)
-    return out, tokens == 1 and shape.runs_decode
+    return out, tokens == 1 and shape.uses_decode_kernel
 
 
 def launches(
-    shape: Shape, given: dict[str, Tensor | None], arrivals: Tensor | None
+    shape: CallShape, given: dict[str, Tensor | None], arrivals: Tensor | None
 ) -> Iterator[tuple[Launch, dict[str, Tensor | None]]]:
-    """What a call launches, and with which tensors: those ``given``, and fresh memory in between."""
+    """Launches of a call and the tensors of each: those ``given``, and newly allocated intermediates."""
     fresh = given["keys"].new_empty
-    if shape.runs_decode:
+    if shape.uses_decode_kernel:
         launch = decode_launch(shape)
-        key_heads, parts = launch.grid
-        rows = shape.group * shape.tokens if parts > 1 else 0
-        partials = fresh(key_heads * parts * rows * (shape.value_dim + 2), dtype=torch.float32)
+        num_kv_rows, num_splits = launch.grid
+        rows = shape.group * shape.tokens if num_splits > 1 else 0
+        partials = fresh(num_kv_rows * num_splits * rows * (shape.value_dim + 2), dtype=torch.float32)
         if arrivals is None:
-            arrivals = given["seen"].new_zeros(key_heads, dtype=torch.int32)
+            arrivals = given["seen"].new_zeros(num_kv_rows, dtype=torch.int32)
         yield launch, {**given, "partials": partials, "arrivals": arrivals}
         return
     rotated = fresh(shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)
@@ -166,46 +166,46 @@ def launches(
 
 
 @functools.lru_cache(maxsize=256)
-def decode_launch(shape: Shape) -> Launch:
+def decode_launch(shape: CallShape) -> Launch:
     """Launch of the decode kernel."""
     config = decode_config(shape.group * shape.tokens, shape.block_dim, shape.dtype, shape.target.capability)
-    parts = parts_of_a_line(shape.lines, shape.slots - shape.num_sinks, config.block_n, shape.target.processors)
+    num_splits = num_kv_splits(shape.num_kv_rows, shape.slots - shape.num_sinks, config.block_n, shape.target.num_sms)
     block_rows = triton.next_power_of_2(shape.group * shape.tokens)
-    # As many parts are combined at once as some registers of each thread hold, beside the sums.
+    # Splits combined at once: as many as fit into this many registers per thread beside the running sums.
     registers = 64 if block_rows < 16 else 32
-    block_parts = max(1, 32 * registers * config.warps // (block_rows * block_of(shape.value_dim)))
+    block_splits = max(1, 32 * registers * config.warps // (block_rows * block_size(shape.value_dim)))
     numbers = {
         **_attention_numbers(shape, config),
         **_strides("key", shape.key_strides),
         "APPEND": shape.tokens == 1,
         "BLOCK_NEW": 16,
         "BLOCK_ROWS": block_rows,
-        "BLOCK_PARTS": block_parts,  # not fewer for fewer parts: batches of any size share a compiled kernel
+        "BLOCK_SPLITS": block_splits,  # independent of num_splits, so that all batch sizes share one compiled kernel
     }
-    return Launch(decode_kernel, (shape.lines, parts), numbers)
+    return Launch(decode_kernel, (shape.num_kv_rows, num_splits), numbers)
 
 
 @functools.lru_cache(maxsize=256)
-def rotate_launch(shape: Shape) -> Launch:
+def rotate_launch(shape: CallShape) -> Launch:
     """Launch of the kernel that rotates the new keys of a chunk."""
     numbers = {
         **_rotary_numbers(shape, Config(0, 32, warps=4, stages=1)),
         **_strides("key", shape.key_strides),
     }
-    return Launch(rotate_kernel, (triton.cdiv(shape.tokens, 32) * shape.lines,), numbers)
+    return Launch(rotate_kernel, (triton.cdiv(shape.tokens, 32) * shape.num_kv_rows,), numbers)
 
 
 @functools.lru_cache(maxsize=256)
-def chunk_launch(shape: Shape) -> Launch:
+def chunk_launch(shape: CallShape) -> Launch:
     """Launch of the chunk kernel."""
     config = chunk_config(shape.block_dim, shape.dtype, shape.target.capability)
     numbers = {**_attention_numbers(shape, config), "BLOCK_SINKS": 16}
     blocks = triton.cdiv(shape.tokens * shape.group, config.block_m)
-    return Launch(chunk_kernel, (blocks * shape.lines,), numbers)
+    return Launch(chunk_kernel, (blocks * shape.num_kv_rows,), numbers)
 
 
 def _is_aligned(x: Tensor) -> bool:
-    # Whether every vector starts at a multiple of 16 bytes.
+    # Whether every vector starts on a 16-byte boundary.
     return x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:3])
 
 
@@ -213,7 +213,7 @@ def _strides(tensor: str, strides: tuple[int, ...]) -> dict[str, int]:
     return {f"{tensor}_{name}": stride for name, stride in zip(("row", "head", "token"), strides, strict=False)}
 
 
-def _rotary_numbers(shape: Shape, config: Config) -> dict[str, Any]:
+def _rotary_numbers(shape: CallShape, config: Config) -> dict[str, Any]:
     return {
         "tokens": shape.tokens,
         "kv_heads": shape.kv_heads,
@@ -221,15 +221,15 @@ def _rotary_numbers(shape: Shape, config: Config) -> dict[str, Any]:
         "PAIRS": shape.pairs,
         "INTERLEAVED": shape.interleaved,
         "BLOCK_N": config.block_n,
-        "BLOCK_D": block_of(shape.head_dim),
+        "BLOCK_D": block_size(shape.head_dim),
         "UPCAST": shape.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
         "num_warps": config.warps,
         "num_stages": config.stages,
-        "enable_fp_fusion": True,  # whatever the default of the version
+        "enable_fp_fusion": True,  # explicit, as the default differs between Triton versions
     }
 
 
-def _attention_numbers(shape: Shape, config: Config) -> dict[str, Any]:
+def _attention_numbers(shape: CallShape, config: Config) -> dict[str, Any]:
     softcap = shape.softcap
     return {
         **_rotary_numbers(shape, config),
@@ -243,5 +243,5 @@ def _attention_numbers(shape: Shape, config: Config) -> dict[str, Any]:
         "VALUE_DIM": shape.value_dim,
         "GROUP": shape.group,
         "BLOCK_M": config.block_m,
-        "BLOCK_V": block_of(shape.value_dim),
+        "BLOCK_V": block_size(shape.value_dim),
     }

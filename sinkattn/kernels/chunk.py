@@ -1,6 +1,6 @@
-"""Many new tokens per stream at once, each with its own window: [sinks][old ring][new tokens], no copy of the cache.
+"""The chunk kernel: many new tokens per stream, each with its own window over [sinks][old ring][new tokens].
 
-The new keys are rotated once, into memory of their own; the ring is read as it was before the call. Whoever calls
+New keys are rotated once, into a buffer. The ring is read as it was before the call, without copying it; the caller
 appends the new tokens afterwards.
 """
 
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from sinkattn.kernels.primitives import (
-    NO_SCORE,
+    LOWEST_SCORE,
     attend,
     load_block,
     load_rotated,
@@ -24,18 +24,18 @@ def rotate_kernel(
     HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
-    """Program (block, line) rotates BLOCK_N new keys of a head into ``rotated`` ``[lines, tokens, HEAD_DIM]``."""
-    # One dimension: the others of a grid have room for 65535 only.
+    """Program (block, kv_row) rotates BLOCK_N new keys into ``rotated`` ``[num_kv_rows, tokens, HEAD_DIM]``."""
+    # A one-dimensional grid, as the other dimensions are limited to 65535 programs.
     blocks = tl.cdiv(tokens, BLOCK_N)
-    line = tl.program_id(0) // blocks
-    row, head = (line // kv_heads).to(tl.int64), (line % kv_heads).to(tl.int64)
+    kv_row = tl.program_id(0) // blocks
+    row, head = (kv_row // kv_heads).to(tl.int64), (kv_row % kv_heads).to(tl.int64)
     token = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     _, count = token_counts(seen, lengths, row, tokens)
     tables = (row * tokens + token) * PAIRS
     keys = key + row * key_row + head * key_head + token.to(tl.int64) * key_token
     k = load_rotated(keys, cos + tables, sin + tables, token < count, HEAD_DIM, BLOCK_D, PAIRS, INTERLEAVED, UPCAST)
     d = tl.arange(0, BLOCK_D)
-    to = rotated + (line.to(tl.int64) * tokens + token)[:, None] * HEAD_DIM + d[None, :]
+    to = rotated + (kv_row.to(tl.int64) * tokens + token)[:, None] * HEAD_DIM + d[None, :]
     tl.store(to, k, mask=(token < tokens)[:, None] & (d < HEAD_DIM)[None, :])
 
 
@@ -51,15 +51,15 @@ def chunk_kernel(
     INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_SINKS: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
-    """Program (block, line) does BLOCK_M consecutive queries of one key head, ``line = row * kv_heads + head``.
+    """Program (block, kv_row) does BLOCK_M consecutive queries of one KV head, ``kv_row = row * kv_heads + head``.
 
-    Queries of a key head are numbered ``token * GROUP + query head``, so that a block holds few tokens and the windows
-    of its queries overlap. Blocks of keys that none of them sees are left out; those that all of them see go without
-    a mask.
+    Queries of a KV head are numbered ``token * GROUP + query head``, so that a block spans few tokens and the
+    windows of its queries overlap. Key blocks that no query of the block sees are skipped; those that all see need no
+    mask.
     """
     query_blocks = tl.cdiv(tokens * GROUP, BLOCK_M)
-    line = tl.program_id(0) // query_blocks
-    row, head = (line // kv_heads).to(tl.int64), (line % kv_heads).to(tl.int64)
+    kv_row = tl.program_id(0) // query_blocks
+    row, head = (kv_row // kv_heads).to(tl.int64), (kv_row % kv_heads).to(tl.int64)
     first = tl.program_id(0) % query_blocks * BLOCK_M
     m = first + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
@@ -69,8 +69,8 @@ def chunk_kernel(
     heads = kv_heads * GROUP
     first_token = first // GROUP
     if first_token >= count:
-        nothing = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-        store_output(out, nothing, row, token, count, tokens, heads, query_heads, VALUE_DIM, BLOCK_V, UPCAST)
+        zeros = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        store_output(out, zeros, row, token, count, tokens, heads, query_heads, VALUE_DIM, BLOCK_V, UPCAST)
         return
     last_token = tl.minimum((first + BLOCK_M - 1) // GROUP, count - 1)
 
@@ -81,15 +81,15 @@ def chunk_kernel(
     slopes = None
     if alibi_slopes is not None:
         slopes = tl.load(alibi_slopes + query_heads, mask=live, other=0.0) * 1.4426950408889634
-    largest = tl.full([BLOCK_M], NO_SCORE, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], LOWEST_SCORE, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
-    first_slot = line.to(tl.int64) * slots
-    new_keys = rotated + line.to(tl.int64) * tokens * HEAD_DIM
+    first_slot = kv_row.to(tl.int64) * slots
+    new_keys = rotated + kv_row.to(tl.int64) * tokens * HEAD_DIM
     new_values = value + row * value_row + head * value_head
 
-    # Sinks, in the cache or among the new tokens.
+    # Sinks: in the cache already, or among the new tokens.
     q = load_rotated(
         query_rows, cos + sink_table_rows, sin + sink_table_rows, live, HEAD_DIM, BLOCK_D, PAIRS, INTERLEAVED, UPCAST
     )
@@ -106,14 +106,14 @@ def chunk_kernel(
         v = tl.where(new[:, None], load_block(new_values + arrived * value_token, new, VALUE_DIM, BLOCK_V), v)
         distance = position[:, None] - sink[None, :]
         visible = (sink < all_sinks)[None, :] & (distance >= 0)
-        largest, total, acc = attend(q, k, v, visible, distance, slopes, scale, cap, largest, total, acc, UPCAST)
+        row_max, row_sum, acc = attend(q, k, v, visible, distance, slopes, scale, cap, row_max, row_sum, acc, UPCAST)
 
     q = load_rotated(
         query_rows, cos + table_rows, sin + table_rows, live, HEAD_DIM, BLOCK_D, PAIRS, INTERLEAVED, UPCAST
     )
 
-    # What the ring held before: tokens begin to before - 1, in blocks that end with the newest. Column c is token
-    # begin + c; a query sees it from first_column on.
+    # The old ring: tokens begin to before - 1, in blocks that end with the newest. Column c is token begin + c; a query
+    # sees columns from first_column on.
     ring = slots - num_sinks
     begin = tl.maximum(before + first_token - window + 1, num_sinks)
     held = tl.maximum(before - begin, 0).to(tl.int32)
@@ -133,7 +133,7 @@ def chunk_kernel(
         v = load_block(values + slot * VALUE_DIM, present, VALUE_DIM, BLOCK_V)
         visible = present[None, :] & (column[None, :] >= first_column[:, None])
         distance = held - column[None, :] + token[:, None]
-        largest, total, acc = attend(q, k, v, visible, distance, slopes, scale, cap, largest, total, acc, UPCAST)
+        row_max, row_sum, acc = attend(q, k, v, visible, distance, slopes, scale, cap, row_max, row_sum, acc, UPCAST)
     for block in tl.range(masked_blocks, blocks):
         column = block * BLOCK_N - missing + n
         index = first_index + column
@@ -141,10 +141,10 @@ def chunk_kernel(
         k = load_block(keys + slot * HEAD_DIM, None, HEAD_DIM, BLOCK_D)
         v = load_block(values + slot * VALUE_DIM, None, VALUE_DIM, BLOCK_V)
         distance = held - column[None, :] + token[:, None]
-        largest, total, acc = attend(q, k, v, None, distance, slopes, scale, cap, largest, total, acc, UPCAST)
+        row_max, row_sum, acc = attend(q, k, v, None, distance, slopes, scale, cap, row_max, row_sum, acc, UPCAST)
 
-    # The new tokens, sinks left out: from `begin_new` to the last of the block's own. All queries see the tokens from
-    # full_begin to full_end; blocks at both ends are masked.
+    # The new tokens without sinks: from begin_new to the last token of this query block. All queries see blocks
+    # full_begin to full_end; blocks before and after need a mask.
     begin_new = tl.maximum(tl.maximum(num_sinks - before, 0).to(tl.int32), first_token - window + 1)
     blocks = tl.cdiv(tl.maximum(last_token + 1 - begin_new, 0), BLOCK_N)
     full_begin = tl.minimum(tl.cdiv(tl.maximum(last_token - window + 1 - begin_new, 0), BLOCK_N), blocks)
@@ -154,7 +154,7 @@ def chunk_kernel(
         k = load_block(new_keys + new.to(tl.int64) * HEAD_DIM, None, HEAD_DIM, BLOCK_D)
         v = load_block(new_values + new.to(tl.int64) * value_token, None, VALUE_DIM, BLOCK_V)
         distance = token[:, None] - new[None, :]
-        largest, total, acc = attend(q, k, v, None, distance, slopes, scale, cap, largest, total, acc, UPCAST)
+        row_max, row_sum, acc = attend(q, k, v, None, distance, slopes, scale, cap, row_max, row_sum, acc, UPCAST)
     for masked in tl.range(0, full_begin + blocks - full_end):
         block = tl.where(masked < full_begin, masked, masked - full_begin + full_end)
         new = begin_new + block * BLOCK_N + n
@@ -163,7 +163,7 @@ def chunk_kernel(
         v = load_block(new_values + new.to(tl.int64) * value_token, present, VALUE_DIM, BLOCK_V)
         distance = token[:, None] - new[None, :]
         visible = present[None, :] & (distance >= 0) & (distance < window)
-        largest, total, acc = attend(q, k, v, visible, distance, slopes, scale, cap, largest, total, acc, UPCAST)
+        row_max, row_sum, acc = attend(q, k, v, visible, distance, slopes, scale, cap, row_max, row_sum, acc, UPCAST)
 
-    acc = normalise(acc, largest, total, sink_logits, query_heads, live)
+    acc = normalise(acc, row_max, row_sum, sink_logits, query_heads, live)
     store_output(out, acc, row, token, count, tokens, heads, query_heads, VALUE_DIM, BLOCK_V, UPCAST)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-MOST_SPLITS = 128
+MAX_SPLITS = 128
 
 
 class Config(NamedTuple):
@@ -18,19 +18,19 @@ class Config(NamedTuple):
     stages: int
 
 
-def block_of(size: int) -> int:
-    """Smallest power of two, 16 or more, that holds ``size``: what the matrix units take."""
+def block_size(size: int) -> int:
+    """Smallest power of two, 16 or more, that holds ``size``: the least that tensor cores take."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def fits_decode(rows: int, dim: int, dtype: torch.dtype) -> bool:
-    """Whether one tile holds the ``rows`` queries of a key head without running out of registers."""
-    return rows <= 16 or block_of(rows) * dim <= (2048 if dtype == torch.float32 else 8192)
+    """Whether one tile holds the ``rows`` queries of a KV head without spilling registers."""
+    return rows <= 16 or block_size(rows) * dim <= (2048 if dtype == torch.float32 else 8192)
 
 
 def decode_config(rows: int, dim: int, dtype: torch.dtype, capability: int) -> Config:
-    """For ``rows`` queries of one key head that `fits_decode`."""
-    block_m = block_of(rows)
+    """Config of the decode kernel for ``rows`` queries per KV head, which `fits_decode`."""
+    block_m = block_size(rows)
     if dtype == torch.float32:
         return Config(block_m, 16 if dim > 128 else 32, 8, 2)
     warps = 8 if block_m * dim > 2048 else 4
@@ -38,7 +38,7 @@ def decode_config(rows: int, dim: int, dtype: torch.dtype, capability: int) -> C
 
 
 def chunk_config(dim: int, dtype: torch.dtype, capability: int) -> Config:
-    """For blocks of queries of many tokens."""
+    """Config of the chunk kernel."""
     if dtype == torch.float32:
         return Config(32, 32, 8, 2) if dim <= 64 else Config(16, 16, 8, 2) if dim <= 128 else Config(16, 16, 4, 1)
     if dim > 128:
@@ -47,20 +47,20 @@ def chunk_config(dim: int, dtype: torch.dtype, capability: int) -> Config:
 
 
 def _shared_is_large(capability: int) -> bool:
-    # 227 KiB per program on Hopper and on data centres' Blackwell; 163 on A100, 99 on all others.
+    # Shared memory per program: 227 KiB on Hopper and data-centre Blackwell, 163 on A100, 99 on all others.
     return 90 <= capability < 120
 
 
-def parts_of_a_line(lines: int, slots: int, block_n: int, processors: int) -> int:
-    """Over how many programs the work of each line is split, by shape alone: what is held now is on the device.
+def num_kv_splits(num_kv_rows: int, slots: int, block_n: int, num_sms: int) -> int:
+    """Programs per (row, KV head), from shapes only: how many tokens the ring holds is known only on the device.
 
-    One does it all, or several share the ring and one more does the rest. The time is taken to be the number of times
-    that all processors, with room for two programs each, are filled, times the blocks of keys of a program and two
-    more, for what else it does.
+    Either one program does everything, or several share the ring and one more does sinks and new tokens. The number
+    minimises an estimate of the time: waves of programs, with two programs per SM, times the key blocks of a program
+    plus two, which stand for its other work.
     """
     blocks = -(-slots // block_n)
     splits = min(
-        range(1, min(blocks, MOST_SPLITS) + 1),
-        key=lambda splits: -(-lines * splits // (2 * processors)) * (-(-blocks // splits) + 2),
+        range(1, min(blocks, MAX_SPLITS) + 1),
+        key=lambda splits: -(-num_kv_rows * splits // (2 * num_sms)) * (-(-blocks // splits) + 2),
     )
     return splits if splits == 1 else splits + 1

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from sinkattn.kernels.attention import Launch, Shape, Target, launches
+from sinkattn.kernels.attention import CallShape, Launch, Target, launches
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SPILL = re.compile(r"\b(LDL|STL)\b")
@@ -167,7 +167,7 @@ def launches_for(capability: int, call: dict[str, Any]) -> list[tuple[Launch, di
     layout = (slots, 4, slots - 4, pairs, call.get("interleaved", False), 0.1, call.get("softcap"))
     strides = (query.stride(), key.stride(), value.stride())
     sizes = (batch, heads, kv_heads, tokens, head_dim, head_dim)
-    return list(launches(Shape(Target(capability, 132), dtype, *sizes, *layout, *strides), given, None))
+    return list(launches(CallShape(Target(capability, 132), dtype, *sizes, *layout, *strides), given, None))
 
 
 def compile_call(capability: int, call: dict[str, Any]) -> dict[str, Resources]:

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from sinkattn import RingKVCache, ops, reference, sink_attention
 from sinkattn.kernels import attention
-from sinkattn.kernels.attention import Shape, Target
+from sinkattn.kernels.attention import CallShape, Target
 
 # Rows of a tile that hold no query divide zero by zero, and nobody reads them.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton")
@@ -188,13 +188,13 @@ def test_large_scores_do_not_overflow():
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_several_blocks_and_many_parts(tokens, processors, monkeypatch):
     """All blocks in one program, several in each, and more programs than are combined at once."""
-    target = attention.target_of(torch.device(DEVICE))
-    monkeypatch.setattr(attention, "target_of", lambda device: target._replace(processors=processors))
+    target = attention.get_target(torch.device(DEVICE))
+    monkeypatch.setattr(attention, "get_target", lambda device: target._replace(num_sms=processors))
     run, grids = attention.decode_launch, []
 
     def watched(shape):
         launch = run(shape)
-        grids.append((launch.grid[1], launch.numbers["BLOCK_PARTS"], launch.numbers["BLOCK_N"]))
+        grids.append((launch.grid[1], launch.numbers["BLOCK_SPLITS"], launch.numbers["BLOCK_N"]))
         return launch
 
     monkeypatch.setattr(attention, "decode_launch", watched)
@@ -336,17 +336,17 @@ def test_programs_may_run_in_any_order(tokens, monkeypatch):
 def test_every_way_is_taken():
     """What the tests above rely on: one token and a few go one way, many the other, and so do groups too large."""
 
-    def runs_decode(tokens, heads=4, kv_heads=2, head_dim=16, window=70):
+    def uses_decode_kernel(tokens, heads=4, kv_heads=2, head_dim=16, window=70):
         sizes = (1, heads, kv_heads, tokens, head_dim, head_dim, 2 + window, 2, window, head_dim // 2)
-        return Shape(Target(90, 4), torch.float32, *sizes, False, 1.0, None, (), (), ()).runs_decode
+        return CallShape(Target(90, 4), torch.float32, *sizes, False, 1.0, None, (), (), ()).uses_decode_kernel
 
-    assert runs_decode(1)
-    assert runs_decode(3)
-    assert not runs_decode(33)
-    assert not runs_decode(3, window=2)
-    assert not runs_decode(3, heads=71, kv_heads=1)
-    assert runs_decode(1, heads=71, kv_heads=1)
-    assert not runs_decode(1, heads=71, kv_heads=1, head_dim=256)
+    assert uses_decode_kernel(1)
+    assert uses_decode_kernel(3)
+    assert not uses_decode_kernel(33)
+    assert not uses_decode_kernel(3, window=2)
+    assert not uses_decode_kernel(3, heads=71, kv_heads=1)
+    assert uses_decode_kernel(1, heads=71, kv_heads=1)
+    assert not uses_decode_kernel(1, heads=71, kv_heads=1, head_dim=256)
 
 
 def test_a_stream_of_calls():
