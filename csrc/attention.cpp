@@ -11,8 +11,8 @@
 #include <optional>
 #include <string>
 
-#include "arguments.h"
-#include "check.h"
+#include "argument_checks.h"
+#include "require.h"
 
 namespace sinkattn {
 namespace {

@@ -10,8 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "attention_packed.h"
-#include "attention_rows.h"
+#include "attention_chunk_microkernel.h"
+#include "attention_base.h"
 
 namespace sinkattn {
 namespace SINKATTN_ISA {

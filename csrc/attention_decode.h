@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <new>
 
-#include "attention_direct.h"
-#include "attention_rows.h"
+#include "attention_decode_microkernel.h"
+#include "attention_base.h"
 
 namespace sinkattn {
 namespace SINKATTN_ISA {

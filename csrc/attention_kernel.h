@@ -20,9 +20,9 @@
 // From here on code is compiled for the instruction set.
 #include "simd.h"
 
-#include "attention_packed.h"
+#include "attention_chunk_microkernel.h"
 #if defined(SINKATTN_AMX)
-#include "attention_packed_amx.h"
+#include "attention_chunk_microkernel_amx.h"
 #endif
 
 #include "attention_chunk.h"

@@ -13,8 +13,8 @@
 #include <tuple>
 #include <vector>
 
-#include "arguments.h"
-#include "check.h"
+#include "argument_checks.h"
+#include "require.h"
 #include "ring.h"
 #include "rotary.h"
 #include "row_moves.h"

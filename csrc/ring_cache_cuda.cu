@@ -16,8 +16,8 @@
 #include <optional>
 #include <tuple>
 
-#include "arguments.h"
-#include "check.h"
+#include "argument_checks.h"
+#include "require.h"
 #include "ring.h"
 #include "ring_cache_kernels.cuh"
 

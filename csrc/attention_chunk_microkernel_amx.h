@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "attention_packed.h"
+#include "attention_chunk_microkernel.h"
 
 namespace sinkattn {
 namespace SINKATTN_ISA {

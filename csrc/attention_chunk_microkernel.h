@@ -63,7 +63,7 @@ SINKATTN_INLINE void multiply(
 }
 
 // Blocks of keys and values in the form in which matrix products take them, here for vector registers. Specialised for
-// processors that multiply matrices (attention_packed_amx.h).
+// processors that multiply matrices (attention_chunk_microkernel_amx.h).
 template <typename scalar_t>
 struct Packed {
   using acc_t = typename Accumulate<scalar_t>::type;

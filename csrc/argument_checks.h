@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "check.h"
+#include "require.h"
 #include "ring.h"
 
 namespace sinkattn {
