@@ -1,5 +1,6 @@
-// What the ring ops of every device require of their arguments, so that a direct call of an operator cannot touch
-// memory that is not its own. The public functions check first and say more (sinkattn/ops.py).
+// Argument checks of the operators of every device, included by attention.cpp, ring_cache.cpp and ring_cache_cuda.cu.
+// They keep direct calls of the operators from accessing memory outside of the tensors. The public Python functions
+// (sinkattn/ops.py) give more detailed messages.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -19,21 +20,23 @@ using torch::stable::Tensor;
 inline void check_device(const Tensor& tensor, const Tensor& cache, const char* name) {
   require(
       tensor.is_cuda() == cache.is_cuda() && tensor.get_device_index() == cache.get_device_index(), name,
-      ": expected the device of the cache");
+      ": expected to be on the device of the cache");
 }
 
 inline void check_cache(const Tensor& keys, const Tensor& values) {
-  require(keys.dim() == 4 && values.dim() == 4, "keys, values: expected 4 dimensions");
+  require(
+      keys.dim() == 4 && values.dim() == 4, "keys, values: expected 4 dimensions, got ", keys.dim(), " and ",
+      values.dim());
   require(keys.is_contiguous() && values.is_contiguous(), "keys, values: expected contiguous tensors");
-  require(keys.scalar_type() == values.scalar_type(), "keys, values: expected one dtype");
+  require(keys.scalar_type() == values.scalar_type(), "keys, values: expected the same dtype");
   for (int64_t dim = 0; dim < 3; ++dim) {
-    require(keys.size(dim) == values.size(dim), "keys, values: expected equal batch, kv_heads and slots");
+    require(keys.size(dim) == values.size(dim), "keys, values: expected the same batch, kv_heads and slots");
   }
   check_device(values, keys, "values");
 }
 
-// Pointer to a contiguous int64 tensor of `count` elements, beside the cache.
-inline const int64_t* counters(const Tensor& tensor, int64_t count, const Tensor& cache, const char* name) {
+// Checks that a tensor holds `count` contiguous int64 elements on the device of the cache; returns their address.
+inline const int64_t* int64_data(const Tensor& tensor, int64_t count, const Tensor& cache, const char* name) {
   require(
       tensor.dim() == 1 && tensor.size(0) == count && tensor.scalar_type() == ScalarType::Long &&
           tensor.is_contiguous(),
@@ -42,8 +45,8 @@ inline const int64_t* counters(const Tensor& tensor, int64_t count, const Tensor
   return static_cast<const int64_t*>(tensor.const_data_ptr());
 }
 
-// What a CPU op reads of its counters, for every row, before it starts: an exception in a parallel loop loses its text.
-inline void check_counts(const int64_t* seen, const int64_t* lengths, int64_t batch, int64_t tokens) {
+// Checks the contents of `seen` and `lengths` on the CPU. Call it before parallel_for, which loses exception messages.
+inline void check_seen_and_lengths(const int64_t* seen, const int64_t* lengths, int64_t batch, int64_t tokens) {
   for (int64_t row = 0; row < batch; ++row) {
     require(seen[row] >= 0 && seen[row] <= kMaxTokens, "seen: expected 0 to 2^61, got ", seen[row], " in row ", row);
     require(
@@ -57,23 +60,26 @@ inline void check_new_tokens(
   check_cache(keys, values);
   check_device(key, keys, "key");
   check_device(value, keys, "value");
-  require(key.dim() == 4 && value.dim() == 4, "key, value: expected 4 dimensions");
+  require(
+      key.dim() == 4 && value.dim() == 4, "key, value: expected 4 dimensions, got ", key.dim(), " and ", value.dim());
   const int64_t batch = keys.size(0), tokens = key.size(2);
   require(
       key.size(0) == batch && key.size(1) == keys.size(1) && key.size(3) == keys.size(3) && value.size(0) == batch &&
           value.size(1) == keys.size(1) && value.size(2) == tokens && value.size(3) == values.size(3),
-      "key, value: expected the batch, kv_heads and head_dim of the cache and equally many tokens");
+      "key, value: expected the batch, kv_heads and head_dim of the cache and the same number of tokens");
   require(
       key.scalar_type() == keys.scalar_type() && value.scalar_type() == keys.scalar_type(),
       "key, value: expected the dtype of the cache");
-  require(num_sinks >= 0 && num_sinks < keys.size(2), "num_sinks: expected fewer than there are slots");
+  require(
+      num_sinks >= 0 && num_sinks < keys.size(2), "num_sinks: expected 0 to ", keys.size(2) - 1, ", got ", num_sinks);
 }
 
-inline ScalarType table_type(const Tensor& keys) {
+// Dtype of accumulation, rotary tables, sink logits and ALiBi slopes.
+inline ScalarType acc_dtype(const Tensor& keys) {
   return keys.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Rotary tables of `leading` dimensions, then [batch, tokens, pairs].
+// Rotary tables: [batch, tokens, pairs], or [2, batch, tokens, pairs] if `leading` is 1.
 inline void check_tables(
     const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, const Tensor& key, const Tensor& keys,
     int64_t leading) {
@@ -85,14 +91,14 @@ inline void check_tables(
   require(
       cos->dim() == dims && sin->dim() == dims && (leading == 0 || cos->size(0) == 2) &&
           cos->size(leading) == key.size(0) && cos->size(leading + 1) == key.size(2) &&
-          2 * cos->size(leading + 2) <= keys.size(3) && cos->scalar_type() == table_type(keys) &&
-          sin->scalar_type() == table_type(keys),
+          2 * cos->size(leading + 2) <= keys.size(3) && cos->scalar_type() == acc_dtype(keys) &&
+          sin->scalar_type() == acc_dtype(keys),
       "cos, sin: expected ", leading ? "[2, batch, tokens, pairs]" : "[batch, tokens, pairs]",
       " in fp32 (fp64 for an fp64 cache)");
   for (int64_t dim = 0; dim < dims; ++dim) {
     require(
         cos->size(dim) == sin->size(dim) && cos->stride(dim) == sin->stride(dim),
-        "cos, sin: expected equal sizes and strides");
+        "cos, sin: expected the same sizes and strides");
   }
 }
 
@@ -108,17 +114,17 @@ inline void check_query(const Tensor& query, const Tensor& key, const Tensor& ke
   require(
       query.dim() == 4 && query.size(0) == keys.size(0) && query.size(2) == key.size(2) &&
           query.size(3) == keys.size(3) && keys.size(1) > 0 && query.size(1) > 0 && query.size(1) % keys.size(1) == 0,
-      "query: expected the batch, tokens and head_dim of key and a multiple of its heads");
+      "query: expected the batch, tokens and head_dim of key, and heads a multiple of kv_heads");
   require(query.scalar_type() == keys.scalar_type(), "query: expected the dtype of the cache");
 }
 
-// One number for each query head; null if there are none.
-inline const void* head_option(
+// Address of an optional tensor with one element per query head, or null.
+inline const void* per_head_data(
     const std::optional<Tensor>& option, const Tensor& query, const Tensor& keys, const char* name) {
   if (!option) return nullptr;
   check_device(*option, keys, name);
   require(
-      option->dim() == 1 && option->size(0) == query.size(1) && option->scalar_type() == table_type(keys) &&
+      option->dim() == 1 && option->size(0) == query.size(1) && option->scalar_type() == acc_dtype(keys) &&
           option->is_contiguous(),
       name, ": expected a contiguous tensor of ", query.size(1), " elements in fp32 (fp64 for an fp64 cache)");
   return option->const_data_ptr();
@@ -128,7 +134,8 @@ inline void check_layout(const Tensor& keys, const Tensor& values, int64_t num_s
   check_cache(keys, values);
   require(
       num_sinks >= 0 && window >= 1 && window <= keys.size(2) && num_sinks <= keys.size(2) - window,
-      "num_sinks, window: expected to fit ", keys.size(2), " slots");
+      "num_sinks, window: expected num_sinks >= 0, window >= 1 and num_sinks + window <= ", keys.size(2),
+      " slots, got ", num_sinks, " and ", window);
 }
 
 }  // namespace sinkattn

@@ -1,4 +1,5 @@
-// The operator of streaming attention on the CPU: checks, memory and threads for the kernel (attention_kernel.h).
+// The operator sinkattn::sink_attention_ on the CPU: checks the arguments and calls the kernel (attention.h) on threads
+// of torch.
 #include "attention.h"
 
 #include <torch/csrc/stable/library.h>
@@ -17,13 +18,13 @@
 namespace sinkattn {
 namespace {
 
-// Torch's own threads, and memory that the calling thread keeps from call to call.
+// Runs on torch's threads. The workspace belongs to the calling thread, is reused by later calls and only ever grows.
 class TorchWorkers final : public Workers {
  public:
-  int64_t count() const override { return torch::stable::get_num_threads(); }
+  int64_t max_workers() const override { return torch::stable::get_num_threads(); }
 
-  void run(int64_t workers, void (*work)(void* context, int64_t worker), void* context) override {
-    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+  void run(int64_t num_workers, void (*work)(void* context, int64_t worker), void* context) override {
+    torch::stable::parallel_for(0, num_workers, 1, [&](int64_t begin, int64_t end) {
       for (int64_t worker = begin; worker < end; ++worker) work(context, worker);
     });
   }
@@ -32,21 +33,21 @@ class TorchWorkers final : public Workers {
     thread_local std::unique_ptr<char, decltype(&std::free)> memory{nullptr, &std::free};
     thread_local int64_t size = 0;
     if (bytes > size) {
-      const int64_t wanted = (bytes + 4095) / 4096 * 4096;
-      memory.reset(static_cast<char*>(std::aligned_alloc(64, wanted)));
-      size = memory ? wanted : 0;
-      require(memory != nullptr, "attention: could not allocate a workspace of ", wanted, " bytes");
+      const int64_t rounded_bytes = (bytes + 4095) / 4096 * 4096;
+      memory.reset(static_cast<char*>(std::aligned_alloc(64, rounded_bytes)));
+      size = memory ? rounded_bytes : 0;
+      require(memory != nullptr, "attention: could not allocate a workspace of ", rounded_bytes, " bytes");
     }
     return memory.get();
   }
 };
 
-// The best that this processor has and ATEN_CPU_CAPABILITY, which limits torch itself, allows.
+// The fastest instruction set that the processor has and that ATEN_CPU_CAPABILITY, which limits torch too, allows.
 const InstructionSet& instruction_set() {
   static const InstructionSet& chosen = [&]() -> const InstructionSet& {
     const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
     int first = 0;
-    for (int i = 0; limit && i < kInstructionSetCount; ++i) {
+    for (int i = 0; limit && i < kNumInstructionSets; ++i) {
       if (std::string(limit) == kInstructionSets[i].name) first = i;
     }
     while (!kInstructionSets[first].available()) ++first;
@@ -55,8 +56,8 @@ const InstructionSet& instruction_set() {
   return chosen;
 }
 
-Strided strided(const Tensor& tensor) {
-  Strided out;
+StridedView view_of(const Tensor& tensor) {
+  StridedView out;
   out.data = tensor.const_data_ptr();
   for (int64_t dim = 0; dim < 4; ++dim) out.stride[dim] = tensor.stride(dim);
   return out;
@@ -68,7 +69,7 @@ CacheType cache_type(const Tensor& keys) {
     case ScalarType::Double: return CacheType::kDouble;
     case ScalarType::Half: return CacheType::kHalf;
     case ScalarType::BFloat16: return CacheType::kBFloat16;
-    default: require(false, "keys, values: expected float32, float64, float16 or bfloat16");
+    default: require(false, "keys, values: expected dtype float32, float64, float16 or bfloat16");
   }
   return {};
 }
@@ -78,11 +79,11 @@ Tensor sink_attention_(
     const Tensor& seen, const std::optional<Tensor>& lengths, const std::optional<Tensor>& cos,
     const std::optional<Tensor>& sin, int64_t num_sinks, int64_t window, double scale, bool interleaved,
     const std::optional<Tensor>& sink_logits, std::optional<double> softcap,
-    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& /* arrivals: of GPUs alone */) {
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& /* arrivals: used only on GPUs */) {
   check_new_tokens(keys, values, key, value, num_sinks);
   check_layout(keys, values, num_sinks, window);
   check_query(query, key, keys);
-  require(values.size(3) > 0, "values: expected a head_dim of 1 or more");
+  require(values.size(3) > 0, "values: expected a head_dim of 1 or more, got 0");
   check_tables(cos, sin, key, keys, 1);
   const int64_t tokens = query.size(2);
   AttentionCall call;
@@ -96,21 +97,21 @@ Tensor sink_attention_(
   call.value_dim = values.size(3);
   call.keys = keys.mutable_data_ptr();
   call.values = values.mutable_data_ptr();
-  call.query = strided(query);
-  call.key = strided(key);
-  call.value = strided(value);
-  call.seen = counters(seen, call.batch, keys, "seen");
-  call.lengths = lengths ? counters(*lengths, call.batch, keys, "lengths") : nullptr;
-  check_counts(call.seen, call.lengths, call.batch, tokens);
+  call.query = view_of(query);
+  call.key = view_of(key);
+  call.value = view_of(value);
+  call.seen = int64_data(seen, call.batch, keys, "seen");
+  call.lengths = lengths ? int64_data(*lengths, call.batch, keys, "lengths") : nullptr;
+  check_seen_and_lengths(call.seen, call.lengths, call.batch, tokens);
   call.pairs = cos ? cos->size(3) : 0;
-  if (cos) call.cos = strided(*cos);
-  if (sin) call.sin = strided(*sin);
+  if (cos) call.cos = view_of(*cos);
+  if (sin) call.sin = view_of(*sin);
   call.interleaved = interleaved;
   call.scale = scale;
   call.softcap = softcap.value_or(0);
-  call.sink_logits = head_option(sink_logits, query, keys, "sink_logits");
-  call.alibi_slopes = head_option(alibi_slopes, query, keys, "alibi_slopes");
-  // In the order in which models want it: no copy when heads are joined.
+  call.sink_logits = per_head_data(sink_logits, query, keys, "sink_logits");
+  call.alibi_slopes = per_head_data(alibi_slopes, query, keys, "alibi_slopes");
+  // [batch, tokens, heads, value_dim] in memory, so that models can merge the heads without a copy.
   Tensor out = torch::stable::new_empty(query, {call.batch, tokens, call.heads, call.value_dim});
   call.out = out.mutable_data_ptr();
   if (call.batch > 0 && tokens > 0) {

@@ -1,5 +1,6 @@
-// Streaming attention on the CPU, without torch: append new tokens to the ring and attend over sinks and window.
-// The kernel is compiled once for each instruction set (attention_*.cpp) and chosen when it runs.
+// Interface of the CPU attention kernel, without torch: append new tokens to the ring, attend over sinks and window.
+// attention.cpp (the operator) and tests/csrc call it; attention_kernel.h implements it, compiled once for each
+// instruction set by attention_<set>.cpp; attention_dispatch.cpp defines the table of instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +11,8 @@ namespace sinkattn {
 
 enum class CacheType { kFloat, kDouble, kHalf, kBFloat16 };
 
-// Elements anywhere in memory; strides count elements.
-struct Strided {
+// Read-only view of a 4-dimensional tensor; strides in elements.
+struct StridedView {
   const void* data = nullptr;
   int64_t stride[4] = {};
 
@@ -21,34 +22,35 @@ struct Strided {
   }
 };
 
-// One call. Accumulation is in fp32, in fp64 for an fp64 cache; so are cos, sin, sink_logits and alibi_slopes.
+// Arguments of one call. cos, sin, sink_logits and alibi_slopes are fp32, or fp64 for an fp64 cache; accumulation is in
+// the same type.
 struct AttentionCall {
   CacheType type;
   RingLayout layout;
   int64_t batch, heads, kv_heads, tokens, head_dim, value_dim;
   void* keys;              // [batch, kv_heads, slots, head_dim], contiguous
   void* values;            // [batch, kv_heads, slots, value_dim], contiguous
-  Strided query;           // [batch, heads, tokens, head_dim], not rotated
-  Strided key, value;      // [batch, kv_heads, tokens, head_dim or value_dim], not rotated
-  const int64_t* seen;     // [batch] tokens appended before
-  const int64_t* lengths;  // [batch] tokens that a row really brings, or null for all
-  Strided cos, sin;        // [2, batch, tokens, pairs] at stream and at cache-relative positions; no data: no rotation
-  int64_t pairs;
+  StridedView query;       // [batch, heads, tokens, head_dim], before rotation
+  StridedView key, value;  // [batch, kv_heads, tokens, head_dim or value_dim], before rotation
+  const int64_t* seen;     // [batch] tokens appended before this call
+  const int64_t* lengths;  // [batch] new tokens of each row, the rest is padding; null: `tokens` in every row
+  StridedView cos, sin;    // [2, batch, tokens, pairs] at stream and at cache-relative positions
+  int64_t pairs;           // rotated pairs of elements; 0: no rotation, cos and sin have no data
   bool interleaved;
   double scale;
-  double softcap;            // 0 for none
+  double softcap;            // 0: none
   const void* sink_logits;   // [heads] or null
   const void* alibi_slopes;  // [heads] or null
   void* out;                 // [batch, tokens, heads, value_dim], contiguous
 };
 
-// What the kernel needs of whoever calls it: threads and memory.
+// Threads and memory that the caller provides to the kernel.
 class Workers {
  public:
-  virtual int64_t count() const = 0;
-  // Calls work(context, i) for i in [0, workers), on as many threads as there are, and returns when all are done.
-  virtual void run(int64_t workers, void (*work)(void* context, int64_t worker), void* context) = 0;
-  // Memory for this call, aligned to 64 bytes, uninitialised, valid until the next request.
+  virtual int64_t max_workers() const = 0;
+  // Calls work(context, i) for every i in [0, num_workers), possibly in parallel, and returns when all have returned.
+  virtual void run(int64_t num_workers, void (*work)(void* context, int64_t worker), void* context) = 0;
+  // Uninitialised memory, aligned to 64 bytes, valid until the next call of workspace().
   virtual char* workspace(int64_t bytes) = 0;
 
  protected:
@@ -57,12 +59,12 @@ class Workers {
 
 struct InstructionSet {
   const char* name;
-  bool (*available)();
+  bool (*available)();  // on this processor
   void (*attend)(const AttentionCall& call, Workers& workers);
 };
 
-// Best first; the last one is always available.
+// Fastest first; the last one is always available.
 extern const InstructionSet kInstructionSets[];
-extern const int kInstructionSetCount;
+extern const int kNumInstructionSets;
 
 }  // namespace sinkattn

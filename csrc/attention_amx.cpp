@@ -1,4 +1,4 @@
-// The fused kernel for x86-64 processors that multiply matrices of bfloat16 (AMX); all else as with AVX-512.
+// The CPU attention kernel for x86-64 processors with AMX: bfloat16 is compiled for AMX, other dtypes use AVX-512.
 #if defined(__x86_64__)
 
 #define SINKATTN_AMX

@@ -1,4 +1,4 @@
-// The fused kernel for x86-64 processors with AVX2.
+// The CPU attention kernel for x86-64 processors with AVX2.
 #if defined(__x86_64__)
 
 #define SINKATTN_AVX2

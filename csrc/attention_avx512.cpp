@@ -1,4 +1,4 @@
-// The fused kernel for x86-64 processors with AVX-512.
+// The CPU attention kernel for x86-64 processors with AVX-512.
 #if defined(__x86_64__)
 
 #define SINKATTN_AVX512

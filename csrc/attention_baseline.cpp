@@ -1,4 +1,4 @@
-// The fused kernel for any processor (SSE2 on x86-64, NEON on arm64: what every such processor has).
+// The CPU attention kernel for every processor: SSE2 on x86-64, NEON on arm64.
 #include "attention_kernel.h"
 
 namespace sinkattn {

@@ -1,251 +1,263 @@
-// Many queries per key: rows x heads x blocks of queries are dealt out to the threads. Blocks of keys and values are
-// packed into a small buffer that stays in the processor's cache while all queries of an item use it; blocks that no
-// query of a tile sees are skipped.
+// Prefill: chunks with many queries per KV head. Included by attention_kernel.h.
 //
-// New keys and values go to a buffer first. Queries attend to what was in the ring before and to the buffer, then the
-// buffer goes to the ring: right for any number of tokens, longer than the ring or not.
+// A work item is a block of queries of one KV row. It packs blocks of keys and values into small buffers that stay in
+// the CPU cache while all queries of the item use them. Blocks that no query of a tile sees are skipped.
+//
+// New keys and values are first written to a buffer. Queries attend over the old content of the ring and over the
+// buffer; then the buffer is written to the ring. This is correct for calls longer than the ring, too.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
-#include "attention_chunk_microkernel.h"
 #include "attention_base.h"
+#include "attention_chunk_microkernel.h"
 
 namespace sinkattn {
 namespace SINKATTN_ISA {
 
-constexpr int64_t kChunkTokens = 512;         // tokens taken at once...
-constexpr int64_t kBufferBytes = 32 << 20;    // ...fewer for many rows, so that the buffer stays about as large
+// A long call is processed in chunks of at most kMaxChunkTokens tokens: fewer, down to kMinChunkTokens, if the buffer
+// of new keys and values would exceed kMaxBufferBytes.
+constexpr int64_t kMaxChunkTokens = 512;
 constexpr int64_t kMinChunkTokens = 64;
+constexpr int64_t kMaxBufferBytes = 32 << 20;
 
 template <typename scalar_t>
-class Chunk : AttentionRows<scalar_t> {
-  using Base = AttentionRows<scalar_t>;
+class Chunk : AttentionBase<scalar_t> {
+  using Base = AttentionBase<scalar_t>;
   using typename Base::acc_t, typename Base::Interval;
-  using Base::call_, Base::layout_, Base::threads_, Base::pairs_, Base::group_, Base::query_stride_,
-      Base::sums_stride_, Base::scale_;
-  using Matrix = Packed<scalar_t>;
-  using element = typename Matrix::element;
+  using Base::call_, Base::layout_, Base::workers_, Base::num_kv_rows_, Base::group_size_, Base::query_stride_,
+      Base::acc_stride_, Base::score_scale_;
+  using Microkernel = ChunkMicrokernel<scalar_t>;
+  using packed_t = typename Microkernel::packed_t;
 
  public:
-  Chunk(const AttentionCall& call, Workers& threads) : Base(call, threads) {}
+  Chunk(const AttentionCall& call, Workers& workers) : Base(call, workers) {}
 
   void run() {
-    const int64_t step = std::clamp(kBufferBytes / std::max<int64_t>(1, this->cache_bytes(1)), kMinChunkTokens, kChunkTokens);
-    for (start_ = 0; start_ < call_.tokens; start_ += step) {
-      count_ = std::min(step, call_.tokens - start_);
+    const int64_t fitting_tokens = kMaxBufferBytes / std::max<int64_t>(1, this->cache_bytes(1));
+    const int64_t step = std::clamp(fitting_tokens, kMinChunkTokens, kMaxChunkTokens);
+    for (chunk_start_ = 0; chunk_start_ < call_.tokens; chunk_start_ += step) {
+      chunk_tokens_ = std::min(step, call_.tokens - chunk_start_);
       attend_chunk();
     }
   }
 
  private:
   struct Scratch {
-    element *window_query, *sink_query, *keys, *values;
-    acc_t *rotated, *sums, *scores;
-    Softmax<acc_t>* state;
+    packed_t *window_query, *sink_query, *keys, *values;
+    acc_t *rotated, *acc, *scores;
+    SoftmaxState<acc_t>* state;
   };
 
-  // Tokens of the chunk that a row really brings.
-  int64_t counted(int64_t row) const { return std::clamp<int64_t>(this->tokens_of(row) - start_, 0, count_); }
+  // Tokens of the chunk in a batch row, padding excluded.
+  int64_t chunk_tokens_of(int64_t row) const {
+    return std::clamp<int64_t>(this->tokens_of(row) - chunk_start_, 0, chunk_tokens_);
+  }
 
-  // Buffered keys and values of a pair, rotated and rounded as in the cache.
-  scalar_t* new_keys_of(int64_t pair) const { return new_keys_ + pair * count_ * call_.head_dim; }
-  scalar_t* new_values_of(int64_t pair) const { return new_values_ + pair * count_ * call_.value_dim; }
+  // Buffered keys and values of a KV row, rotated and rounded as in the cache.
+  scalar_t* new_keys_of(int64_t kv_row) const { return new_keys_ + kv_row * chunk_tokens_ * call_.head_dim; }
+  scalar_t* new_values_of(int64_t kv_row) const { return new_values_ + kv_row * chunk_tokens_ * call_.value_dim; }
 
   void attend_chunk() {
-    const int64_t item_tokens = std::clamp<int64_t>(Matrix::kItemRows / group_, 1, count_);
-    const int64_t blocks = (count_ + item_tokens - 1) / item_tokens, items = pairs_ * blocks;
-    const int64_t rows = round_up(item_tokens * group_, Matrix::kRows);
-    const int64_t workers = this->workers_for(items, this->cache_bytes(16 * count_));
-    const int64_t query_elements = rows * Matrix::query_size(call_.head_dim);
-    const int64_t keys_elements = Matrix::keys_size(call_.head_dim);
-    const int64_t values_elements = Matrix::values_size(call_.value_dim);
+    const int64_t item_tokens = std::clamp<int64_t>(Microkernel::kItemQueries / group_size_, 1, chunk_tokens_);
+    const int64_t num_blocks = (chunk_tokens_ + item_tokens - 1) / item_tokens, num_items = num_kv_rows_ * num_blocks;
+    const int64_t queries = round_up(item_tokens * group_size_, Microkernel::kQueries);
+    const int64_t num_workers = this->num_workers_for(num_items, this->cache_bytes(16 * chunk_tokens_));
+    const int64_t query_elements = queries * Microkernel::query_size(call_.head_dim);
+    const int64_t keys_elements = Microkernel::keys_size(call_.head_dim);
+    const int64_t values_elements = Microkernel::values_size(call_.value_dim);
     const int64_t scratch_bytes =
-        2 * Arena::bytes<element>(query_elements) + Arena::bytes<element>(keys_elements) +
-        Arena::bytes<element>(values_elements) + Arena::bytes<acc_t>(3 * query_stride_) +
-        Arena::bytes<acc_t>(rows * sums_stride_) + Arena::bytes<acc_t>(Matrix::kRows * Matrix::kKeys) +
-        Arena::bytes<Softmax<acc_t>>(rows);
-    Arena arena{threads_.workspace(
-        workers * scratch_bytes + Arena::bytes<scalar_t>(pairs_ * count_ * call_.head_dim) +
-        Arena::bytes<scalar_t>(pairs_ * count_ * call_.value_dim))};
-    new_keys_ = arena.take<scalar_t>(pairs_ * count_ * call_.head_dim);
-    new_values_ = arena.take<scalar_t>(pairs_ * count_ * call_.value_dim);
+        2 * Arena::bytes<packed_t>(query_elements) + Arena::bytes<packed_t>(keys_elements) +
+        Arena::bytes<packed_t>(values_elements) + Arena::bytes<acc_t>(3 * query_stride_) +
+        Arena::bytes<acc_t>(queries * acc_stride_) + Arena::bytes<acc_t>(Microkernel::kQueries * Microkernel::kKeys) +
+        Arena::bytes<SoftmaxState<acc_t>>(queries);
+    Arena arena{workers_.workspace(
+        num_workers * scratch_bytes + Arena::bytes<scalar_t>(num_kv_rows_ * chunk_tokens_ * call_.head_dim) +
+        Arena::bytes<scalar_t>(num_kv_rows_ * chunk_tokens_ * call_.value_dim))};
+    new_keys_ = arena.take<scalar_t>(num_kv_rows_ * chunk_tokens_ * call_.head_dim);
+    new_values_ = arena.take<scalar_t>(num_kv_rows_ * chunk_tokens_ * call_.value_dim);
 
-    for_each(threads_, workers, pairs_, [&](int64_t pair, int64_t) { fill_buffer(pair); });
-    for_each(threads_, workers, items, [&](int64_t item, int64_t worker) {
-      Arena own{arena.next + worker * scratch_bytes};
-      Scratch memory;
-      memory.window_query = own.take<element>(query_elements);
-      memory.sink_query = own.take<element>(query_elements);
-      memory.keys = own.take<element>(keys_elements);
-      memory.values = own.take<element>(values_elements);
-      memory.rotated = own.take<acc_t>(3 * query_stride_);
-      memory.sums = own.take<acc_t>(rows * sums_stride_);
-      memory.scores = own.take<acc_t>(Matrix::kRows * Matrix::kKeys);
-      memory.state = own.take<Softmax<acc_t>>(rows);
-      const int64_t pair = item / blocks, first = item % blocks * item_tokens;
-      const int64_t end = std::min(first + item_tokens, count_);
-      const int64_t counted_end = std::min(end, counted(this->row_of(pair)));
-      if (first < counted_end) attend(pair, first, counted_end, memory);
-      this->write_zeros(pair, start_ + std::max(first, counted_end), start_ + end);
+    for_each_item(workers_, num_workers, num_kv_rows_, [&](int64_t kv_row, int64_t) { fill_buffer(kv_row); });
+    for_each_item(workers_, num_workers, num_items, [&](int64_t item, int64_t worker) {
+      Arena worker_arena{arena.next + worker * scratch_bytes};
+      Scratch scratch;
+      scratch.window_query = worker_arena.take<packed_t>(query_elements);
+      scratch.sink_query = worker_arena.take<packed_t>(query_elements);
+      scratch.keys = worker_arena.take<packed_t>(keys_elements);
+      scratch.values = worker_arena.take<packed_t>(values_elements);
+      scratch.rotated = worker_arena.take<acc_t>(3 * query_stride_);
+      scratch.acc = worker_arena.take<acc_t>(queries * acc_stride_);
+      scratch.scores = worker_arena.take<acc_t>(Microkernel::kQueries * Microkernel::kKeys);
+      scratch.state = worker_arena.take<SoftmaxState<acc_t>>(queries);
+      const int64_t kv_row = item / num_blocks, first = item % num_blocks * item_tokens;
+      const int64_t end = std::min(first + item_tokens, chunk_tokens_);
+      const int64_t valid_end = std::min(end, chunk_tokens_of(this->row_of(kv_row)));
+      if (first < valid_end) attend(kv_row, first, valid_end, scratch);
+      this->write_zeros(kv_row, chunk_start_ + std::max(first, valid_end), chunk_start_ + end);
     });
-    for_each(threads_, workers, pairs_, [&](int64_t pair, int64_t) { empty_buffer(pair); });
+    for_each_item(workers_, num_workers, num_kv_rows_, [&](int64_t kv_row, int64_t) { flush_buffer(kv_row); });
   }
 
-  void fill_buffer(int64_t pair) const {
-    const int64_t row = this->row_of(pair), seen = call_.seen[row] + start_, count = counted(row);
+  void fill_buffer(int64_t kv_row) const {
+    const int64_t row = this->row_of(kv_row), seen = call_.seen[row] + chunk_start_, count = chunk_tokens_of(row);
     for (int64_t i = 0; i < count; ++i) {
-      this->write_key(new_keys_of(pair) + i * call_.head_dim, pair, start_ + i);
-      this->write_value(new_values_of(pair) + i * call_.value_dim, pair, start_ + i);
+      this->write_key(new_keys_of(kv_row) + i * call_.head_dim, kv_row, chunk_start_ + i);
+      this->write_value(new_values_of(kv_row) + i * call_.value_dim, kv_row, chunk_start_ + i);
     }
-    // Sinks are never evicted, so they are written before anything attends.
-    if (seen < layout_.num_sinks) write_slots(pair, {0, seen, std::min(count, layout_.num_sinks - seen)});
+    // Sinks evict nothing, so they are written at once: queries read them from the cache.
+    if (seen < layout_.num_sinks) write_slots(kv_row, {0, seen, std::min(count, layout_.num_sinks - seen)});
   }
 
-  void empty_buffer(int64_t pair) const {
-    const int64_t row = this->row_of(pair);
+  void flush_buffer(int64_t kv_row) const {
+    const int64_t row = this->row_of(kv_row);
     Run runs[RingLayout::kMaxRuns];
-    const int n = layout_.write_runs(call_.seen[row] + start_, counted(row), runs);
-    for (int r = 0; r < n; ++r) write_slots(pair, runs[r]);
+    const int n = layout_.write_runs(call_.seen[row] + chunk_start_, chunk_tokens_of(row), runs);
+    for (int r = 0; r < n; ++r) write_slots(kv_row, runs[r]);
   }
 
-  void write_slots(int64_t pair, const Run& run) const {
+  void write_slots(int64_t kv_row, const Run& run) const {
     std::copy_n(
-        new_keys_of(pair) + run.token * call_.head_dim, run.count * call_.head_dim,
-        this->keys_of(pair) + run.slot * call_.head_dim);
+        new_keys_of(kv_row) + run.token * call_.head_dim, run.count * call_.head_dim,
+        this->keys_of(kv_row) + run.slot * call_.head_dim);
     std::copy_n(
-        new_values_of(pair) + run.token * call_.value_dim, run.count * call_.value_dim,
-        this->values_of(pair) + run.slot * call_.value_dim);
+        new_values_of(kv_row) + run.token * call_.value_dim, run.count * call_.value_dim,
+        this->values_of(kv_row) + run.slot * call_.value_dim);
   }
 
-  // The queries of tokens [first, end) of the chunk. Row q of an item is head q % group_ of token first + q / group_.
-  void attend(int64_t pair, int64_t first, int64_t end, const Scratch& memory) const {
-    const typename Matrix::Session session{};
-    const int64_t row = this->row_of(pair), seen = call_.seen[row] + start_, rows = (end - first) * group_;
-    const int64_t padded = round_up(rows, Matrix::kRows), size = Matrix::query_size(call_.head_dim);
-    acc_t* const window = memory.rotated;
+  // Attention of one item: all query heads of the group for tokens [first, end) of the chunk. Query q of the item is
+  // head q % group_size_ of token first + q / group_size_.
+  void attend(int64_t kv_row, int64_t first, int64_t end, const Scratch& scratch) const {
+    const typename Microkernel::TileConfig tile_config{};
+    const int64_t row = this->row_of(kv_row), seen = call_.seen[row] + chunk_start_;
+    const int64_t num_queries = (end - first) * group_size_, padded = round_up(num_queries, Microkernel::kQueries);
+    const int64_t size = Microkernel::query_size(call_.head_dim);
+    acc_t* const window = scratch.rotated;
     acc_t* const sink = window + query_stride_;
-    for (int64_t q = 0; q < rows; ++q) {
+    for (int64_t q = 0; q < num_queries; ++q) {
       this->rotate_query(
-          window, sink, sink + query_stride_, row, this->kv_head_of(pair) * group_ + q % group_,
-          start_ + first + q / group_);
-      Matrix::pack_query(memory.window_query + q * size, window, call_.head_dim, scale_);
-      Matrix::pack_query(memory.sink_query + q * size, sink, call_.head_dim, scale_);
+          window, sink, sink + query_stride_, row, this->kv_head_of(kv_row) * group_size_ + q % group_size_,
+          chunk_start_ + first + q / group_size_);
+      Microkernel::pack_query(scratch.window_query + q * size, window, call_.head_dim, score_scale_);
+      Microkernel::pack_query(scratch.sink_query + q * size, sink, call_.head_dim, score_scale_);
     }
-    // What fills up the last tile sees nothing.
-    std::fill(memory.window_query + rows * size, memory.window_query + padded * size, element{});
-    std::fill(memory.sink_query + rows * size, memory.sink_query + padded * size, element{});
-    std::fill(memory.state, memory.state + padded, Softmax<acc_t>{kMinusInfinity<acc_t>, 0});
-    std::fill(memory.sums, memory.sums + padded * sums_stride_, acc_t{0});
+    // Padding up to a whole number of tiles: queries that see no key.
+    std::fill(scratch.window_query + num_queries * size, scratch.window_query + padded * size, packed_t{});
+    std::fill(scratch.sink_query + num_queries * size, scratch.sink_query + padded * size, packed_t{});
+    std::fill(scratch.state, scratch.state + padded, SoftmaxState<acc_t>{kMinusInfinity<acc_t>, 0});
+    std::fill(scratch.acc, scratch.acc + padded * acc_stride_, acc_t{0});
 
-    const Queries queries{seen + first, rows, this->kv_head_of(pair) * group_};
+    const Queries queries{seen + first, num_queries, this->kv_head_of(kv_row) * group_size_};
     const int64_t stop = seen + end, sinks = std::min(stop, layout_.num_sinks);
-    attend_run(queries, {0, 0, sinks}, true, this->keys_of(pair), this->values_of(pair), stop, memory);
+    attend_run(queries, {0, 0, sinks}, true, this->keys_of(kv_row), this->values_of(kv_row), stop, scratch);
     Run runs[RingLayout::kMaxRuns];
     const int n = layout_.held_runs(seen, runs);
     for (int r = 0; r < n; ++r) {
       if (runs[r].slot < layout_.num_sinks) continue;
       attend_run(
-          queries, runs[r], false, this->keys_of(pair) + runs[r].slot * call_.head_dim,
-          this->values_of(pair) + runs[r].slot * call_.value_dim, stop, memory);
+          queries, runs[r], false, this->keys_of(kv_row) + runs[r].slot * call_.head_dim,
+          this->values_of(kv_row) + runs[r].slot * call_.value_dim, stop, scratch);
     }
     const int64_t skip = std::clamp<int64_t>(layout_.num_sinks - seen, 0, end);
     attend_run(
-        queries, {seen + skip, 0, end - skip}, false, new_keys_of(pair) + skip * call_.head_dim,
-        new_values_of(pair) + skip * call_.value_dim, stop, memory);
+        queries, {seen + skip, 0, end - skip}, false, new_keys_of(kv_row) + skip * call_.head_dim,
+        new_values_of(kv_row) + skip * call_.value_dim, stop, scratch);
 
-    for (int64_t q = 0; q < rows; ++q) {
-      acc_t* sums = memory.sums + q * sums_stride_;
-      const int64_t head = queries.head + q % group_;
+    for (int64_t q = 0; q < num_queries; ++q) {
+      acc_t* acc = scratch.acc + q * acc_stride_;
+      const int64_t head = queries.head + q % group_size_;
       if (call_.sink_logits) {
-        const acc_t factor = add_logit(memory.state[q], this->option(call_.sink_logits, head, 0));
-        for (int64_t d = 0; d < call_.value_dim; ++d) sums[d] *= factor;
+        const acc_t factor = add_sink_logit(scratch.state[q], this->head_value(call_.sink_logits, head, 0));
+        for (int64_t d = 0; d < call_.value_dim; ++d) acc[d] *= factor;
       }
-      this->write_out(row, start_ + first + q / group_, head, sums, memory.state[q].total);
+      this->write_out(row, chunk_start_ + first + q / group_size_, head, acc, scratch.state[q].sum);
     }
   }
 
   struct Queries {
-    int64_t token;  // of the first row
-    int64_t rows;
-    int64_t head;  // of the first row
+    int64_t token;  // of query 0, counted from the start of the stream
+    int64_t count;
+    int64_t head;  // of query 0
   };
 
-  // A run of consecutive tokens that lie one behind the other, up to token `stop`.
+  // Attends over a run: consecutive tokens, before token `stop`, whose keys and values are consecutive in memory.
   void attend_run(
-      const Queries& queries, const Run& run, bool sinks, const scalar_t* keys, const scalar_t* values, int64_t stop,
-      const Scratch& memory) const {
-    const int64_t begin = std::max(run.token, sinks ? 0 : layout_.window_begin(queries.token));
+      const Queries& queries, const Run& run, bool is_sink, const scalar_t* keys, const scalar_t* values, int64_t stop,
+      const Scratch& scratch) const {
+    const int64_t begin = std::max(run.token, is_sink ? 0 : layout_.window_begin(queries.token));
     const int64_t end = std::min(run.token + run.count, stop);
-    for (int64_t token = begin; token < end; token += Matrix::kKeys) {
-      const int count = static_cast<int>(std::min<int64_t>(Matrix::kKeys, end - token));
+    for (int64_t token = begin; token < end; token += Microkernel::kKeys) {
+      const int count = static_cast<int>(std::min<int64_t>(Microkernel::kKeys, end - token));
       const scalar_t* block_values = values + (token - run.token) * call_.value_dim;
-      Matrix::pack_keys(memory.keys, keys + (token - run.token) * call_.head_dim, call_.head_dim, count);
-      const bool finite = Matrix::pack_values(memory.values, block_values, call_.value_dim, count);
-      for (int64_t q = 0; q < queries.rows; q += Matrix::kRows) {
-        attend_tile(queries, q, {token, 0, count}, sinks, finite ? nullptr : block_values, memory);
+      Microkernel::pack_keys(scratch.keys, keys + (token - run.token) * call_.head_dim, call_.head_dim, count);
+      const bool finite = Microkernel::pack_values(scratch.values, block_values, call_.value_dim, count);
+      for (int64_t q = 0; q < queries.count; q += Microkernel::kQueries) {
+        attend_tile(queries, q, {token, 0, count}, is_sink, finite ? nullptr : block_values, scratch);
       }
     }
   }
 
-  // Rows from q on against a packed block; `spoiled` are its values if one of them is no finite number.
+  // Attends with queries [q, q + kQueries) over a packed block. `nonfinite_values` is null if all values of the block
+  // are finite, else the address of its values before packing.
   void attend_tile(
-      const Queries& queries, int64_t q, const Run& block, bool sinks, const scalar_t* spoiled,
-      const Scratch& memory) const {
-    Interval seen_here[Matrix::kRows];
+      const Queries& queries, int64_t q, const Run& block, bool is_sink, const scalar_t* nonfinite_values,
+      const Scratch& scratch) const {
+    Interval visible[Microkernel::kQueries];
     bool any = false, all = true;
-    for (int r = 0; r < Matrix::kRows; ++r) {
-      seen_here[r] = {0, 0};
-      if (q + r < queries.rows) seen_here[r] = this->seen_by(queries.token + (q + r) / group_, block, sinks);
-      any |= seen_here[r].count > 0;
-      all &= seen_here[r].count == block.count;
+    for (int r = 0; r < Microkernel::kQueries; ++r) {
+      visible[r] = {0, 0};
+      if (q + r < queries.count) {
+        visible[r] = this->visible_interval(queries.token + (q + r) / group_size_, block, is_sink);
+      }
+      any |= visible[r].count > 0;
+      all &= visible[r].count == block.count;
     }
     if (!any) return;
     const int count = static_cast<int>(block.count);
-    const element* query = (sinks ? memory.sink_query : memory.window_query) + q * Matrix::query_size(call_.head_dim);
-    Matrix::scores(memory.scores, scale_, query, memory.keys, call_.head_dim, count);
-    acc_t factor[Matrix::kRows];
-    for (int r = 0; r < Matrix::kRows; ++r) {
-      acc_t* scores = memory.scores + r * Matrix::kKeys;
-      const Interval here = seen_here[r];
+    const packed_t* query =
+        (is_sink ? scratch.sink_query : scratch.window_query) + q * Microkernel::query_size(call_.head_dim);
+    Microkernel::scores(scratch.scores, score_scale_, query, scratch.keys, call_.head_dim, count);
+    acc_t factor[Microkernel::kQueries];
+    for (int r = 0; r < Microkernel::kQueries; ++r) {
+      acc_t* scores = scratch.scores + r * Microkernel::kKeys;
+      const Interval here = visible[r];
       if (here.count == 0) {
-        std::fill(scores, scores + Matrix::kKeys, acc_t{0});
+        std::fill(scores, scores + Microkernel::kKeys, acc_t{0});
         factor[r] = 1;
         continue;
       }
-      const int64_t head = queries.head + (q + r) % group_, token = queries.token + (q + r) / group_;
-      this->adjust_scores(scores, count, head, token, block.token, sinks);
+      const int64_t head = queries.head + (q + r) % group_size_, token = queries.token + (q + r) / group_size_;
+      this->adjust_scores(scores, count, head, token, block.token, is_sink);
       std::fill(scores, scores + here.first, kMinusInfinity<acc_t>);
       std::fill(scores + here.first + here.count, scores + count, kMinusInfinity<acc_t>);
-      factor[r] = update(memory.state[q + r], scores, count);
+      factor[r] = update_softmax(scratch.state[q + r], scores, count);
     }
-    acc_t* sums = memory.sums + q * sums_stride_;
-    if (!spoiled || all) {
-      Matrix::add_values(sums, factor, memory.scores, memory.values, call_.value_dim, count);
+    acc_t* acc = scratch.acc + q * acc_stride_;
+    if (!nonfinite_values || all) {
+      Microkernel::add_values(acc, factor, scratch.scores, scratch.values, call_.value_dim, count);
     } else {
-      add_seen_values(sums, factor, memory.scores, spoiled, seen_here);
+      add_visible_values(acc, factor, scratch.scores, nonfinite_values, visible);
     }
   }
 
-  // A hidden value that is no finite number has weight 0, and 0 times that is NaN: hidden values are left out.
-  void add_seen_values(
-      acc_t* sums, const acc_t* factor, const acc_t* weights, const scalar_t* values,
-      const Interval* seen_here) const {
-    for (int r = 0; r < Matrix::kRows; ++r, sums += sums_stride_, weights += Matrix::kKeys) {
+  // add_values for blocks with NaN or infinite values: skips values that a query does not see, since a weight of 0
+  // times such a value would be NaN.
+  void add_visible_values(
+      acc_t* acc, const acc_t* factor, const acc_t* weights, const scalar_t* values, const Interval* visible) const {
+    for (int r = 0; r < Microkernel::kQueries; ++r, acc += acc_stride_, weights += Microkernel::kKeys) {
       for (int64_t d = 0; d < call_.value_dim; ++d) {
-        sums[d] *= factor[r];
-        for (int64_t j = seen_here[r].first; j < seen_here[r].first + seen_here[r].count; ++j) {
-          sums[d] += weights[j] * static_cast<acc_t>(values[j * call_.value_dim + d]);
+        acc[d] *= factor[r];
+        for (int64_t j = visible[r].first; j < visible[r].first + visible[r].count; ++j) {
+          acc[d] += weights[j] * static_cast<acc_t>(values[j * call_.value_dim + d]);
         }
       }
     }
   }
 
-  int64_t start_ = 0;  // first token of the chunk
-  int64_t count_ = 0;  // tokens of the chunk
-  scalar_t* new_keys_ = nullptr;
+  int64_t chunk_start_ = 0;  // first token of the chunk, counted from the start of the call
+  int64_t chunk_tokens_ = 0;
+  scalar_t* new_keys_ = nullptr;  // buffer, [KV row, token of the chunk, element]
   scalar_t* new_values_ = nullptr;
 };
 

@@ -1,4 +1,6 @@
-// Many queries against one block of keys and values, which is packed once for all of them.
+// Inner loops of prefill: many queries with one block of keys and values that is packed once for all of them (as in
+// GEMM). This is the version for vector registers; attention_chunk_microkernel_amx.h specialises it for bfloat16 on
+// AMX. Included by attention_kernel.h and attention_chunk.h.
 #pragma once
 
 #include <algorithm>
@@ -11,13 +13,14 @@
 namespace sinkattn {
 namespace SINKATTN_ISA {
 
-constexpr int kPackedRows = 6;
-constexpr int kPackedVectors = SINKATTN_VECTOR_REGISTERS >= 32 ? 4 : 2;
+// Register tile: rows x vectors of accumulators.
+constexpr int kRegisterRows = 6;
+constexpr int kRegisterVectors = SINKATTN_VECTOR_REGISTERS >= 32 ? 4 : 2;
 
-// c += a times b, for kPackedRows rows of `a` and kVectors vectors of columns of `b`.
+// c += a x b, for kRegisterRows rows of `a` and kVectors vectors of columns of `b`.
 template <int kVectors, typename acc_t>
-SINKATTN_INLINE void multiply_tile(
-    Vec<acc_t> (&c)[kPackedRows][kVectors], const acc_t* a, int64_t a_stride, const acc_t* b, int64_t b_stride,
+SINKATTN_INLINE void multiply_register_tile(
+    Vec<acc_t> (&c)[kRegisterRows][kVectors], const acc_t* a, int64_t a_stride, const acc_t* b, int64_t b_stride,
     int64_t depth) {
   using V = Vec<acc_t>;
   for (int64_t k = 0; k < depth; ++k) {
@@ -25,7 +28,7 @@ SINKATTN_INLINE void multiply_tile(
 #pragma GCC unroll 4
     for (int n = 0; n < kVectors; ++n) x[n] = load(b + k * b_stride + n * kLanes<acc_t>);
 #pragma GCC unroll 6
-    for (int m = 0; m < kPackedRows; ++m) {
+    for (int m = 0; m < kRegisterRows; ++m) {
       const V y = broadcast(a[m * a_stride + k]);
 #pragma GCC unroll 4
       for (int n = 0; n < kVectors; ++n) c[m][n] = multiply_add(y, x[n], c[m][n]);
@@ -33,8 +36,9 @@ SINKATTN_INLINE void multiply_tile(
   }
 }
 
-// c = factor * c + a times b, or a times b without factors; `columns`, a multiple of the lanes, wide.
-template <int kVectors = kPackedVectors, typename acc_t>
+// c = factor * c + a x b, or c = a x b if `factor` is null, for kRegisterRows rows and `columns` columns, a multiple of
+// the vector lanes.
+template <int kVectors = kRegisterVectors, typename acc_t>
 SINKATTN_INLINE void multiply(
     acc_t* c, int64_t c_stride, const acc_t* factor, const acc_t* a, int64_t a_stride, const acc_t* b,
     int64_t b_stride, int64_t depth, int64_t columns) {
@@ -42,17 +46,17 @@ SINKATTN_INLINE void multiply(
   constexpr int width = kVectors * kLanes<acc_t>;
   int64_t n = 0;
   for (; n + width <= columns; n += width) {
-    V tile[kPackedRows][kVectors];
+    V tile[kRegisterRows][kVectors];
 #pragma GCC unroll 6
-    for (int r = 0; r < kPackedRows; ++r) {
+    for (int r = 0; r < kRegisterRows; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         tile[r][v] = factor ? load(c + r * c_stride + n + v * kLanes<acc_t>) * factor[r] : V{};
       }
     }
-    multiply_tile<kVectors>(tile, a, a_stride, b + n, b_stride, depth);
+    multiply_register_tile<kVectors>(tile, a, a_stride, b + n, b_stride, depth);
 #pragma GCC unroll 6
-    for (int r = 0; r < kPackedRows; ++r) {
+    for (int r = 0; r < kRegisterRows; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) store(c + r * c_stride + n + v * kLanes<acc_t>, tile[r][v]);
     }
@@ -62,78 +66,80 @@ SINKATTN_INLINE void multiply(
   }
 }
 
-// Blocks of keys and values in the form in which matrix products take them, here for vector registers. Specialised for
-// processors that multiply matrices (attention_chunk_microkernel_amx.h).
+// Packs queries, keys and values and multiplies them.
 template <typename scalar_t>
-struct Packed {
+struct ChunkMicrokernel {
   using acc_t = typename Accumulate<scalar_t>::type;
-  using element = acc_t;
-  static constexpr int kLanesOf = kLanes<acc_t>;
-  static constexpr int kRows = kPackedRows;  // queries of a tile
-  static constexpr int kKeys = 64;           // keys of a block
-  static constexpr int64_t kItemRows = 256;  // queries that share a packed block
+  using packed_t = acc_t;
+  static constexpr int kVectorLanes = kLanes<acc_t>;
+  static constexpr int kQueries = kRegisterRows;  // queries of a tile
+  static constexpr int kKeys = 64;                // keys of a block
+  static constexpr int64_t kItemQueries = 256;    // queries of a work item, which share packed blocks
 
-  // Lives while a thread multiplies: what the processor must be told before, and cleared of afterwards.
-  struct Session {
-    Session() {}
+  // RAII guard for the AMX tile configuration of a thread; no-op here.
+  struct TileConfig {
+    TileConfig() {}
   };
 
-  // Elements of a packed query, of a block of keys and of a block of values.
-  static int64_t query_size(int64_t dim) { return round_up(dim, kLanesOf); }
-  static int64_t keys_size(int64_t dim) { return kKeys * round_up(dim, kLanesOf); }
-  static int64_t values_size(int64_t dim) { return kKeys * round_up(dim, kLanesOf); }
+  // Elements of a packed query, a packed block of keys and a packed block of values.
+  static int64_t query_size(int64_t dim) { return round_up(dim, kVectorLanes); }
+  static int64_t keys_size(int64_t dim) { return kKeys * round_up(dim, kVectorLanes); }
+  static int64_t values_size(int64_t dim) { return kKeys * round_up(dim, kVectorLanes); }
 
-  // The scale is for those who round queries: they have to take it in before.
-  static void pack_query(element* packed, const acc_t* query, int64_t dim, acc_t /*scale*/) {
+  // `scale` is unused here: `scores` applies it. The AMX version multiplies queries by it before it rounds them.
+  static void pack_query(packed_t* packed, const acc_t* query, int64_t dim, acc_t /*scale*/) {
     std::copy(query, query + dim, packed);
     std::fill(packed + dim, packed + query_size(dim), acc_t{0});
   }
 
   // Transposed: packed[d * kKeys + j] is element d of key j.
-  static void pack_keys(element* packed, const scalar_t* keys, int64_t dim, int count) {
-    for (int64_t d = 0; d < dim; d += kLanesOf) {
-      for (int j = 0; j < count; j += kLanesOf) {
-        Vec<acc_t> square[kLanesOf] = {};
-        for (int i = 0; i < kLanesOf && j + i < count; ++i) {
+  static void pack_keys(packed_t* packed, const scalar_t* keys, int64_t dim, int count) {
+    for (int64_t d = 0; d < dim; d += kVectorLanes) {
+      for (int j = 0; j < count; j += kVectorLanes) {
+        Vec<acc_t> square[kVectorLanes] = {};
+        for (int i = 0; i < kVectorLanes && j + i < count; ++i) {
           const scalar_t* from = keys + (j + i) * dim + d;
-          square[i] = d + kLanesOf <= dim ? load(from) : load_first(from, dim - d);
+          square[i] = d + kVectorLanes <= dim ? load(from) : load_first(from, dim - d);
         }
         transpose(square);
-        for (int i = 0; i < kLanesOf; ++i) store(packed + (d + i) * kKeys + j, square[i]);
+        for (int i = 0; i < kVectorLanes; ++i) store(packed + (d + i) * kKeys + j, square[i]);
       }
     }
   }
 
-  // Widened, rows padded with zeros; returns whether all are finite.
-  static bool pack_values(element* packed, const scalar_t* values, int64_t dim, int count) {
-    Vec<acc_t> spoiled{};
+  // Converted to acc_t, rows padded with zeros. Returns whether all values are finite.
+  static bool pack_values(packed_t* packed, const scalar_t* values, int64_t dim, int count) {
+    Vec<acc_t> nonfinite{};
     for (int j = 0; j < count; ++j) {
-      for (int64_t d = 0; d < dim; d += kLanesOf) {
+      for (int64_t d = 0; d < dim; d += kVectorLanes) {
         const scalar_t* from = values + j * dim + d;
-        const Vec<acc_t> x = d + kLanesOf <= dim ? load(from) : load_first(from, dim - d);
-        store(packed + j * round_up(dim, kLanesOf) + d, x);
-        spoiled += x * acc_t{0};
+        const Vec<acc_t> x = d + kVectorLanes <= dim ? load(from) : load_first(from, dim - d);
+        store(packed + j * round_up(dim, kVectorLanes) + d, x);
+        nonfinite += x * acc_t{0};
       }
     }
-    return sum(spoiled) == 0;
+    return reduce_sum(nonfinite) == 0;
   }
 
-  // scores[r * kKeys + j] of query r and key j, scaled, for kRows queries and `count` keys.
-  static void scores(acc_t* scores, acc_t scale, const element* queries, const element* keys, int64_t dim, int count) {
-    const int64_t columns = round_up(count, kLanesOf);
-    multiply<kPackedVectors, acc_t>(
+  // scores[r * kKeys + j]: scaled dot product of query r and key j, for kQueries queries and `count` keys.
+  static void scores(
+      acc_t* scores, acc_t scale, const packed_t* queries, const packed_t* keys, int64_t dim, int count) {
+    const int64_t columns = round_up(count, kVectorLanes);
+    multiply<kRegisterVectors, acc_t>(
         scores, kKeys, nullptr, queries, query_size(dim), keys, kKeys, dim, columns);
-    for (int r = 0; r < kRows; ++r) {
-      for (acc_t* x = scores + r * kKeys; x < scores + r * kKeys + columns; x += kLanesOf) store(x, load(x) * scale);
+    for (int r = 0; r < kQueries; ++r) {
+      for (acc_t* x = scores + r * kKeys; x < scores + r * kKeys + columns; x += kVectorLanes) {
+        store(x, load(x) * scale);
+      }
     }
   }
 
-  // sums = factor * sums + weights times values, for kRows rows of weights[r * kKeys + j]; beyond `count` they are zero
-  // up to a whole vector.
+  // acc = factor * acc + weights x values, for kQueries rows weights[r * kKeys + j], j < count. Weights from `count` up
+  // to a whole vector are zero.
   static void add_values(
-      acc_t* sums, const acc_t* factor, const acc_t* weights, const element* values, int64_t dim, int count) {
-    const int64_t stride = round_up(dim, kLanesOf);
-    multiply<kPackedVectors, acc_t>(sums, stride, factor, weights, kKeys, values, stride, count, stride);
+      acc_t* acc, const acc_t* factor, const acc_t* weights, const packed_t* values, int64_t dim, int count) {
+    const int64_t stride = round_up(dim, kVectorLanes);
+    multiply<kRegisterVectors, acc_t>(acc, stride, factor, weights, kKeys, values, stride, count, stride);
   }
 };
 

@@ -1,4 +1,5 @@
-// Which instruction sets this library holds a kernel for, and which of them this processor has.
+// Table of the instruction sets that the CPU attention kernel is compiled for (attention.h), with the test whether the
+// processor has each.
 #include "attention.h"
 
 #if defined(__x86_64__)
@@ -42,7 +43,7 @@ bool has_amx() {
   const bool tiles = (edx >> 24 & 1) && (edx >> 22 & 1);  // AMX-TILE, AMX-BF16
   if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return false;
   if (!tiles || !(eax >> 5 & 1)) return false;  // AVX512-BF16
-  // A process has to ask the kernel for the tile registers (ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA).
+  // Linux grants the tile registers on request (ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA).
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 #else
   return false;
@@ -61,6 +62,6 @@ const InstructionSet kInstructionSets[] = {
 #endif
     {"default", has_baseline, attend_baseline},
 };
-const int kInstructionSetCount = sizeof(kInstructionSets) / sizeof(kInstructionSets[0]);
+const int kNumInstructionSets = sizeof(kInstructionSets) / sizeof(kInstructionSets[0]);
 
 }  // namespace sinkattn

@@ -1,7 +1,13 @@
-// The fused kernel, compiled once for each instruction set (attention_*.cpp).
+// Implementation of the CPU attention kernel (attention.h). Each attention_<set>.cpp includes it to compile it for one
+// instruction set. It includes, directly or not, all headers that are compiled per instruction set:
 //
-// Slots in storage order hold at most three runs of consecutive tokens, and softmax does not care for the order of
-// keys: so keys are read as they lie, and what a query sees of a run is an interval of it.
+//   attention_decode.h   few queries per KV head, over attention_decode_microkernel.h
+//   attention_chunk.h    many queries per KV head, over attention_chunk_microkernel.h and, on AMX, ..._amx.h
+//   attention_base.h     base class of both; attention_softmax.h: online softmax
+//   simd.h, simd_math.h  vectors of the instruction set
+//
+// The slots, in storage order, hold at most three runs of consecutive tokens, and softmax does not depend on the order
+// of keys. So keys are read in storage order, and the tokens of a run that a query sees form an interval.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +23,7 @@
 #include "attention.h"
 #include "dtypes.h"
 #include "rotary.h"
-// From here on code is compiled for the instruction set.
+// From here on, code is compiled for the instruction set: other headers must be included above.
 #include "simd.h"
 
 #include "attention_chunk_microkernel.h"
@@ -31,12 +37,12 @@
 namespace sinkattn {
 namespace SINKATTN_ISA {
 
-constexpr int64_t kPackedQueries = 24;  // queries per key from which packing keys pays
+constexpr int64_t kMinPackedQueries = 24;  // queries per KV head from which on packing keys is worth its cost
 
 template <typename scalar_t>
 void attend_as(const AttentionCall& call, Workers& workers) {
-  const bool append_first = call.tokens <= call.layout.headroom + 1;
-  if (call.tokens == 1 || (append_first && call.tokens * (call.heads / call.kv_heads) < kPackedQueries)) {
+  const bool can_append_first = call.tokens <= call.layout.headroom + 1;  // as Decode requires
+  if (call.tokens == 1 || (can_append_first && call.tokens * (call.heads / call.kv_heads) < kMinPackedQueries)) {
     Decode<scalar_t>(call, workers).run();
   } else {
     Chunk<scalar_t>(call, workers).run();

@@ -1,4 +1,4 @@
-// Python binding of what holds no tensor: the slot arithmetic and what this build contains.
+// Python module sinkattn._C, without tensors and torch: slot arithmetic (RingLayout) and build_info().
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -17,13 +17,13 @@ void require(bool ok, const char* name, const char* expected, int64_t got) {
   if (!ok) throw py::value_error(std::string(name) + ": expected " + expected + ", got " + std::to_string(got));
 }
 
-int64_t token_number(int64_t token) {
+int64_t checked_token(int64_t token) {
   require(token >= 0 && token <= kMaxTokens, "token", "0 to 2^61", token);
   return token;
 }
 
 RingLayout make_layout(int64_t num_sinks, int64_t window, int64_t headroom) {
-  constexpr int64_t kLimit = int64_t{1} << 40;  // far above any memory, far below overflow
+  constexpr int64_t kLimit = int64_t{1} << 40;  // more slots than any memory holds, and sums far from overflow
   require(num_sinks >= 0 && num_sinks < kLimit, "num_sinks", "0 or more (below 2^40)", num_sinks);
   require(window >= 1 && window < kLimit, "window", "1 or more (below 2^40)", window);
   require(headroom >= 0 && headroom < kLimit, "headroom", "0 or more (below 2^40)", headroom);
@@ -54,8 +54,8 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Slot arithmetic of the ring and what this build contains.";
-  py::class_<RingLayout>(m, "RingLayout", "Where the tokens of an endless stream sit in a fixed number of slots.")
+  m.doc() = "Slot arithmetic of the ring, and information about this build.";
+  py::class_<RingLayout>(m, "RingLayout", "Maps the tokens of an endless stream to a fixed number of slots.")
       .def(py::init(&make_layout), py::arg("num_sinks"), py::arg("window"), py::arg("headroom") = 0)
       .def_readonly("num_sinks", &RingLayout::num_sinks)
       .def_readonly("window", &RingLayout::window)
@@ -63,29 +63,29 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("ring", &RingLayout::ring, "Slots of the ring: window + headroom.")
       .def_property_readonly("slots", &RingLayout::slots, "Slots of the cache: num_sinks + ring.")
       .def(
-          "slot", [](const RingLayout& layout, int64_t token) { return layout.slot(token_number(token)); },
-          py::arg("token"), "Slot of a token.")
+          "slot", [](const RingLayout& layout, int64_t token) { return layout.slot(checked_token(token)); },
+          py::arg("token"), "Slot that holds a token.")
       .def(
           "age",
           [](const RingLayout& layout, int64_t token, int64_t slot) {
-            require(token_number(token) >= layout.num_sinks, "token", "a token that is no sink", token);
-            require(slot >= layout.num_sinks && slot < layout.slots(), "slot", "a slot of the ring", slot);
+            require(checked_token(token) >= layout.num_sinks, "token", "num_sinks or more", token);
+            require(slot >= layout.num_sinks && slot < layout.slots(), "slot", "num_sinks to slots - 1", slot);
             return layout.age(token, slot);
           },
-          py::arg("token"), py::arg("slot"), "How many tokens before `token` the occupant of a ring slot came.")
+          py::arg("token"), py::arg("slot"), "How many tokens older than `token` the token in a ring slot is.")
       .def(
           "visible",
           [](const RingLayout& layout, int64_t token, int64_t slot) {
-            require(slot >= 0 && slot < layout.slots(), "slot", "a slot of the cache", slot);
-            return layout.visible(token_number(token), slot);
+            require(slot >= 0 && slot < layout.slots(), "slot", "0 to slots - 1", slot);
+            return layout.visible(checked_token(token), slot);
           },
-          py::arg("token"), py::arg("slot"), "Whether the query of `token` sees what the slot holds.")
+          py::arg("token"), py::arg("slot"), "Whether the query of `token` sees the key in a slot.")
       .def(
           "window_begin",
-          [](const RingLayout& layout, int64_t token) { return layout.window_begin(token_number(token)); },
-          py::arg("token"), "First token of the window that the query of `token` sees.")
+          [](const RingLayout& layout, int64_t token) { return layout.window_begin(checked_token(token)); },
+          py::arg("token"), "First token of the window of the query of `token`.")
       .def(
-          "position", [](const RingLayout& layout, int64_t token) { return layout.position(token_number(token)); },
+          "position", [](const RingLayout& layout, int64_t token) { return layout.position(checked_token(token)); },
           py::arg("token"), "Cache-relative rotary position of a query.")
       .def(
           "write_runs",
@@ -103,7 +103,7 @@ PYBIND11_MODULE(_C, m) {
             Run runs[RingLayout::kMaxRuns];
             return as_list(runs, layout.held_runs(end, runs));
           },
-          py::arg("end"), "Runs (token, slot, count) that the slots hold once `end` tokens have come.")
+          py::arg("end"), "Runs (token, slot, count) that the slots hold after `end` tokens.")
       .def(
           "__eq__",
           [](const RingLayout& a, const RingLayout& b) {
@@ -125,5 +125,5 @@ PYBIND11_MODULE(_C, m) {
           [](const py::tuple& state) {
             return make_layout(state[0].cast<int64_t>(), state[1].cast<int64_t>(), state[2].cast<int64_t>());
           }));
-  m.def("build_info", &build_info, "What this build contains, as a dict.");
+  m.def("build_info", &build_info, "Compiler, torch and CUDA versions of this build, as a dict.");
 }

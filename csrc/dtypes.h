@@ -1,5 +1,5 @@
-// Half-precision numbers as they lie in memory, without torch. Conversions are exact, and round to nearest even on
-// the way back, as torch's do.
+// bfloat16 and float16 as they are stored, without torch, for the CPU kernel. Conversion to float is exact; conversion
+// from float rounds to nearest even, as in torch.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +37,7 @@ struct Half {
   Half() = default;
   explicit Half(float x) {
     const uint32_t in = bits_of(x), sign = (in >> 16) & 0x8000, magnitude = in & 0x7fffffff;
-    // Below 2^-14 the result is subnormal: adding 1/2 leaves its digits at the end of the sum, rounded.
+    // Below 2^-14 the result is subnormal: adding 1/2 rounds it, and leaves it in the last mantissa bits of the sum.
     const uint32_t small = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
     const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
     const uint32_t finite = magnitude < 0x38800000 ? small : magnitude < 0x47800000 ? normal : 0x7c00;
@@ -45,7 +45,7 @@ struct Half {
   }
   explicit operator float() const {
     const uint32_t sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7fffu) << 13;
-    // The exponent's bias differs by 112; the product also brings subnormals into their place.
+    // The exponent biases differ by 112; multiplying, unlike adding to the exponent, also normalises subnormals.
     const uint32_t finite = bits_of(float_of(magnitude) * 0x1p112f);
     return float_of(sign | ((bits & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : finite));
   }

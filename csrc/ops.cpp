@@ -1,9 +1,16 @@
-// Schemas of the `sinkattn::` operators. Kernels: ring_cache.cpp, ring_cache_cuda.cu, attention.cpp, and for attention
-// on CUDA sinkattn/ops/attention.py.
-// Shapes: keys, values [batch, kv_heads, slots, head_dim]; key, value [batch, kv_heads, tokens, head_dim];
-// cos, sin [batch, tokens, pairs], for sink_attention_ [2, batch, tokens, pairs]; query and what it returns [batch,
-// heads, tokens, head_dim]; sink_logits, alibi_slopes [heads]; seen, peak, lengths, counts [batch] int64; arrivals
-// [batch, kv_heads] int32.
+// Schemas of the `sinkattn::` operators. Implementations: ring_cache.cpp (CPU) and ring_cache_cuda.cu for the ring,
+// attention.cpp (CPU) and sinkattn/ops/attention.py (CUDA, Triton) for attention.
+//
+// Shapes:
+//   keys, values               [batch, kv_heads, slots, head_dim]
+//   key, value                 [batch, kv_heads, tokens, head_dim]
+//   query, attention output    [batch, heads, tokens, head_dim]
+//   cos, sin                   [batch, tokens, pairs], for sink_attention_ [2, batch, tokens, pairs]
+//   seen, peak, lengths,
+//     counts, source           [batch] int64
+//   rows                       [any number] int64
+//   sink_logits, alibi_slopes  [heads]
+//   arrivals                   [batch, kv_heads] int32, completion counters of KV splits on GPUs, zero between calls
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sinkattn, m) {

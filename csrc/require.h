@@ -1,4 +1,5 @@
-// Refusing bad arguments: one std::runtime_error, which Python sees as a RuntimeError with this text alone.
+// require(condition, message parts...): throws std::runtime_error, which Python sees as RuntimeError with only this
+// message.
 #pragma once
 
 #include <sstream>

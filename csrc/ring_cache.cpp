@@ -1,4 +1,4 @@
-// Ring ops on the CPU.
+// The ring operators on the CPU: append_, rollback_, reorder_, reset_, linearise.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -22,9 +22,9 @@
 namespace sinkattn {
 namespace {
 
-constexpr int64_t kGrainElements = 16384;  // below this many elements a second thread costs more than it saves
+constexpr int64_t kGrainElements = 16384;  // with fewer elements, a second thread costs more than it saves
 
-int64_t grain(int64_t elements_per_item) {
+int64_t grain_size(int64_t elements_per_item) {
   return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements_per_item));
 }
 
@@ -34,7 +34,7 @@ void append_rows(
     const int64_t* lengths, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
     const RingLayout& layout, bool interleaved) {
   using acc_t = typename Accumulate<scalar_t>::type;
-  const int64_t heads = keys.size(1), slots = keys.size(2), tokens = key.size(2);
+  const int64_t kv_heads = keys.size(1), slots = keys.size(2), tokens = key.size(2);
   const int64_t key_dim = keys.size(3), value_dim = values.size(3);
   auto* keys_data = static_cast<scalar_t*>(keys.mutable_data_ptr());
   auto* values_data = static_cast<scalar_t*>(values.mutable_data_ptr());
@@ -44,17 +44,17 @@ void append_rows(
   const acc_t* sin_data = sin ? static_cast<const acc_t*>(sin->const_data_ptr()) : nullptr;
   const int64_t pairs = cos ? cos->size(2) : 0;
 
-  const int64_t written = std::min(tokens, slots);
+  const int64_t max_written = std::min(tokens, slots);
   torch::stable::parallel_for(
-      0, keys.size(0) * heads, grain(written * (key_dim + value_dim)), [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item) {
-          const int64_t row = item / heads, head = item % heads;
+      0, keys.size(0) * kv_heads, grain_size(max_written * (key_dim + value_dim)), [&](int64_t begin, int64_t end) {
+        for (int64_t kv_row = begin; kv_row < end; ++kv_row) {
+          const int64_t row = kv_row / kv_heads, head = kv_row % kv_heads;
           Run runs[RingLayout::kMaxRuns];
           const int n = layout.write_runs(seen[row], lengths ? lengths[row] : tokens, runs);
           for (int r = 0; r < n; ++r) {
             for (int64_t i = 0; i < runs[r].count; ++i) {
               const int64_t token = runs[r].token + i;
-              const int64_t target = item * slots + runs[r].slot + i;
+              const int64_t target = kv_row * slots + runs[r].slot + i;
               rotate_vector<scalar_t>(
                   keys_data + target * key_dim,
                   key_data + row * key.stride(0) + head * key.stride(1) + token * key.stride(2), key.stride(3),
@@ -77,9 +77,9 @@ void append_(
     int64_t num_sinks, bool interleaved) {
   check_append(keys, values, key, value, cos, sin, num_sinks);
   const int64_t batch = keys.size(0), tokens = key.size(2);
-  const int64_t* seen_data = counters(seen, batch, keys, "seen");
-  const int64_t* length_data = lengths ? counters(*lengths, batch, keys, "lengths") : nullptr;
-  check_counts(seen_data, length_data, batch, tokens);
+  const int64_t* seen_data = int64_data(seen, batch, keys, "seen");
+  const int64_t* length_data = lengths ? int64_data(*lengths, batch, keys, "lengths") : nullptr;
+  check_seen_and_lengths(seen_data, length_data, batch, tokens);
   const RingLayout layout{num_sinks, keys.size(2) - num_sinks, 0};
   THO_DISPATCH_V2(
       keys.scalar_type(), "append_", AT_WRAP([&] {
@@ -90,9 +90,9 @@ void append_(
 
 void rollback_(const Tensor& seen, const Tensor& peak, const Tensor& counts, int64_t headroom) {
   const int64_t batch = seen.numel();
-  counters(seen, batch, seen, "seen");
-  counters(peak, batch, seen, "peak");
-  const int64_t* count_data = counters(counts, batch, seen, "counts");
+  int64_data(seen, batch, seen, "seen");
+  int64_data(peak, batch, seen, "peak");
+  const int64_t* count_data = int64_data(counts, batch, seen, "counts");
   auto* seen_data = static_cast<int64_t*>(seen.mutable_data_ptr());
   auto* peak_data = static_cast<int64_t*>(peak.mutable_data_ptr());
   for (int64_t row = 0; row < batch; ++row) {
@@ -100,11 +100,11 @@ void rollback_(const Tensor& seen, const Tensor& peak, const Tensor& counts, int
     require(
         count >= 0 && count <= seen_data[row], "rollback: expected 0 to ", seen_data[row], " tokens in row ", row,
         ", got ", count);
-    // What was rolled back before still has its slots, so it counts until as much is appended again.
-    const int64_t peak_now = std::max(peak_data[row], seen_data[row]);
+    // Tokens that were rolled back before have already overwritten older ones: headroom counts from the peak.
+    const int64_t new_peak = std::max(peak_data[row], seen_data[row]);
     require(
-        count == 0 || peak_now - (seen_data[row] - count) <= headroom, "rollback: row ", row, " can go back ",
-        std::max<int64_t>(0, headroom - (peak_now - seen_data[row])), " tokens more (headroom ", headroom, "), got ",
+        count == 0 || new_peak - (seen_data[row] - count) <= headroom, "rollback: row ", row, " can go back ",
+        std::max<int64_t>(0, headroom - (new_peak - seen_data[row])), " tokens more (headroom ", headroom, "), got ",
         count);
   }
   for (int64_t row = 0; row < batch; ++row) {
@@ -117,25 +117,25 @@ int64_t row_bytes(const Tensor& cache) { return cache.size(2) * cache.size(3) * 
 
 void reorder_(const Tensor& keys, const Tensor& values, const Tensor& source) {
   check_cache(keys, values);
-  const int64_t batch = keys.size(0), heads = keys.size(1);
-  const int64_t* source_data = counters(source, batch, keys, "source");
+  const int64_t batch = keys.size(0), kv_heads = keys.size(1);
+  const int64_t* source_data = int64_data(source, batch, keys, "source");
   for (int64_t row = 0; row < batch; ++row) {
     require(
         source_data[row] >= 0 && source_data[row] < batch, "source: expected 0 to ", batch - 1, ", got ",
         source_data[row], " in row ", row);
   }
   std::vector<RowMove> moves(max_row_moves(batch));
-  std::vector<int64_t> readers(batch);
-  moves.resize(plan_row_moves(source_data, batch, readers.data(), moves.data()));
+  std::vector<int64_t> num_readers(batch);
+  moves.resize(plan_row_moves(source_data, batch, num_readers.data(), moves.data()));
   if (moves.empty()) return;
   for (const Tensor* cache : {&keys, &values}) {
     auto* data = static_cast<char*>(cache->mutable_data_ptr());
     const int64_t bytes = row_bytes(*cache);
-    torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
-      std::vector<char> spare(bytes);
+    torch::stable::parallel_for(0, kv_heads, 1, [&](int64_t begin, int64_t end) {
+      std::vector<char> spare(bytes);  // kSpareRow
       for (int64_t head = begin; head < end; ++head) {
         const auto at = [&](int64_t row) {
-          return row == kSpareRow ? spare.data() : data + (row * heads + head) * bytes;
+          return row == kSpareRow ? spare.data() : data + (row * kv_heads + head) * bytes;
         };
         for (const RowMove& move : moves) std::memcpy(at(move.to), at(move.from), bytes);
       }
@@ -146,11 +146,11 @@ void reorder_(const Tensor& keys, const Tensor& values, const Tensor& source) {
 void reset_(const Tensor& keys, const Tensor& values, const Tensor& rows) {
   check_cache(keys, values);
   const int64_t count = rows.numel();
-  const int64_t* row_data = counters(rows, count, keys, "rows");
+  const int64_t* row_data = int64_data(rows, count, keys, "rows");
   for (int64_t i = 0; i < count; ++i) {
     require(
         row_data[i] >= 0 && row_data[i] < keys.size(0), "rows: expected 0 to ", keys.size(0) - 1, ", got ",
-        row_data[i]);
+        row_data[i], " in element ", i);
   }
   for (const Tensor* cache : {&keys, &values}) {
     auto* data = static_cast<char*>(cache->mutable_data_ptr());
@@ -162,29 +162,30 @@ void reset_(const Tensor& keys, const Tensor& values, const Tensor& rows) {
 std::tuple<Tensor, Tensor> linearise(
     const Tensor& keys, const Tensor& values, const Tensor& seen, int64_t num_sinks, int64_t window) {
   check_layout(keys, values, num_sinks, window);
-  const int64_t batch = keys.size(0), heads = keys.size(1), slots = keys.size(2);
-  const int64_t* seen_data = counters(seen, batch, keys, "seen");
+  const int64_t batch = keys.size(0), kv_heads = keys.size(1), slots = keys.size(2);
+  const int64_t* seen_data = int64_data(seen, batch, keys, "seen");
   const RingLayout layout{num_sinks, window, slots - num_sinks - window};
-  const auto ordered = [&](const Tensor& cache) {
+  const auto linearised = [&](const Tensor& cache) {
     const int64_t length = num_sinks + window;
-    Tensor out = torch::stable::new_zeros(cache, {batch, heads, length, cache.size(3)});
+    Tensor out = torch::stable::new_zeros(cache, {batch, kv_heads, length, cache.size(3)});
     const auto* from = static_cast<const char*>(cache.const_data_ptr());
     auto* to = static_cast<char*>(out.mutable_data_ptr());
     const int64_t bytes = cache.size(3) * cache.element_size();
-    torch::stable::parallel_for(0, batch * heads, grain(length * cache.size(3)), [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t count = seen_data[item / heads];
+    const int64_t grain = grain_size(length * cache.size(3));
+    torch::stable::parallel_for(0, batch * kv_heads, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t kv_row = begin; kv_row < end; ++kv_row) {
+        const int64_t count = seen_data[kv_row / kv_heads];
         const int64_t sinks = std::min(count, num_sinks);
         const int64_t recent = std::min(count - sinks, window);
         for (int64_t i = 0; i < sinks + recent; ++i) {
           const int64_t token = i < sinks ? i : count - recent + (i - sinks);
-          std::memcpy(to + (item * length + i) * bytes, from + (item * slots + layout.slot(token)) * bytes, bytes);
+          std::memcpy(to + (kv_row * length + i) * bytes, from + (kv_row * slots + layout.slot(token)) * bytes, bytes);
         }
       }
     });
     return out;
   };
-  return {ordered(keys), ordered(values)};
+  return {linearised(keys), linearised(values)};
 }
 
 }  // namespace

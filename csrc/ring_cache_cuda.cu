@@ -1,6 +1,6 @@
-// Ring ops on CUDA: the twin of ring_cache.cpp, bit for bit (compiled without fused multiply-add, NaN payloads aside).
-// Kernels: ring_cache_kernels.cuh. Everything is queued on the current stream and the host waits for nothing,
-// rollback_ excepted.
+// The ring operators on CUDA: same results, bit for bit, as ring_cache.cpp except for NaN payloads (compiled without
+// fused multiply-add). Checks and launches; the kernels are in ring_cache_kernels.cuh. All work is queued on torch's
+// current stream; only rollback_ synchronises.
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -21,7 +21,7 @@
 #include "ring.h"
 #include "ring_cache_kernels.cuh"
 
-// torch's own macro needs a symbol that only CUDA builds of torch have; with this one the library loads in any torch.
+// Unlike torch's macro, this needs no symbol that only CUDA builds of torch have: the library loads with any torch.
 #define SINKATTN_CUDA_CHECK(expression)                                              \
   do {                                                                               \
     const cudaError_t error = (expression);                                          \
@@ -33,51 +33,52 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
-constexpr int64_t kMaxBlocks = 65535;  // of a grid, in either dimension; loops stride over it, so any limit is right
+constexpr int64_t kMaxBlocks = 65535;  // per grid dimension; kernels loop over the rest
 
-// Blocks for `items` of which one block does `per_block` at a time.
-unsigned int blocks(int64_t items, int64_t per_block) {
-  return static_cast<unsigned int>(std::min((items + per_block - 1) / per_block, kMaxBlocks));
+// Blocks for `num_items` items if a block handles `per_block` at a time.
+unsigned int num_blocks(int64_t num_items, int64_t per_block) {
+  return static_cast<unsigned int>(std::min((num_items + per_block - 1) / per_block, kMaxBlocks));
 }
 
-// torch's current stream. The getter is looked up in the library that torch has loaded, because linking against it
-// would keep this one from loading where torch has no CUDA.
+// torch's current stream. The function is looked up at run time: linking libtorch_cuda would keep this library from
+// loading with CPU builds of torch.
 cudaStream_t current_stream(const Tensor& tensor) {
   using Getter = int32_t (*)(int32_t device, void** stream);
   static const Getter getter = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
     return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
   }();
-  require(getter, "CUDA: this torch has no CUDA");
+  require(getter, "CUDA: expected a loaded libtorch_cuda.so with aoti_torch_get_current_cuda_stream");
   void* stream = nullptr;
-  require(getter(tensor.get_device_index(), &stream) == 0, "CUDA: torch names no current stream");
+  require(getter(tensor.get_device_index(), &stream) == 0, "CUDA: torch returned no current stream");
   return static_cast<cudaStream_t>(stream);
 }
 
-// A stride where it is of any account: one of a dimension of a single element may be anything.
-int64_t stride(const Tensor& x, int64_t dim) { return x.size(dim) > 1 ? x.stride(dim) : 0; }
+// Stride of a dimension; 0 if it has one element, where torch allows any stride.
+int64_t stride_or_zero(const Tensor& x, int64_t dim) { return x.size(dim) > 1 ? x.stride(dim) : 0; }
 
 template <typename scalar_t>
-NewTokens<scalar_t> new_tokens(const Tensor& x) {
+TokenView<scalar_t> token_view(const Tensor& x) {
   return {
-      static_cast<const scalar_t*>(x.const_data_ptr()), stride(x, 0), stride(x, 1), stride(x, 2), x.stride(3)};
+      static_cast<const scalar_t*>(x.const_data_ptr()), stride_or_zero(x, 0), stride_or_zero(x, 1),
+      stride_or_zero(x, 2), x.stride(3)};
 }
 
 template <typename acc_t>
-Tables<acc_t> rotary_tables(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
+RotaryTables<acc_t> rotary_tables(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {
   if (!cos) return {};
   return {
       static_cast<const acc_t*>(cos->const_data_ptr()), static_cast<const acc_t*>(sin->const_data_ptr()),
-      stride(*cos, 0), stride(*cos, 1), cos->stride(2), cos->size(2)};
+      stride_or_zero(*cos, 0), stride_or_zero(*cos, 1), cos->stride(2), cos->size(2)};
 }
 
 template <typename scalar_t>
 void launch_append(const AppendCall<scalar_t>& call, cudaStream_t stream) {
-  if (call.items() == 0) return;
-  const bool packed = call.packs();
-  const int key_lanes = call.key_lanes(packed), value_lanes = call.value_lanes(packed);
-  const dim3 grid(blocks(call.items(), kThreads / std::max(key_lanes, value_lanes)), 2);
-  const auto kernel = packed ? append_kernel<scalar_t, true> : append_kernel<scalar_t, false>;
+  if (call.num_items() == 0) return;
+  const bool vectorized = call.can_vectorize();
+  const int key_lanes = call.key_lanes(vectorized), value_lanes = call.value_lanes(vectorized);
+  const dim3 grid(num_blocks(call.num_items(), kThreads / std::max(key_lanes, value_lanes)), 2);
+  const auto kernel = vectorized ? append_kernel<scalar_t, true> : append_kernel<scalar_t, false>;
   kernel<<<grid, kThreads, 0, stream>>>(call, key_lanes, value_lanes);
   SINKATTN_CUDA_CHECK(cudaGetLastError());
 }
@@ -88,8 +89,8 @@ void append_(
     int64_t num_sinks, bool interleaved) {
   check_append(keys, values, key, value, cos, sin, num_sinks);
   const int64_t batch = keys.size(0);
-  const int64_t* seen_data = counters(seen, batch, keys, "seen");
-  const int64_t* length_data = lengths ? counters(*lengths, batch, keys, "lengths") : nullptr;
+  const int64_t* seen_data = int64_data(seen, batch, keys, "seen");
+  const int64_t* length_data = lengths ? int64_data(*lengths, batch, keys, "lengths") : nullptr;
   const DeviceGuard guard(keys.get_device_index());
   const RingLayout layout{num_sinks, keys.size(2) - num_sinks, 0};
   THO_DISPATCH_V2(
@@ -97,7 +98,7 @@ void append_(
         launch_append(
             AppendCall<scalar_t>{
                 static_cast<scalar_t*>(keys.mutable_data_ptr()), static_cast<scalar_t*>(values.mutable_data_ptr()),
-                new_tokens<scalar_t>(key), new_tokens<scalar_t>(value), seen_data, length_data,
+                token_view<scalar_t>(key), token_view<scalar_t>(value), seen_data, length_data,
                 rotary_tables<typename Accumulate<scalar_t>::type>(cos, sin), batch, keys.size(1), key.size(2),
                 keys.size(3), values.size(3), layout, interleaved},
             current_stream(keys));
@@ -107,29 +108,29 @@ void append_(
 
 void rollback_(const Tensor& seen, const Tensor& peak, const Tensor& counts, int64_t headroom) {
   const int64_t batch = seen.numel();
-  counters(seen, batch, seen, "seen");
-  counters(peak, batch, seen, "peak");
-  const int64_t* count_data = counters(counts, batch, seen, "counts");
+  int64_data(seen, batch, seen, "seen");
+  int64_data(peak, batch, seen, "peak");
+  const int64_t* count_data = int64_data(counts, batch, seen, "counts");
   const DeviceGuard guard(seen.get_device_index());
   const cudaStream_t stream = current_stream(seen);
-  const Tensor report = torch::stable::new_empty(seen, {sizeof(Refusal) / sizeof(int64_t)});
-  auto* report_data = static_cast<Refusal*>(report.mutable_data_ptr());
+  const Tensor report = torch::stable::new_empty(seen, {sizeof(RollbackFailure) / sizeof(int64_t)});
+  auto* report_data = static_cast<RollbackFailure*>(report.mutable_data_ptr());
   rollback_kernel<<<1, kThreads, 0, stream>>>(
       static_cast<int64_t*>(seen.mutable_data_ptr()), static_cast<int64_t*>(peak.mutable_data_ptr()), count_data,
       batch, headroom, report_data);
   SINKATTN_CUDA_CHECK(cudaGetLastError());
-  // The one wait for the device: a rollback that goes too far has to be refused here and now, not later or never.
-  Refusal refusal;
-  SINKATTN_CUDA_CHECK(cudaMemcpyAsync(&refusal, report_data, sizeof(refusal), cudaMemcpyDeviceToHost, stream));
+  // Synchronises, so that this call can raise if the rollback is refused.
+  RollbackFailure failure;
+  SINKATTN_CUDA_CHECK(cudaMemcpyAsync(&failure, report_data, sizeof(failure), cudaMemcpyDeviceToHost, stream));
   SINKATTN_CUDA_CHECK(cudaStreamSynchronize(stream));
-  if (refusal.row < 0) return;
+  if (failure.row < 0) return;
   require(
-      refusal.count >= 0 && refusal.count <= refusal.seen, "rollback: expected 0 to ", refusal.seen,
-      " tokens in row ", refusal.row, ", got ", refusal.count);
-  const int64_t gone_back = std::max<int64_t>(0, refusal.peak - refusal.seen);
+      failure.count >= 0 && failure.count <= failure.seen, "rollback: expected 0 to ", failure.seen,
+      " tokens in row ", failure.row, ", got ", failure.count);
+  const int64_t gone_back = std::max<int64_t>(0, failure.peak - failure.seen);
   require(
-      false, "rollback: row ", refusal.row, " can go back ", std::max<int64_t>(0, headroom - gone_back),
-      " tokens more (headroom ", headroom, "), got ", refusal.count);
+      false, "rollback: row ", failure.row, " can go back ", std::max<int64_t>(0, headroom - gone_back),
+      " tokens more (headroom ", headroom, "), got ", failure.count);
 }
 
 int64_t row_bytes(const Tensor& cache) { return cache.size(1) * cache.size(2) * cache.size(3) * cache.element_size(); }
@@ -137,7 +138,7 @@ int64_t row_bytes(const Tensor& cache) { return cache.size(1) * cache.size(2) * 
 void reorder_(const Tensor& keys, const Tensor& values, const Tensor& source) {
   check_cache(keys, values);
   const int64_t batch = keys.size(0);
-  const int64_t* source_data = counters(source, batch, keys, "source");
+  const int64_t* source_data = int64_data(source, batch, keys, "source");
   if (keys.numel() == 0 && values.numel() == 0) return;
   const DeviceGuard guard(keys.get_device_index());
   const cudaStream_t stream = current_stream(keys);
@@ -146,8 +147,8 @@ void reorder_(const Tensor& keys, const Tensor& values, const Tensor& source) {
   const Tensor plan = torch::stable::new_empty(source, {kNumbers * room + 1 + batch});
   auto* plan_data = static_cast<int64_t*>(plan.mutable_data_ptr());
   auto* moves = reinterpret_cast<RowMove*>(plan_data);
-  int64_t *move_count = plan_data + kNumbers * room, *readers = move_count + 1;
-  plan_kernel<<<1, kThreads, 0, stream>>>(source_data, batch, readers, moves, move_count);
+  int64_t *num_moves = plan_data + kNumbers * room, *num_readers = num_moves + 1;
+  plan_kernel<<<1, kThreads, 0, stream>>>(source_data, batch, num_readers, moves, num_moves);
   SINKATTN_CUDA_CHECK(cudaGetLastError());
   for (const Tensor* cache : {&keys, &values}) {
     void* data = cache->mutable_data_ptr();
@@ -156,8 +157,8 @@ void reorder_(const Tensor& keys, const Tensor& values, const Tensor& source) {
     with_widest_unit(address(data) | bytes, [&](auto unit) {
       using Unit = decltype(unit);
       const int64_t row_units = bytes / sizeof(Unit);
-      move_rows_kernel<<<blocks(row_units, kThreads), kThreads, 0, stream>>>(
-          static_cast<Unit*>(data), moves, move_count, row_units);
+      move_rows_kernel<<<num_blocks(row_units, kThreads), kThreads, 0, stream>>>(
+          static_cast<Unit*>(data), moves, num_moves, row_units);
     });
     SINKATTN_CUDA_CHECK(cudaGetLastError());
   }
@@ -166,7 +167,7 @@ void reorder_(const Tensor& keys, const Tensor& values, const Tensor& source) {
 void reset_(const Tensor& keys, const Tensor& values, const Tensor& rows) {
   check_cache(keys, values);
   const int64_t batch = keys.size(0), count = rows.numel();
-  const int64_t* row_data = counters(rows, count, keys, "rows");
+  const int64_t* row_data = int64_data(rows, count, keys, "rows");
   const DeviceGuard guard(keys.get_device_index());
   for (const Tensor* cache : {&keys, &values}) {
     void* data = cache->mutable_data_ptr();
@@ -175,8 +176,8 @@ void reset_(const Tensor& keys, const Tensor& values, const Tensor& rows) {
     with_widest_unit(address(data) | bytes, [&](auto unit) {
       using Unit = decltype(unit);
       const int64_t row_units = bytes / sizeof(Unit);
-      const unsigned int across = blocks(row_units, kThreads);
-      const dim3 grid(across, blocks(count, (across * count + kMaxBlocks - 1) / kMaxBlocks));
+      const unsigned int across = num_blocks(row_units, kThreads);
+      const dim3 grid(across, num_blocks(count, (across * count + kMaxBlocks - 1) / kMaxBlocks));
       zero_rows_kernel<<<grid, kThreads, 0, current_stream(keys)>>>(
           static_cast<Unit*>(data), row_data, count, batch, row_units);
     });
@@ -187,12 +188,12 @@ void reset_(const Tensor& keys, const Tensor& values, const Tensor& rows) {
 std::tuple<Tensor, Tensor> linearise(
     const Tensor& keys, const Tensor& values, const Tensor& seen, int64_t num_sinks, int64_t window) {
   check_layout(keys, values, num_sinks, window);
-  const int64_t batch = keys.size(0), heads = keys.size(1), slots = keys.size(2), length = num_sinks + window;
-  const int64_t* seen_data = counters(seen, batch, keys, "seen");
+  const int64_t batch = keys.size(0), kv_heads = keys.size(1), slots = keys.size(2), length = num_sinks + window;
+  const int64_t* seen_data = int64_data(seen, batch, keys, "seen");
   const DeviceGuard guard(keys.get_device_index());
   const RingLayout layout{num_sinks, window, slots - length};
-  const auto ordered = [&](const Tensor& cache) {
-    Tensor out = torch::stable::new_empty(cache, {batch, heads, length, cache.size(3)});
+  const auto linearised = [&](const Tensor& cache) {
+    Tensor out = torch::stable::new_empty(cache, {batch, kv_heads, length, cache.size(3)});
     if (out.numel() == 0) return out;
     void* to = out.mutable_data_ptr();
     const void* from = cache.const_data_ptr();
@@ -201,13 +202,13 @@ std::tuple<Tensor, Tensor> linearise(
       using Unit = decltype(unit);
       const int64_t units = bytes / sizeof(Unit);
       const int lanes = lanes_for(units);
-      linearise_kernel<<<blocks(batch * heads * length, kThreads / lanes), kThreads, 0, current_stream(keys)>>>(
-          static_cast<Unit*>(to), static_cast<const Unit*>(from), seen_data, batch, heads, units, layout, lanes);
+      linearise_kernel<<<num_blocks(batch * kv_heads * length, kThreads / lanes), kThreads, 0, current_stream(keys)>>>(
+          static_cast<Unit*>(to), static_cast<const Unit*>(from), seen_data, batch, kv_heads, units, layout, lanes);
     });
     SINKATTN_CUDA_CHECK(cudaGetLastError());
     return out;
   };
-  return {ordered(keys), ordered(values)};
+  return {linearised(keys), linearised(values)};
 }
 
 }  // namespace

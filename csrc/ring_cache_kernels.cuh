@@ -1,8 +1,10 @@
-// Kernels of the ring ops, and on the host what their launches follow from: plain addresses and sizes, no torch and no
-// runtime API. Loops stride over the grid, so any grid is right; blocks have kThreads threads.
+// CUDA kernels of the ring operators, and the host code that sizes their launches: only addresses and sizes, no torch
+// and no runtime API. ring_cache_cuda.cu launches them; tests/csrc runs them on the host.
 //
-// What the CPU refuses for the content of a tensor is made harmless here: `lengths` are clamped to 0..tokens, `seen` to
-// 0..2^61, a row number out of range in `source` or `rows` is left out.
+// Blocks have kThreads threads. Loops stride over the grid, so a grid of any size gives the same result.
+//
+// Kernels cannot raise. Contents that the CPU operators refuse are made harmless here: `lengths` are clamped to
+// 0..tokens, `seen` to 0..2^61, and row numbers out of range in `source` or `rows` are skipped.
 #pragma once
 
 #include <cstdint>
@@ -13,28 +15,28 @@
 
 namespace sinkattn {
 
-constexpr int kWarp = 32;
+constexpr int kWarpSize = 32;
 constexpr int kThreads = 128;
-constexpr int kWidest = 16;  // bytes of the largest access
+constexpr int kMaxAccessBytes = 16;  // of one load or store instruction
 
-constexpr int64_t alignment(int64_t bytes) { return bytes < kWidest ? bytes : kWidest; }
+constexpr int64_t alignment(int64_t bytes) { return bytes < kMaxAccessBytes ? bytes : kMaxAccessBytes; }
 
-// `n` elements that are loaded and stored in one access, or in several of kWidest bytes.
+// `n` elements, aligned so that they are loaded and stored in one access, or in several of kMaxAccessBytes bytes.
 template <typename T, int n>
-struct alignas(alignment(n * sizeof(T))) Pack {
+struct alignas(alignment(n * sizeof(T))) AlignedVector {
   T at[n];
 };
 
-// Pack of as many elements as one access takes.
+// Elements of the widest access.
 template <typename scalar_t>
-constexpr int kPacked = kWidest / sizeof(scalar_t);
+constexpr int kVectorElements = kMaxAccessBytes / sizeof(scalar_t);
 
 template <typename Unit, typename T>
-__device__ const Unit& as(const T* data) {
+__device__ const Unit& view_as(const T* data) {
   return *reinterpret_cast<const Unit*>(data);
 }
 template <typename Unit, typename T>
-__device__ Unit& as(T* data) {
+__device__ Unit& view_as(T* data) {
   return *reinterpret_cast<Unit*>(data);
 }
 
@@ -42,39 +44,41 @@ __device__ inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x
 
 inline int64_t address(const void* data) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(data)); }
 
-// Calls `launch` with a unit of the widest type, up to kWidest bytes, that divides `bytes`: addresses and sizes, joined
-// by `|`.
+// Calls `launch` with a value of the widest access type, up to kMaxAccessBytes, whose size divides `bytes`, the bitwise
+// OR of all addresses and sizes.
 template <typename Launch>
 void with_widest_unit(int64_t bytes, const Launch& launch) {
-  if (bytes % 16 == 0) launch(Pack<uint32_t, 4>{});
-  else if (bytes % 8 == 0) launch(Pack<uint32_t, 2>{});
+  if (bytes % 16 == 0) launch(AlignedVector<uint32_t, 4>{});
+  else if (bytes % 8 == 0) launch(AlignedVector<uint32_t, 2>{});
   else if (bytes % 4 == 0) launch(uint32_t{});
   else if (bytes % 2 == 0) launch(uint16_t{});
   else launch(uint8_t{});
 }
 
-// Threads of a warp that share a vector of so many units: a power of two, so that a warp takes whole vectors.
+// Threads ("lanes") that share a vector of `units` accesses: a power of two, so that a warp handles whole vectors.
 inline int lanes_for(int64_t units) {
   int lanes = 1;
-  while (lanes < units && lanes < kWarp) lanes *= 2;
+  while (lanes < units && lanes < kWarpSize) lanes *= 2;
   return lanes;
 }
 
-// A [batch, heads, tokens, dim] tensor of any strides, in elements.
+// A [batch, kv_heads, tokens, dim] tensor; strides in elements.
 template <typename scalar_t>
-struct NewTokens {
+struct TokenView {
   const scalar_t* data;
-  int64_t row, head, token, element;
+  int64_t row_stride, head_stride, token_stride, element_stride;
 
-  __device__ const scalar_t* at(int64_t r, int64_t h, int64_t t) const { return data + r * row + h * head + t * token; }
+  __device__ const scalar_t* at(int64_t row, int64_t head, int64_t token) const {
+    return data + row * row_stride + head * head_stride + token * token_stride;
+  }
 };
 
-// Rotary tables [batch, tokens, pairs] of equal strides; no pairs when keys are written as they are.
+// Rotary tables [batch, tokens, pairs] with the same strides; `pairs` is 0 if keys are not rotated.
 template <typename acc_t>
-struct Tables {
+struct RotaryTables {
   const acc_t* cos;
   const acc_t* sin;
-  int64_t row, token, pair, pairs;
+  int64_t row_stride, token_stride, pair_stride, pairs;
 };
 
 template <typename scalar_t>
@@ -83,193 +87,200 @@ struct AppendCall {
 
   scalar_t* keys;
   scalar_t* values;
-  NewTokens<scalar_t> key, value;
+  TokenView<scalar_t> key, value;
   const int64_t* seen;
-  const int64_t* lengths;  // null: all bring `tokens`
-  Tables<acc_t> tables;
-  int64_t batch, heads, tokens, key_dim, value_dim;
+  const int64_t* lengths;  // null: `tokens` in every row
+  RotaryTables<acc_t> tables;
+  int64_t batch, kv_heads, tokens, key_dim, value_dim;
   RingLayout layout;
   bool interleaved;
 
-  // Tokens of one head that are written at most.
-  SINKATTN_HOST_DEVICE int64_t written() const { return tokens < layout.slots() ? tokens : layout.slots(); }
-  SINKATTN_HOST_DEVICE int64_t items() const { return batch * heads * written(); }
+  // Most tokens of a KV row that are written.
+  SINKATTN_HOST_DEVICE int64_t max_written() const { return tokens < layout.slots() ? tokens : layout.slots(); }
+  SINKATTN_HOST_DEVICE int64_t num_items() const { return batch * kv_heads * max_written(); }
 
-  // Whether all accesses can be packs.
-  bool packs() const {
-    constexpr int64_t n = kPacked<scalar_t>, size = sizeof(scalar_t);
-    const auto packed = [&](const scalar_t* cache, const NewTokens<scalar_t>& x, int64_t dim) {
-      const int64_t bytes = address(cache) | address(x.data) | (x.row | x.head | x.token | dim) * size;
-      return bytes % kWidest == 0 && x.element == 1;
+  // Whether all tensors can be read and written in accesses of kMaxAccessBytes (AlignedVector).
+  bool can_vectorize() const {
+    constexpr int64_t n = kVectorElements<scalar_t>, size = sizeof(scalar_t);
+    const auto aligned = [&](const scalar_t* cache, const TokenView<scalar_t>& x, int64_t dim) {
+      const int64_t elements = x.row_stride | x.head_stride | x.token_stride | dim;
+      const int64_t bytes = address(cache) | address(x.data) | elements * size;
+      return bytes % kMaxAccessBytes == 0 && x.element_stride == 1;
     };
-    if (!packed(keys, key, key_dim) || !packed(values, value, value_dim)) return false;
+    if (!aligned(keys, key, key_dim) || !aligned(values, value, value_dim)) return false;
     if (tables.pairs == 0) return true;
-    const int64_t entry = sizeof(acc_t), entries = interleaved ? n / 2 : n;  // of the tables, for one pack
-    const int64_t bytes = address(tables.cos) | address(tables.sin) | (tables.row | tables.token) * entry;
-    return tables.pair == 1 && bytes % alignment(entries * entry) == 0 && tables.pairs % entries == 0;
+    const int64_t entry = sizeof(acc_t), entries = interleaved ? n / 2 : n;  // table entries per access
+    const int64_t bytes =
+        address(tables.cos) | address(tables.sin) | (tables.row_stride | tables.token_stride) * entry;
+    return tables.pair_stride == 1 && bytes % alignment(entries * entry) == 0 && tables.pairs % entries == 0;
   }
 
-  int key_lanes(bool packed) const {
-    const int64_t n = packed ? kPacked<scalar_t> : 1;
-    const int64_t turned = packed && interleaved ? 2 * tables.pairs : tables.pairs, copied = key_dim - 2 * tables.pairs;
-    return lanes_for((turned > copied ? turned : copied) / n);
+  int key_lanes(bool vectorized) const {
+    const int64_t n = vectorized ? kVectorElements<scalar_t> : 1;
+    const int64_t rotated = vectorized && interleaved ? 2 * tables.pairs : tables.pairs;
+    const int64_t copied = key_dim - 2 * tables.pairs;
+    return lanes_for((rotated > copied ? rotated : copied) / n);
   }
-  int value_lanes(bool packed) const { return lanes_for(value_dim / (packed ? kPacked<scalar_t> : 1)); }
+  int value_lanes(bool vectorized) const { return lanes_for(value_dim / (vectorized ? kVectorElements<scalar_t> : 1)); }
 };
 
-// rotate_vector in packs, by one of `lanes` threads.
+// rotate_vector in accesses of kMaxAccessBytes, by one of `lanes` threads.
 template <typename scalar_t, typename acc_t>
-__device__ void rotate_packs(
+__device__ void rotate_vectorized(
     scalar_t* __restrict__ out, const scalar_t* __restrict__ in, int64_t head_dim, int64_t pairs,
     const acc_t* __restrict__ cos, const acc_t* __restrict__ sin, bool interleaved, int lane, int lanes) {
-  constexpr int n = kPacked<scalar_t>;
-  using Unit = Pack<scalar_t, n>;
+  constexpr int n = kVectorElements<scalar_t>;
+  using Unit = AlignedVector<scalar_t, n>;
   const int64_t first = lane * n, step = lanes * n;
   if (interleaved) {
-    SINKATTN_ROLLED
+    SINKATTN_NO_UNROLL
     for (int64_t i = first; i < 2 * pairs; i += step) {
-      Unit x = as<Unit>(in + i);
-      const auto c = as<Pack<acc_t, n / 2>>(cos + i / 2), s = as<Pack<acc_t, n / 2>>(sin + i / 2);
+      Unit x = view_as<Unit>(in + i);
+      using Entries = AlignedVector<acc_t, n / 2>;
+      const auto c = view_as<Entries>(cos + i / 2), s = view_as<Entries>(sin + i / 2);
       for (int k = 0; k < n / 2; ++k) rotate_pair(x.at[2 * k], x.at[2 * k + 1], c.at[k], s.at[k]);
-      as<Unit>(out + i) = x;
+      view_as<Unit>(out + i) = x;
     }
   } else {
-    SINKATTN_ROLLED
+    SINKATTN_NO_UNROLL
     for (int64_t i = first; i < pairs; i += step) {
-      Unit x = as<Unit>(in + i), y = as<Unit>(in + pairs + i);
-      const auto c = as<Pack<acc_t, n>>(cos + i), s = as<Pack<acc_t, n>>(sin + i);
+      Unit x = view_as<Unit>(in + i), y = view_as<Unit>(in + pairs + i);
+      const auto c = view_as<AlignedVector<acc_t, n>>(cos + i), s = view_as<AlignedVector<acc_t, n>>(sin + i);
       for (int k = 0; k < n; ++k) rotate_pair(x.at[k], y.at[k], c.at[k], s.at[k]);
-      as<Unit>(out + i) = x;
-      as<Unit>(out + pairs + i) = y;
+      view_as<Unit>(out + i) = x;
+      view_as<Unit>(out + pairs + i) = y;
     }
   }
-  SINKATTN_ROLLED
-  for (int64_t i = 2 * pairs + first; i < head_dim; i += step) as<Unit>(out + i) = as<Unit>(in + i);
+  SINKATTN_NO_UNROLL
+  for (int64_t i = 2 * pairs + first; i < head_dim; i += step) view_as<Unit>(out + i) = view_as<Unit>(in + i);
 }
 
 template <typename Unit>
 __device__ void copy_vector(
     Unit* __restrict__ out, const Unit* __restrict__ in, int64_t in_stride, int64_t count, int lane, int lanes) {
-  SINKATTN_ROLLED
+  SINKATTN_NO_UNROLL
   for (int64_t i = lane; i < count; i += lanes) out[i] = in[i * in_stride];
 }
 
-// Blocks in the second row of the grid write values, those in the first write keys: neither waits for the other. Some
-// lanes write one token of one head: item = (row * heads + head) * written + i, token i of those that stay.
-template <typename scalar_t, bool packed>
+// Blocks with blockIdx.y == 0 write keys, those with blockIdx.y == 1 write values. A group of `lanes` threads writes
+// one token of one KV row: item = kv_row * max_written + i, for the i-th token that the append writes.
+template <typename scalar_t, bool vectorized>
 __global__ void append_kernel(AppendCall<scalar_t> call, int key_lanes, int value_lanes) {
   const bool is_key = blockIdx.y == 0;
-  const int lanes = is_key ? key_lanes : value_lanes, at_once = kThreads / lanes;
+  const int lanes = is_key ? key_lanes : value_lanes, vectors_per_block = kThreads / lanes;
   const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
-  const int64_t written = call.written(), items = call.items(), step = int64_t{gridDim.x} * at_once;
-  for (int64_t item = int64_t{blockIdx.x} * at_once + group; item < items; item += step) {
-    const int64_t vector = item / written;
-    const int64_t row = vector / call.heads, head = vector % call.heads;
+  const int64_t max_written = call.max_written(), num_items = call.num_items();
+  const int64_t step = int64_t{gridDim.x} * vectors_per_block;
+  for (int64_t item = int64_t{blockIdx.x} * vectors_per_block + group; item < num_items; item += step) {
+    const int64_t kv_row = item / max_written;
+    const int64_t row = kv_row / call.kv_heads, head = kv_row % call.kv_heads;
     const int64_t before = clamp(call.seen[row], 0, kMaxTokens);
     const int64_t count = call.lengths ? clamp(call.lengths[row], 0, call.tokens) : call.tokens;
-    const int64_t token = call.layout.written_token(before, count, item % written);
-    if (token == count) continue;  // a row that brings fewer tokens than another
-    const int64_t target = vector * call.layout.slots() + call.layout.slot(before + token);
+    const int64_t token = call.layout.written_token(before, count, item % max_written);
+    if (token == count) continue;  // this row writes fewer tokens
+    const int64_t target = kv_row * call.layout.slots() + call.layout.slot(before + token);
     if (is_key) {
       scalar_t* to = call.keys + target * call.key_dim;
       const scalar_t* from = call.key.at(row, head, token);
       const auto& tables = call.tables;
-      const int64_t table = row * tables.row + token * tables.token;
+      const int64_t table = row * tables.row_stride + token * tables.token_stride;
       const auto *cos = tables.cos + table, *sin = tables.sin + table;
-      if constexpr (packed) {
-        rotate_packs(to, from, call.key_dim, tables.pairs, cos, sin, call.interleaved, lane, lanes);
+      if constexpr (vectorized) {
+        rotate_vectorized(to, from, call.key_dim, tables.pairs, cos, sin, call.interleaved, lane, lanes);
       } else {
         rotate_vector<scalar_t>(
-            to, from, call.key.element, call.key_dim, tables.pairs, cos, sin, tables.pair, call.interleaved, lane,
-            lanes);
+            to, from, call.key.element_stride, call.key_dim, tables.pairs, cos, sin, tables.pair_stride,
+            call.interleaved, lane, lanes);
       }
     } else {
       scalar_t* to = call.values + target * call.value_dim;
       const scalar_t* from = call.value.at(row, head, token);
-      if constexpr (packed) {
-        using Unit = Pack<scalar_t, kPacked<scalar_t>>;
-        copy_vector(&as<Unit>(to), &as<Unit>(from), 1, call.value_dim / kPacked<scalar_t>, lane, lanes);
+      if constexpr (vectorized) {
+        using Unit = AlignedVector<scalar_t, kVectorElements<scalar_t>>;
+        const int64_t units = call.value_dim / kVectorElements<scalar_t>;
+        copy_vector(&view_as<Unit>(to), &view_as<Unit>(from), 1, units, lane, lanes);
       } else {
-        copy_vector(to, from, call.value.element, call.value_dim, lane, lanes);
+        copy_vector(to, from, call.value.element_stride, call.value_dim, lane, lanes);
       }
     }
   }
 }
 
-// The first row that cannot go back as far as it is asked to, and why; row is -1 when every row can.
-struct Refusal {
+// The first row whose rollback is refused, and its counts; row is -1 if no rollback is refused.
+struct RollbackFailure {
   int64_t row, count, seen, peak;
 };
 
-// One block, so that no row changes before every row is known to be able to. The arithmetic is that of ring_cache.cpp.
+// One block: it checks all rows before it changes any. The same arithmetic as rollback_ in ring_cache.cpp.
 static __global__ void rollback_kernel(
-    int64_t* seen, int64_t* peak, const int64_t* counts, int64_t batch, int64_t headroom, Refusal* refusal) {
+    int64_t* seen, int64_t* peak, const int64_t* counts, int64_t batch, int64_t headroom, RollbackFailure* failure) {
   __shared__ unsigned long long first;
   if (threadIdx.x == 0) first = batch;
   __syncthreads();
   for (int64_t row = threadIdx.x; row < batch; row += kThreads) {
     const int64_t count = counts[row];
-    const int64_t peak_now = peak[row] > seen[row] ? peak[row] : seen[row];
-    const bool possible = count >= 0 && count <= seen[row];
-    // What was rolled back before still has its slots, so it counts until as much is appended again.
-    const bool kept = count == 0 || peak_now - (seen[row] - count) <= headroom;
-    if (!(possible && kept)) atomicMin(&first, static_cast<unsigned long long>(row));
+    const int64_t new_peak = peak[row] > seen[row] ? peak[row] : seen[row];
+    const bool in_range = count >= 0 && count <= seen[row];
+    // Tokens that were rolled back before have already overwritten older ones: headroom counts from the peak.
+    const bool in_headroom = count == 0 || new_peak - (seen[row] - count) <= headroom;
+    if (!(in_range && in_headroom)) atomicMin(&first, static_cast<unsigned long long>(row));
   }
   __syncthreads();
-  const int64_t refused = first;
-  if (refused < batch) {
-    if (threadIdx.x == 0) *refusal = Refusal{refused, counts[refused], seen[refused], peak[refused]};
+  const int64_t failed = first;
+  if (failed < batch) {
+    if (threadIdx.x == 0) *failure = RollbackFailure{failed, counts[failed], seen[failed], peak[failed]};
     return;
   }
-  if (threadIdx.x == 0) *refusal = Refusal{-1, 0, 0, 0};
+  if (threadIdx.x == 0) *failure = RollbackFailure{-1, 0, 0, 0};
   for (int64_t row = threadIdx.x; row < batch; row += kThreads) {
     if (seen[row] > peak[row]) peak[row] = seen[row];
     seen[row] -= counts[row];
   }
 }
 
-constexpr int64_t kSharedRows = 1024;  // of which a plan is made in fast memory
+constexpr int64_t kMaxSharedRows = 1024;  // up to this many rows, plan_kernel works in shared memory
 
-// The moves that reorder the rows of a cache, by one thread: each step depends on the one before. One block.
+// Plans the moves that reorder the rows of a cache (row_moves.h). One block, in which one thread plans: each step
+// depends on the one before.
 static __global__ void plan_kernel(
-    const int64_t* source, int64_t batch, int64_t* readers, RowMove* moves, int64_t* move_count) {
-  __shared__ int64_t shared_source[kSharedRows];
-  __shared__ int64_t shared_readers[kSharedRows];
-  const bool shared = batch <= kSharedRows;
+    const int64_t* source, int64_t batch, int64_t* num_readers, RowMove* moves, int64_t* num_moves) {
+  __shared__ int64_t shared_source[kMaxSharedRows];
+  __shared__ int64_t shared_readers[kMaxSharedRows];
+  const bool shared = batch <= kMaxSharedRows;
   for (int64_t row = threadIdx.x; shared && row < batch; row += kThreads) shared_source[row] = source[row];
   __syncthreads();
   if (threadIdx.x > 0) return;
-  *move_count = shared ? plan_row_moves(shared_source, batch, shared_readers, moves)
-                       : plan_row_moves(source, batch, readers, moves);
+  *num_moves = shared ? plan_row_moves(shared_source, batch, shared_readers, moves)
+                      : plan_row_moves(source, batch, num_readers, moves);
 }
 
-// Each thread does all moves of a column, one unit of each row, and holds the spare of that column.
+// Each thread makes all moves for one column, an access unit of every row, and holds the temporary row's unit.
 template <typename Unit>
 __global__ void move_rows_kernel(
-    Unit* cache, const RowMove* __restrict__ moves, const int64_t* __restrict__ move_count, int64_t row_units) {
-  constexpr int kAhead = 4;  // reads done together; a plan lets them precede its moves
-  const int64_t count = *move_count, step = int64_t{gridDim.x} * kThreads;
+    Unit* cache, const RowMove* __restrict__ moves, const int64_t* __restrict__ num_moves, int64_t row_units) {
+  constexpr int kReadAhead = 4;  // moves whose reads are issued together: the plan allows reads ahead of earlier moves
+  const int64_t count = *num_moves, step = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < row_units; i += step) {
     Unit* column = cache + i;
     Unit spare{};
-    for (int64_t first = 0; first < count; first += kAhead) {
-      RowMove now[kAhead];
-      Unit content[kAhead];
-      for (int k = 0; k < kAhead; ++k) {
+    for (int64_t first = 0; first < count; first += kReadAhead) {
+      RowMove now[kReadAhead];
+      Unit content[kReadAhead];
+      for (int k = 0; k < kReadAhead; ++k) {
         now[k] = first + k < count ? moves[first + k] : RowMove{kSpareRow, kSpareRow};
       }
-      for (int k = 0; k < kAhead; ++k) {
+      for (int k = 0; k < kReadAhead; ++k) {
         content[k] = now[k].from == kSpareRow ? spare : column[now[k].from * row_units];
         if (now[k].to == kSpareRow) spare = content[k];
       }
-      for (int k = 0; k < kAhead; ++k) {
+      for (int k = 0; k < kReadAhead; ++k) {
         if (now[k].to != kSpareRow) column[now[k].to * row_units] = content[k];
       }
     }
   }
 }
 
-// Rows of the grid take rows of the list.
+// Zeros the rows listed in `rows`; blockIdx.y strides over the list.
 template <typename Unit>
 __global__ void zero_rows_kernel(Unit* cache, const int64_t* rows, int64_t count, int64_t batch, int64_t row_units) {
   const int64_t step = int64_t{gridDim.x} * kThreads;
@@ -277,31 +288,31 @@ __global__ void zero_rows_kernel(Unit* cache, const int64_t* rows, int64_t count
     const int64_t row = rows[entry];
     if (row < 0 || row >= batch) continue;
     Unit* to = cache + row * row_units;
-    SINKATTN_ROLLED
+    SINKATTN_NO_UNROLL
     for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < row_units; i += step) to[i] = Unit{};
   }
 }
 
-// Some lanes write one vector of the copy: item = (row * heads + head) * length + i.
+// Copies the visible tokens in stream order. A group of `lanes` threads writes one vector: item = kv_row * length + i.
 template <typename Unit>
 __global__ void linearise_kernel(
     Unit* __restrict__ out, const Unit* __restrict__ cache, const int64_t* __restrict__ seen, int64_t batch,
-    int64_t heads, int64_t units, RingLayout layout, int lanes) {
+    int64_t kv_heads, int64_t units, RingLayout layout, int lanes) {
   const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
-  const int at_once = kThreads / lanes;
+  const int vectors_per_block = kThreads / lanes;
   const int64_t length = layout.num_sinks + layout.window;
-  const int64_t items = batch * heads * length, step = int64_t{gridDim.x} * at_once;
-  for (int64_t item = int64_t{blockIdx.x} * at_once + group; item < items; item += step) {
-    const int64_t vector = item / length, i = item % length;
-    const int64_t count = clamp(seen[vector / heads], 0, kMaxTokens);
+  const int64_t num_items = batch * kv_heads * length, step = int64_t{gridDim.x} * vectors_per_block;
+  for (int64_t item = int64_t{blockIdx.x} * vectors_per_block + group; item < num_items; item += step) {
+    const int64_t kv_row = item / length, i = item % length;
+    const int64_t count = clamp(seen[kv_row / kv_heads], 0, kMaxTokens);
     const int64_t sinks = count < layout.num_sinks ? count : layout.num_sinks;
     const int64_t recent = count - sinks < layout.window ? count - sinks : layout.window;
     Unit* to = out + item * units;
     if (i < sinks + recent) {
       const int64_t token = i < sinks ? i : count - recent + (i - sinks);
-      copy_vector(to, cache + (vector * layout.slots() + layout.slot(token)) * units, 1, units, lane, lanes);
+      copy_vector(to, cache + (kv_row * layout.slots() + layout.slot(token)) * units, 1, units, lane, lanes);
     } else {
-      SINKATTN_ROLLED
+      SINKATTN_NO_UNROLL
       for (int64_t u = lane; u < units; u += lanes) to[u] = Unit{};
     }
   }

@@ -1,6 +1,8 @@
-// Vectors of one instruction set, on the vector extensions of GCC and Clang. The including file chooses the set by
-// defining SINKATTN_AMX, SINKATTN_AVX512, SINKATTN_AVX2 or none (SSE2 on x86-64, NEON on arm64). All that depends on it
-// lives in a namespace of that name, so that one library can hold several and choose when it runs.
+// SIMD vectors of one instruction set, on the vector extensions of GCC and Clang, for the CPU attention kernel.
+//
+// The including file selects the set by defining SINKATTN_AMX, SINKATTN_AVX512, SINKATTN_AVX2 or none of them (SSE2 on
+// x86-64, NEON on arm64). Everything that depends on it is in namespace SINKATTN_ISA, named after the set, so that one
+// library can hold several versions and choose at run time.
 #pragma once
 
 #include <cmath>
@@ -20,7 +22,7 @@
 #include <arm_neon.h>
 #endif
 
-// From here on code is compiled for the set; headers that are not ours must have been included before.
+// From here on, code is compiled for the set: include standard headers above, or their inline functions would be too.
 #if defined(SINKATTN_AVX512)
 #define SINKATTN_VECTOR_BYTES 64
 #define SINKATTN_VECTOR_REGISTERS 32
@@ -81,9 +83,9 @@ using IntVec = VectorOf<int32_t>::type;
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-// The same bytes under another type.
+// Reinterprets the bytes of a value as another type of the same size.
 template <typename To, typename From>
-SINKATTN_INLINE To as(const From& from) {
+SINKATTN_INLINE To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof to);
@@ -95,7 +97,7 @@ SINKATTN_INLINE Vec<acc_t> broadcast(acc_t x) {
   return x - Vec<acc_t>{};
 }
 
-// a * b + c, rounded once where the instruction set can.
+// a * b + c, fused (rounded once) where the instruction set has it.
 template <typename V>
 SINKATTN_INLINE V multiply_add(V a, V b, V c) {
 #if defined(SINKATTN_AVX512)
@@ -112,9 +114,9 @@ SINKATTN_INLINE V multiply_add(V a, V b, V c) {
 #endif
 }
 
-// Consecutive elements in memory, widened to the type of accumulation, and rounded back from it.
+// Loads consecutive elements and converts them to the type of accumulation; stores round to nearest even.
 template <typename scalar_t>
-struct Memory {  // float, double
+struct VectorIO {  // float, double
   static SINKATTN_INLINE Vec<scalar_t> load(const scalar_t* from) {
     Vec<scalar_t> x;
     std::memcpy(&x, from, sizeof x);
@@ -127,22 +129,22 @@ using HalfBits = VectorOf<uint16_t, SINKATTN_VECTOR_BYTES / 2>::type;
 using WideBits = VectorOf<uint32_t>::type;
 
 template <>
-struct Memory<BFloat16> {
+struct VectorIO<BFloat16> {
   static SINKATTN_INLINE Vec<float> load(const BFloat16* from) {
 #if defined(SINKATTN_AVX512)
     const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return as<Vec<float>>(as<WideBits>(_mm512_maskz_cvtepu16_epi32(0xffff, x)) << 16);
+    return bit_cast<Vec<float>>(bit_cast<WideBits>(_mm512_maskz_cvtepu16_epi32(0xffff, x)) << 16);
 #elif defined(SINKATTN_AVX2)
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    return as<Vec<float>>(as<WideBits>(_mm256_cvtepu16_epi32(x)) << 16);
+    return bit_cast<Vec<float>>(bit_cast<WideBits>(_mm256_cvtepu16_epi32(x)) << 16);
 #else
     HalfBits x;
     std::memcpy(&x, from, sizeof x);
-    return as<Vec<float>>(__builtin_convertvector(x, WideBits) << 16);
+    return bit_cast<Vec<float>>(__builtin_convertvector(x, WideBits) << 16);
 #endif
   }
   static SINKATTN_INLINE void store(BFloat16* to, Vec<float> x) {
-    const WideBits in = as<WideBits>(x), number = as<WideBits>(x == x);
+    const WideBits in = bit_cast<WideBits>(x), number = bit_cast<WideBits>(x == x);
     const WideBits rounded = (in + 0x7fff + ((in >> 16) & 1)) >> 16;
     const HalfBits bits = __builtin_convertvector((number & rounded) | (~number & 0x7fc0), HalfBits);
     std::memcpy(to, &bits, sizeof bits);
@@ -150,7 +152,7 @@ struct Memory<BFloat16> {
 };
 
 template <>
-struct Memory<Half> {
+struct VectorIO<Half> {
   static SINKATTN_INLINE Vec<float> load(const Half* from) {
 #if defined(SINKATTN_AVX512)
     return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -161,9 +163,9 @@ struct Memory<Half> {
     std::memcpy(&x, from, sizeof x);
     const WideBits wide = __builtin_convertvector(x, WideBits);
     const WideBits magnitude = (wide & 0x7fff) << 13;
-    const WideBits finite = as<WideBits>(as<Vec<float>>(magnitude) * 0x1p112f);
-    const WideBits special = as<WideBits>((wide & 0x7c00) == 0x7c00);
-    return as<Vec<float>>(((wide & 0x8000) << 16) | (special & (magnitude | 0x7f800000)) | (~special & finite));
+    const WideBits finite = bit_cast<WideBits>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
+    const WideBits special = bit_cast<WideBits>((wide & 0x7c00) == 0x7c00);
+    return bit_cast<Vec<float>>(((wide & 0x8000) << 16) | (special & (magnitude | 0x7f800000)) | (~special & finite));
 #endif
   }
   static SINKATTN_INLINE void store(Half* to, Vec<float> x) {
@@ -180,10 +182,10 @@ struct Memory<Half> {
 
 template <typename scalar_t>
 SINKATTN_INLINE auto load(const scalar_t* from) {
-  return Memory<scalar_t>::load(from);
+  return VectorIO<scalar_t>::load(from);
 }
 
-// The first `count` elements, and zeros.
+// Loads `count` elements, fewer than a vector has, padded with zeros.
 template <typename scalar_t>
 SINKATTN_INLINE auto load_first(const scalar_t* from, int64_t count) {
   using V = decltype(load(from));
@@ -194,10 +196,10 @@ SINKATTN_INLINE auto load_first(const scalar_t* from, int64_t count) {
 
 template <typename scalar_t, typename V>
 SINKATTN_INLINE void store(scalar_t* to, V x) {
-  Memory<scalar_t>::store(to, x);
+  VectorIO<scalar_t>::store(to, x);
 }
 
-// Lane i of the result is lane Index of `a`, or of `b` from the number of lanes on.
+// Lane i of the result is lane Index[i] of the concatenation of `a` and `b`.
 template <typename V, int... Index>
 SINKATTN_INLINE V shuffle(V a, V b, std::integer_sequence<int, Index...>) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -223,41 +225,42 @@ SINKATTN_INLINE V swap_lanes(V x) {
 }
 
 template <typename V>
-struct Pair {
+struct VectorPair {
   V low, high;
 };
 
 template <int Step, typename V, int... I>
-SINKATTN_INLINE Pair<V> exchange(V a, V b, std::integer_sequence<int, I...>) {
+SINKATTN_INLINE VectorPair<V> exchange(V a, V b, std::integer_sequence<int, I...>) {
   constexpr int lanes = sizeof...(I);
   return {
       shuffle(a, b, std::integer_sequence<int, (I & Step ? lanes + I - Step : I)...>{}),
       shuffle(a, b, std::integer_sequence<int, (I & Step ? lanes + I : I + Step)...>{})};
 }
 
-// `low`: lane i of `a` where bit `Step` of i is clear, else lane i - Step of `b`; `high`: lane i + Step of `a` where it
-// is clear, else lane i of `b`.
+// One step of a transpose or reduction. Where bit `Step` of lane number i is clear, `low` takes lane i of `a` and
+// `high` takes lane i + Step of `a`; else `low` takes lane i - Step of `b` and `high` takes lane i of `b`.
 template <int Step, typename V>
-SINKATTN_INLINE Pair<V> exchange(V a, V b) {
+SINKATTN_INLINE VectorPair<V> exchange(V a, V b) {
   return exchange<Step>(a, b, LaneNumbers<V>{});
 }
 
-// Lane i of the result is the sum over all lanes of x[i], for as many x as there are lanes; x is overwritten.
+// Sums each of `Count` vectors, as many as a vector has lanes: lane i of the result is the sum of the lanes of x[i].
+// Overwrites x.
 template <int Count, typename V>
-SINKATTN_INLINE V sums(V* x) {
+SINKATTN_INLINE V horizontal_sums(V* x) {
   if constexpr (Count > 1) {
 #pragma GCC unroll 16
     for (int i = 0; i < Count / 2; ++i) {
-      const Pair<V> pair = exchange<Count / 2>(x[i], x[i + Count / 2]);
-      x[i] = pair.low + pair.high;
+      const VectorPair<V> both = exchange<Count / 2>(x[i], x[i + Count / 2]);
+      x[i] = both.low + both.high;
     }
-    return sums<Count / 2>(x);
+    return horizontal_sums<Count / 2>(x);
   } else {
     return x[0];
   }
 }
 
-// Turns a square of lanes over its diagonal: lane i of x[j] becomes lane j of x[i].
+// Transposes a square of lanes: lane i of x[j] becomes lane j of x[i].
 template <int Step = 1, typename V>
 SINKATTN_INLINE void transpose(V* x) {
   constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
@@ -265,9 +268,9 @@ SINKATTN_INLINE void transpose(V* x) {
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) {
       if (i & Step) continue;
-      const Pair<V> pair = exchange<Step>(x[i], x[i + Step]);
-      x[i] = pair.low;
-      x[i + Step] = pair.high;
+      const VectorPair<V> both = exchange<Step>(x[i], x[i + Step]);
+      x[i] = both.low;
+      x[i + Step] = both.high;
     }
     transpose<2 * Step>(x);
   }

@@ -1,4 +1,4 @@
-// Reductions and elementary functions on vectors.
+// Reductions, exp and tanh on SIMD vectors (simd.h).
 #pragma once
 
 #include <cmath>
@@ -14,46 +14,46 @@ SINKATTN_INLINE V maximum(V a, V b) {
 }
 
 template <int Step, typename V>
-SINKATTN_INLINE V largest_of_all(V x) {
+SINKATTN_INLINE V reduce_max_lanes(V x) {
   x = maximum(x, swap_lanes<Step>(x));
-  if constexpr (Step > 1) x = largest_of_all<Step / 2>(x);
+  if constexpr (Step > 1) x = reduce_max_lanes<Step / 2>(x);
   return x;
 }
 
 template <int Step, typename V>
-SINKATTN_INLINE V sum_of_all(V x) {
+SINKATTN_INLINE V reduce_sum_lanes(V x) {
   x += swap_lanes<Step>(x);
-  if constexpr (Step > 1) x = sum_of_all<Step / 2>(x);
+  if constexpr (Step > 1) x = reduce_sum_lanes<Step / 2>(x);
   return x;
 }
 
 template <typename V>
-SINKATTN_INLINE auto largest(V x) {
-  return largest_of_all<sizeof(V) / sizeof(x[0]) / 2>(x)[0];
+SINKATTN_INLINE auto reduce_max(V x) {
+  return reduce_max_lanes<sizeof(V) / sizeof(x[0]) / 2>(x)[0];
 }
 
 template <typename V>
-SINKATTN_INLINE auto sum(V x) {
-  return sum_of_all<sizeof(V) / sizeof(x[0]) / 2>(x)[0];
+SINKATTN_INLINE auto reduce_sum(V x) {
+  return reduce_sum_lanes<sizeof(V) / sizeof(x[0]) / 2>(x)[0];
 }
 
-// exp(x) for x <= 0; what would be subnormal is zero.
+// exp(x) for x <= 0; results below the smallest normal number are flushed to zero.
 SINKATTN_INLINE Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
   constexpr float lowest = -87.336544f;  // log(2^-126)
   const V bounded = x < lowest ? broadcast(lowest) : x;
-  // x = n log 2 + r, |r| <= log(2) / 2: adding 1.5 * 2^23 rounds to an integer and leaves it in the last bits.
+  // x = n log 2 + r, |r| <= log(2) / 2: adding 1.5 * 2^23 rounds to an integer, n, in the last mantissa bits.
   const V shifted = multiply_add(bounded, broadcast(1.44269504f), broadcast(12582912.0f));
   const V n = shifted - 12582912.0f;
   V r = multiply_add(n, broadcast(-0.693359375f), bounded);
   r = multiply_add(n, broadcast(2.12194440e-4f), r);
-  // exp(r) = 1 + r + r^2 p(r); p is the minimax polynomial, relative error 3e-9.
+  // exp(r) = 1 + r + r^2 p(r); p is a minimax polynomial, relative error 3e-9.
   V p = multiply_add(broadcast(1.38145986e-3f), r, broadcast(8.36871688e-3f));
   p = multiply_add(p, r, broadcast(4.16683880e-2f));
   p = multiply_add(p, r, broadcast(1.66665206e-1f));
   p = multiply_add(p, r, broadcast(4.99999934e-1f));
   const V mantissa = multiply_add(p, r * r, r) + 1.0f;
-  const V power = as<V>((as<IntVec>(shifted) << 23) + (127 << 23));
+  const V power = bit_cast<V>((bit_cast<IntVec>(shifted) << 23) + (127 << 23));
   return x < lowest ? V{} : mantissa * power;
 }
 
@@ -67,7 +67,7 @@ SINKATTN_INLINE Vec<float> tanh(Vec<float> x) {
   const V magnitude = x < 0.0f ? -x : x;
   const V e = exp(-2.0f * magnitude);
   const V far = (1.0f - e) / (1.0f + e);
-  // Near zero that would lose digits: x + x^3 p(x^2), relative error 4e-9 up to 0.625.
+  // Near zero, where 1 - e cancels: x + x^3 p(x^2), relative error 4e-9 up to 0.625.
   const V z = x * x;
   V p = multiply_add(broadcast(-5.70498699e-3f), z, broadcast(2.06390872e-2f));
   p = multiply_add(p, z, broadcast(-5.37397151e-2f));

@@ -1,5 +1,5 @@
-// What attention must put out, in plain fp64: for each query its keys are gathered and rotated anew, at their ranks.
-// Knows neither a ring nor rotations at stream positions.
+// Expected attention outputs in plain fp64: for each query, gathers its visible keys and rotates them at their ranks.
+// Independent of the kernel: no ring, no rotation at stream positions. Included by attention_test.cpp.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@ namespace reference {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-// `rounding` is the largest relative error of rounding to it.
+// `rounding` is the largest relative error of rounding to the type.
 struct Type {
   sinkattn::CacheType type;
   const char* name;
@@ -42,12 +42,12 @@ template <typename scalar_t>
 using Acc = typename sinkattn::Accumulate<scalar_t>::type;
 
 template <typename scalar_t>
-scalar_t rounded(double x) {
+scalar_t round_to(double x) {
   return static_cast<scalar_t>(static_cast<Acc<scalar_t>>(x));
 }
 
 template <typename scalar_t>
-double widened(scalar_t x) {
+double to_double(scalar_t x) {
   return static_cast<double>(static_cast<Acc<scalar_t>>(x));
 }
 
@@ -56,29 +56,29 @@ enum Option {
   kSoftcap = 2,
   kAlibi = 4,
   kSinkLogits = 8,
-  kGaps = 16,       // inputs lie in another order, with NaN between all elements
-  kSpoiled = 32,    // some inputs are NaN or infinite
-  kAllNumbers = 64  // values run through all numbers of a 16-bit type
+  kGaps = 16,           // inputs with permuted strides, and NaN between all elements
+  kNonFinite = 32,      // some inputs are NaN or infinite
+  kAllBitPatterns = 64  // values run through all bit patterns of a 16-bit type
 };
 
-using Call = std::vector<int64_t>;  // tokens of each row; a single number is that of all rows
+using Call = std::vector<int64_t>;  // new tokens of each row, or one number for all rows
 
 struct Case {
   const char* name;
   sinkattn::RingLayout layout;
   int64_t heads, kv_heads, head_dim, value_dim, pairs;
-  std::vector<int64_t> seen;  // by each row, before the first call
+  std::vector<int64_t> seen;  // of each row, before the first call
   std::vector<Call> calls;
   int options = 0;
 
   bool has(Option option) const { return options & option; }
   int64_t batch() const { return static_cast<int64_t>(seen.size()); }
-  double scale() const { return 3.7 / std::sqrt(head_dim); }  // makes scores of about 1
+  double scale() const { return 3.7 / std::sqrt(head_dim); }  // gives scores of about 1
   double softcap() const { return has(kSoftcap) ? 1.5 : 0; }
 };
 
-// Uniform in [-1, 1), and the same for the same arguments.
-inline double noise(std::initializer_list<int64_t> arguments) {
+// Pseudorandom number in [-1, 1), uniform, a function of the arguments.
+inline double uniform(std::initializer_list<int64_t> arguments) {
   uint64_t x = 0;
   for (const int64_t argument : arguments) {
     x = (x ^ static_cast<uint64_t>(argument)) * 0x9e3779b97f4a7c15u + 1;
@@ -87,52 +87,52 @@ inline double noise(std::initializer_list<int64_t> arguments) {
   return static_cast<double>((x * 0xbf58476d1ce4e5b9u) >> 11) * 0x1p-52 - 1;
 }
 
-inline double sink_logit(int64_t head) { return head % 3 == 1 ? -kInfinity : 1 + noise({head}); }
+inline double sink_logit(int64_t head) { return head % 3 == 1 ? -kInfinity : 1 + uniform({head}); }
 inline double alibi_slope(int64_t head) { return 0.4 * std::pow(0.25, head); }
 
-// So few digits that the angle is exact at any position here.
+// Rounded to so few bits that position * frequency is exact at all positions tested.
 inline double frequency(int64_t pair, int64_t pairs) {
   return std::round(std::pow(1e4, -static_cast<double>(pair) / pairs) * 0x1p16) * 0x1p-16;
 }
 
 // Cosines and sines of all pairs at a position.
-struct Turns {
+struct RotaryTable {
   std::vector<double> cos, sin;
 };
 
 enum Kind { kQuery, kKey, kValue };
 
-// A way of being wrong: tokens added to the window, positions added to the sinks.
-struct Mistake {
+// A deliberate error: tokens added to the window, positions added to the sinks.
+struct Defect {
   int64_t window, sinks;
 };
 
-// What a call must put out, as AttentionCall::out has it, and how far from it the kernel may be.
+// Expected output of a call, in the layout of AttentionCall::out, and the tolerance of each element.
 struct Expected {
   std::vector<double> out, tolerance;
 };
 
-// The streams of a case, rounded to the type of the cache, and what attention makes of them.
+// Queries, keys and values of the streams of a case, rounded to the type of the cache, and attention over them.
 template <typename scalar_t>
-class Streams {
+class ReferenceStreams {
  public:
-  explicit Streams(const Case& c) : c_(c), end_(c.seen) {
+  explicit ReferenceStreams(const Case& c) : c_(c), end_(c.seen) {
     for (const Call& call : c.calls) {
       for (int64_t row = 0; row < c.batch(); ++row) end_[row] += call.size() == 1 ? call[0] : call[row];
     }
     for (int64_t row = 0; row < c.batch(); ++row) {
-      // One token more than the first query sees, for the mistake of looking too far.
+      // Keeps one token more than the first query sees, for the defect of a window that is too long.
       skipped_.push_back(std::max<int64_t>(0, c.seen[row] - c.layout.window - c.layout.num_sinks));
       for (const Kind kind : {kQuery, kKey, kValue}) {
-        std::vector<double> numbers;
-        numbers.reserve((end_[row] - skipped_[row]) * heads(kind) * dim(kind));
+        std::vector<double> elements;
+        elements.reserve((end_[row] - skipped_[row]) * heads(kind) * dim(kind));
         for (int64_t i = 0; i < end_[row] - skipped_[row]; ++i) {
           const int64_t token = i < c.layout.num_sinks ? i : i + skipped_[row];
           for (int64_t head = 0; head < heads(kind); ++head) {
-            for (int64_t d = 0; d < dim(kind); ++d) numbers.push_back(number(kind, row, head, token, d));
+            for (int64_t d = 0; d < dim(kind); ++d) elements.push_back(element(kind, row, head, token, d));
           }
         }
-        numbers_.push_back(std::move(numbers));
+        elements_.push_back(std::move(elements));
       }
     }
   }
@@ -140,76 +140,76 @@ class Streams {
   int64_t heads(Kind kind) const { return kind == kQuery ? c_.heads : c_.kv_heads; }
   int64_t dim(Kind kind) const { return kind == kValue ? c_.value_dim : c_.head_dim; }
 
-  // Tokens of each row after all calls.
+  // Tokens seen by each row after all calls.
   const std::vector<int64_t>& end() const { return end_; }
 
-  // One head of one token, not rotated.
+  // The vector of one head of one token, before rotation.
   const double* at(Kind kind, int64_t row, int64_t head, int64_t token) const {
     const int64_t i = token < c_.layout.num_sinks ? token : token - skipped_[row];
-    return &numbers_[3 * row + kind][(i * heads(kind) + head) * dim(kind)];
+    return &elements_[3 * row + kind][(i * heads(kind) + head) * dim(kind)];
   }
 
-  const Turns& turns(int64_t position) {
-    Turns& turns = turns_[position];
-    for (int64_t i = static_cast<int64_t>(turns.cos.size()); i < c_.pairs; ++i) {
+  const RotaryTable& rotary_table(int64_t position) {
+    RotaryTable& table = rotary_tables_[position];
+    for (int64_t i = static_cast<int64_t>(table.cos.size()); i < c_.pairs; ++i) {
       const double angle = static_cast<double>(position) * frequency(i, c_.pairs);
-      turns.cos.push_back(std::cos(angle));
-      turns.sin.push_back(std::sin(angle));
+      table.cos.push_back(std::cos(angle));
+      table.sin.push_back(std::sin(angle));
     }
-    return turns;
+    return table;
   }
 
   void rotate(double* out, const double* in, int64_t position) {
     std::copy(in, in + c_.head_dim, out);
-    const Turns& by = turns(position);
+    const RotaryTable& table = rotary_table(position);
     for (int64_t i = 0; i < c_.pairs; ++i) {
       const int64_t a = c_.has(kInterleaved) ? 2 * i : i, b = c_.has(kInterleaved) ? a + 1 : i + c_.pairs;
-      out[a] = in[a] * by.cos[i] - in[b] * by.sin[i];
-      out[b] = in[a] * by.sin[i] + in[b] * by.cos[i];
+      out[a] = in[a] * table.cos[i] - in[b] * table.sin[i];
+      out[b] = in[a] * table.sin[i] + in[b] * table.cos[i];
     }
   }
 
-  // For a call of `tokens` tokens, of which a row brings as many as `lengths` says, after `seen`.
+  // Expected output of a call of `tokens` tokens after `seen`; each row has `lengths` new tokens, the rest is padding.
   Expected attend(
       const std::vector<int64_t>& seen, const std::vector<int64_t>& lengths, int64_t tokens,
-      const Mistake& mistake = {0, 0}) {
+      const Defect& defect = {0, 0}) {
     Expected expected;
-    expected.out.resize(c_.batch() * tokens * c_.heads * c_.value_dim);  // padding gives zeros, and exactly
+    expected.out.resize(c_.batch() * tokens * c_.heads * c_.value_dim);  // zeros, exact for padding
     expected.tolerance.resize(expected.out.size());
     for (int64_t row = 0; row < c_.batch(); ++row) {
       for (int64_t i = 0; i < lengths[row]; ++i) {
         const int64_t at = (row * tokens + i) * c_.heads * c_.value_dim;
-        attend_one(&expected.out[at], &expected.tolerance[at], row, seen[row] + i, mistake);
+        attend_token(&expected.out[at], &expected.tolerance[at], row, seen[row] + i, defect);
       }
     }
     return expected;
   }
 
  private:
-  double number(Kind kind, int64_t row, int64_t head, int64_t token, int64_t d) const {
+  double element(Kind kind, int64_t row, int64_t head, int64_t token, int64_t d) const {
     const int64_t since = token - c_.seen[row];
-    if (c_.has(kSpoiled)) {
+    if (c_.has(kNonFinite)) {
       if (kind == kValue && since == 9) return -kInfinity;
       if (since == (kind == kValue ? 5 : kind == kQuery ? 13 : 30)) return kNaN;
     }
     if constexpr (sizeof(scalar_t) == 2) {
-      if (c_.has(kAllNumbers) && kind == kValue) {
+      if (c_.has(kAllBitPatterns) && kind == kValue) {
         scalar_t x;
         x.bits = static_cast<uint16_t>((token * c_.kv_heads + head) * c_.value_dim + d);
-        return widened(x);
+        return to_double(x);
       }
     }
-    return widened(rounded<scalar_t>(noise({kind, row, head, token, d})));
+    return to_double(round_to<scalar_t>(uniform({kind, row, head, token, d})));
   }
 
   // All heads of one token.
-  void attend_one(double* out, double* tolerance, int64_t row, int64_t token, const Mistake& mistake) {
-    const int64_t sinks = c_.layout.num_sinks, window = c_.layout.window + mistake.window;
+  void attend_token(double* out, double* tolerance, int64_t row, int64_t token, const Defect& defect) {
+    const int64_t sinks = c_.layout.num_sinks, window = c_.layout.window + defect.window;
     std::vector<int64_t> visible;
     for (int64_t u = 0; u < std::min(sinks, token + 1); ++u) visible.push_back(u);
     for (int64_t u = std::max(sinks, token - window + 1); u <= token; ++u) visible.push_back(u);
     const int64_t count = static_cast<int64_t>(visible.size()), group = c_.heads / c_.kv_heads;
-    const auto position = [&](int64_t rank) { return rank + (visible[rank] < sinks ? mistake.sinks : 0); };
+    const auto position = [&](int64_t rank) { return rank + (visible[rank] < sinks ? defect.sinks : 0); };
     std::vector<double> keys(count * c_.head_dim), query(c_.head_dim), weights(count);
     for (int64_t head = 0; head < c_.heads; ++head, out += c_.value_dim, tolerance += c_.value_dim) {
       for (int64_t j = 0; j < count && head % group == 0; ++j) {
@@ -238,10 +238,10 @@ class Streams {
         for (int64_t d = 0; d < c_.value_dim; ++d) out[d] += weight * value[d];
       }
       for (int64_t d = 0; d < c_.value_dim; ++d) {
-        // The output is rounded once. Every key has been rounded, which moves its score, and so its weight, by about
-        // half a rounding, independently of the others: hence the squares, and five times as much to be safe. Sums of
-        // some hundred numbers of size 1 add a few roundings in the type of accumulation. The value of a key that is
-        // seen alone comes out as it is.
+        // The output is rounded once. Every key was rounded, which changes its score, and so its weight, by about half
+        // a rounding, independently of the others: hence the root of the sum of squares, times five as a margin. Sums
+        // of some hundred numbers of size 1 add a few roundings in the type of accumulation. If only one key is
+        // visible, its value is the exact output.
         tolerance[d] = kType<scalar_t>.rounding * (std::abs(out[d]) + 2.5 * std::sqrt(squares) / total) +
                        32 * kType<Acc<scalar_t>>.rounding;
         if (count == 1 && !c_.has(kSinkLogits)) tolerance[d] = 0;
@@ -250,9 +250,9 @@ class Streams {
   }
 
   const Case& c_;
-  std::vector<int64_t> end_, skipped_;        // skipped: tokens between sinks and window that nobody asks for
-  std::vector<std::vector<double>> numbers_;  // [row, kind][token, head, element]
-  std::map<int64_t, Turns> turns_;
+  std::vector<int64_t> end_, skipped_;         // skipped: tokens between sinks and window that no query sees
+  std::vector<std::vector<double>> elements_;  // [row, kind][token, head, element]
+  std::map<int64_t, RotaryTable> rotary_tables_;
 };
 
 }  // namespace reference

@@ -1,5 +1,6 @@
-// The attention kernel of every instruction set that this processor has, against the reference. Memory that must not
-// be read, in the cache too, holds NaN, and every buffer ends where it is said to end.
+// Tests the CPU attention kernel of every instruction set that this processor has against attention_reference.h. All
+// memory that must not be read holds NaN, also in the cache, and every buffer ends with its last element, so that the
+// address sanitizer detects accesses beyond it.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -21,27 +22,28 @@ using sinkattn::InstructionSet;
 
 namespace {
 
-// Real threads, all begun before any of them works; memory of exactly the size asked for.
-class Threads final : public sinkattn::Workers {
+// Workers on threads of their own, which all start before any of them works. The workspace has exactly the requested
+// size.
+class ThreadWorkers final : public sinkattn::Workers {
  public:
-  explicit Threads(int64_t count) : count_(count) {}
-  Threads(const Threads&) = delete;
-  ~Threads() { ::operator delete(memory_, kAlignment); }
+  explicit ThreadWorkers(int64_t count) : count_(count) {}
+  ThreadWorkers(const ThreadWorkers&) = delete;
+  ~ThreadWorkers() { ::operator delete(memory_, kAlignment); }
 
-  int64_t count() const override { return count_; }
+  int64_t max_workers() const override { return count_; }
 
-  void run(int64_t workers, void (*work)(void* context, int64_t worker), void* context) override {
-    CHECK(workers >= 1 && workers <= count_);
-    most = std::max(most, workers);
-    std::atomic<int64_t> missing{workers};
-    const auto begin = [&](int64_t worker) {
-      --missing;
-      while (missing > 0) std::this_thread::yield();
+  void run(int64_t num_workers, void (*work)(void* context, int64_t worker), void* context) override {
+    CHECK(num_workers >= 1 && num_workers <= count_);
+    max_used = std::max(max_used, num_workers);
+    std::atomic<int64_t> not_started{num_workers};
+    const auto start = [&](int64_t worker) {
+      --not_started;
+      while (not_started > 0) std::this_thread::yield();
       work(context, worker);
     };
     std::vector<std::thread> others;
-    for (int64_t worker = 1; worker < workers; ++worker) others.emplace_back(begin, worker);
-    begin(0);
+    for (int64_t worker = 1; worker < num_workers; ++worker) others.emplace_back(start, worker);
+    start(0);
     for (std::thread& other : others) other.join();
   }
 
@@ -52,7 +54,7 @@ class Threads final : public sinkattn::Workers {
     return memory_;
   }
 
-  static inline int64_t most = 0;  // that any call had work for
+  static inline int64_t max_used = 0;  // most workers that any call used
 
  private:
   static constexpr std::align_val_t kAlignment{64};
@@ -60,38 +62,39 @@ class Threads final : public sinkattn::Workers {
   char* memory_ = nullptr;
 };
 
-// In units of the tolerance; what is not finite must be the same.
+// Error in units of the tolerance. NaN must be NaN, and infinity the same infinity.
 double error(double expected, double tolerance, double got) {
   if (std::isnan(expected)) return std::isnan(got) ? 0 : kInfinity;
   return expected == got ? 0 : std::abs(got - expected) / tolerance;
 }
 
 template <typename scalar_t>
-void check_near(const Expected& expected, const std::vector<scalar_t>& got) {
+void check_close(const Expected& expected, const std::vector<scalar_t>& got) {
   CHECK(expected.out.size() == got.size());
   for (size_t i = 0; i < got.size(); ++i) {
-    if (error(expected.out[i], expected.tolerance[i], widened(got[i])) <= 1) continue;
-    where += ", element " + std::to_string(i) + ": expected " + std::to_string(expected.out[i]) + " to within " +
-             std::to_string(expected.tolerance[i]) + ", got " + std::to_string(widened(got[i]));
+    if (error(expected.out[i], expected.tolerance[i], to_double(got[i])) <= 1) continue;
+    current_case += ", element " + std::to_string(i) + ": expected " + std::to_string(expected.out[i]) +
+                    " to within " + std::to_string(expected.tolerance[i]) + ", got " +
+                    std::to_string(to_double(got[i]));
     CHECK(false);
   }
 }
 
 template <typename scalar_t>
-std::vector<scalar_t> rounded(const std::vector<double>& numbers) {
+std::vector<scalar_t> round_to(const std::vector<double>& elements) {
   std::vector<scalar_t> all;
-  for (const double x : numbers) all.push_back(reference::rounded<scalar_t>(x));
+  for (const double x : elements) all.push_back(reference::round_to<scalar_t>(x));
   return all;
 }
 
-// Four-dimensional numbers; the buffer ends with the last of them.
+// A 4-dimensional tensor; its memory ends with its last element.
 template <typename T>
 struct Buffer {
   std::vector<T> data;
-  sinkattn::Strided view;
+  sinkattn::StridedView view;
 
-  template <typename Number>
-  Buffer(int64_t n0, int64_t n1, int64_t n2, int64_t n3, bool gaps, const Number& number) {
+  template <typename Element>
+  Buffer(int64_t n0, int64_t n1, int64_t n2, int64_t n3, bool gaps, const Element& element) {
     const int64_t sizes[4] = {n0, n1, n2, n3};
     int64_t stride = gaps ? 2 : 1, last = 0;
     for (const int dim : {3, gaps ? 1 : 2, gaps ? 2 : 1, 0}) {
@@ -100,13 +103,13 @@ struct Buffer {
       stride = stride * sizes[dim] + (gaps ? 1 : 0);
     }
     if (n3 == 0) return;  // no rotation
-    data.assign(last + 1, reference::rounded<T>(kNaN));
+    data.assign(last + 1, reference::round_to<T>(kNaN));
     view.data = data.data();
     for (int64_t i = 0; i < n0; ++i) {
       for (int64_t j = 0; j < n1; ++j) {
         for (int64_t k = 0; k < n2; ++k) {
           T* to = data.data() + i * view.stride[0] + j * view.stride[1] + k * view.stride[2];
-          for (int64_t d = 0; d < n3; ++d) to[d * view.stride[3]] = reference::rounded<T>(number(i, j, k, d));
+          for (int64_t d = 0; d < n3; ++d) to[d * view.stride[3]] = reference::round_to<T>(element(i, j, k, d));
         }
       }
     }
@@ -121,22 +124,23 @@ class Test {
 
   void run() {
     prepare();
-    if (kType<scalar_t>.type == CacheType::kBFloat16) check_tolerance();  // the widest
-    for (int set = 0; set < sinkattn::kInstructionSetCount; ++set) {
+    if (kType<scalar_t>.type == CacheType::kBFloat16) check_tolerance_reveals_defects();  // the largest tolerance
+    for (int set = 0; set < sinkattn::kNumInstructionSets; ++set) {
       const InstructionSet& chosen = sinkattn::kInstructionSets[set];
       if (!chosen.available()) continue;
-      const std::vector<std::vector<scalar_t>> alone = run(chosen, 1), together = run(chosen, 4);
+      const std::vector<std::vector<scalar_t>> one_worker = run(chosen, 1), four_workers = run(chosen, 4);
       for (size_t n = 0; n < expected_.size(); ++n) {
-        where = name_ + ", " + chosen.name + ", " + (n < steps_.size() ? "call " + std::to_string(n) : "cache");
-        check_near(expected_[n], alone[n]);
-        CHECK(std::memcmp(alone[n].data(), together[n].data(), alone[n].size() * sizeof(scalar_t)) == 0);
+        const std::string part = n < prepared_.size() ? "call " + std::to_string(n) : "cache";
+        current_case = name_ + ", " + chosen.name + ", " + part;
+        check_close(expected_[n], one_worker[n]);
+        CHECK(std::memcmp(one_worker[n].data(), four_workers[n].data(), one_worker[n].size() * sizeof(scalar_t)) == 0);
       }
     }
   }
 
  private:
-  // A call, ready for any instruction set.
-  struct Step {
+  // Inputs of one call, for any instruction set.
+  struct PreparedCall {
     std::vector<int64_t> seen, lengths;
     int64_t tokens;
     bool ragged;
@@ -144,7 +148,7 @@ class Test {
     Buffer<Acc<scalar_t>> cos, sin;
   };
 
-  Step step(const std::vector<int64_t>& seen, const Call& call) {
+  PreparedCall prepare_call(const std::vector<int64_t>& seen, const Call& call) {
     const bool ragged = call.size() > 1, gaps = c_.has(kGaps);
     const std::vector<int64_t> lengths = ragged ? call : Call(c_.batch(), call[0]);
     const int64_t tokens = std::max<int64_t>(1, *std::max_element(lengths.begin(), lengths.end()));
@@ -156,52 +160,52 @@ class Test {
             return i < lengths[row] ? streams_.at(kind, row, head, seen[row] + i)[d] : kNaN;
           });
     };
-    const auto tables = [&](std::vector<double> Turns::*table) {
+    const auto tables = [&](std::vector<double> RotaryTable::*table) {
       return Buffer<Acc<scalar_t>>(
           2, c_.batch(), tokens, c_.pairs, gaps, [&](int64_t relative, int64_t row, int64_t i, int64_t pair) {
             if (i >= lengths[row]) return kNaN;
             const int64_t token = seen[row] + i, last = c_.layout.num_sinks + c_.layout.window - 1;
-            return (streams_.turns(relative ? std::min(token, last) : token).*table)[pair];
+            return (streams_.rotary_table(relative ? std::min(token, last) : token).*table)[pair];
           });
     };
-    return {seen, lengths, tokens, ragged, inputs(kQuery), inputs(kKey), inputs(kValue), tables(&Turns::cos),
-            tables(&Turns::sin)};
+    return {seen, lengths, tokens, ragged, inputs(kQuery), inputs(kKey), inputs(kValue), tables(&RotaryTable::cos),
+            tables(&RotaryTable::sin)};
   }
 
   void prepare() {
     std::vector<int64_t> seen = c_.seen;
     for (const Call& call : c_.calls) {
-      const Step& now = steps_.emplace_back(step(seen, call));
+      const PreparedCall& now = prepared_.emplace_back(prepare_call(seen, call));
       expected_.push_back(streams_.attend(seen, now.lengths, now.tokens));
       for (int64_t row = 0; row < c_.batch(); ++row) seen[row] += now.lengths[row];
     }
-    keys_ = rounded<scalar_t>(cached(kKey, c_.seen, 0).out);
-    values_ = rounded<scalar_t>(cached(kValue, c_.seen, 0).out);
-    // Cosines and sines were rounded, then the keys.
+    keys_ = round_to<scalar_t>(cached(kKey, c_.seen, 0).out);
+    values_ = round_to<scalar_t>(cached(kValue, c_.seen, 0).out);
+    // Rotary tables were rounded, and then the keys.
     expected_.push_back(cached(kKey, seen, 2 * kType<scalar_t>.rounding + 4 * kType<Acc<scalar_t>>.rounding));
     expected_.push_back(cached(kValue, seen, 0));
   }
 
-  // The tolerance must not cover up the smallest of mistakes: it would be exceeded tenfold.
-  void check_tolerance() {
-    where = name_;
-    const auto effect = [&](const Mistake& mistake) {
-      double most = 0;
-      for (size_t n = 0; n < steps_.size(); ++n) {
-        const Expected wrong = streams_.attend(steps_[n].seen, steps_[n].lengths, steps_[n].tokens, mistake);
+  // The tolerance must reveal the smallest defects: each exceeds it at least tenfold.
+  void check_tolerance_reveals_defects() {
+    current_case = name_;
+    const auto error_of = [&](const Defect& defect) {
+      double max_error = 0;
+      for (size_t n = 0; n < prepared_.size(); ++n) {
+        const Expected wrong = streams_.attend(prepared_[n].seen, prepared_[n].lengths, prepared_[n].tokens, defect);
         for (size_t i = 0; i < wrong.out.size(); ++i) {
-          most = std::max(most, error(expected_[n].out[i], expected_[n].tolerance[i], wrong.out[i]));
+          max_error = std::max(max_error, error(expected_[n].out[i], expected_[n].tolerance[i], wrong.out[i]));
         }
       }
-      return most;
+      return max_error;
     };
     const int64_t sinks = c_.layout.num_sinks, end = *std::max_element(streams_.end().begin(), streams_.end().end());
-    if (end > sinks + c_.layout.window) CHECK(effect({1, 0}) > 10);
-    if (end > sinks && sinks > 0 && (c_.pairs > 0 || c_.has(kAlibi))) CHECK(effect({0, 1}) > 10);
+    if (end > sinks + c_.layout.window) CHECK(error_of({1, 0}) > 10);
+    if (end > sinks && sinks > 0 && (c_.pairs > 0 || c_.has(kAlibi))) CHECK(error_of({0, 1}) > 10);
   }
 
-  // What the cache holds once `end` tokens have come, [row, kv_head, slot, element]; NaN where nothing was written, or
-  // what was there before the first call is out of its sight.
+  // Expected cache after `end` tokens, [row, kv_head, slot, element]; NaN where nothing was written, or where a token
+  // from before the first call is outside the window of that call.
   Expected cached(Kind kind, const std::vector<int64_t>& end, double tolerance) {
     const int64_t sinks = c_.layout.num_sinks, slots = c_.layout.slots(), dim = streams_.dim(kind);
     std::vector<double> cache(c_.batch() * c_.kv_heads * slots * dim, kNaN);
@@ -221,9 +225,9 @@ class Test {
     return {cache, std::vector<double>(cache.size(), tolerance)};
   }
 
-  // Makes all calls on a new cache; returns the output of each, then keys and values of the cache.
+  // Runs all calls on a new cache. Returns the output of each, then the keys and the values of the cache.
   std::vector<std::vector<scalar_t>> run(const InstructionSet& set, int64_t count) {
-    Threads threads(count);
+    ThreadWorkers threads(count);
     std::vector<scalar_t> keys = keys_, values = values_;
     std::vector<Acc<scalar_t>> logits, slopes;
     for (int64_t head = 0; head < c_.heads; ++head) {
@@ -231,9 +235,9 @@ class Test {
       slopes.push_back(static_cast<Acc<scalar_t>>(alibi_slope(head)));
     }
     std::vector<std::vector<scalar_t>> results;
-    for (size_t n = 0; n < steps_.size(); ++n) {
-      const Step& now = steps_[n];
-      std::vector<scalar_t> out(expected_[n].out.size(), reference::rounded<scalar_t>(kNaN));
+    for (size_t n = 0; n < prepared_.size(); ++n) {
+      const PreparedCall& now = prepared_[n];
+      std::vector<scalar_t> out(expected_[n].out.size(), reference::round_to<scalar_t>(kNaN));
       set.attend(
           {kType<scalar_t>.type, c_.layout, c_.batch(), c_.heads, c_.kv_heads, now.tokens, c_.head_dim, c_.value_dim,
            keys.data(), values.data(), now.query.view, now.key.view, now.value.view, now.seen.data(),
@@ -250,29 +254,29 @@ class Test {
 
   const Case& c_;
   const std::string name_;
-  Streams<scalar_t> streams_;
-  std::vector<scalar_t> keys_, values_;  // the cache before all calls
-  std::vector<Step> steps_;
-  std::vector<Expected> expected_;  // of all calls, and of the cache after them: keys, values
+  ReferenceStreams<scalar_t> streams_;
+  std::vector<scalar_t> keys_, values_;  // the cache before the first call
+  std::vector<PreparedCall> prepared_;
+  std::vector<Expected> expected_;  // outputs of all calls, then keys and values of the cache after them
 };
 
 }  // namespace
 
 int main() {
-  const std::vector<Call> singly(50, {1});
+  const std::vector<Call> decode_steps(50, {1});
   const int64_t late = 1000000000;
   const std::vector<Case> cases{
       // name, layout, heads, kv_heads, head_dim, value_dim, pairs, seen, calls, options
-      {"decoding over several wraps", {4, 12, 0}, 4, 2, 16, 16, 8, {0}, singly},
-      {"no sinks, odd sizes", {0, 5, 2}, 3, 1, 7, 5, 3, {0, 7}, singly, kInterleaved | kGaps},
+      {"decoding over several wraps", {4, 12, 0}, 4, 2, 16, 16, 8, {0}, decode_steps},
+      {"no sinks, odd sizes", {0, 5, 2}, 3, 1, 7, 5, 3, {0, 7}, decode_steps, kInterleaved | kGaps},
       {"a window of one", {2, 1, 0}, 2, 2, 8, 24, 0, {0}, {{1}, {1}, {1}, {9}, {1}}, kAlibi},
-      {"starts and lengths", {4, 9, 3}, 5, 1, 40, 40, 10, {0, 3, 4, 12, 13, late},
+      {"ragged rows", {4, 9, 3}, 5, 1, 40, 40, 10, {0, 3, 4, 12, 13, late},
        {{1}, {4}, {4, 0, 3, 2, 1, 4}, {0, 0, 0, 0, 0, 0}, {0, 1, 0, 1, 1, 1}, {30, 0, 29, 1, 7, 13}, {1}}},
       {"chunks shorter than the ring", {4, 24, 8}, 8, 1, 64, 64, 32, {0, 30, late}, {{20}, {14}, {1}, {31}}, kSoftcap},
       {"chunks longer than the ring", {3, 10, 0}, 2, 2, 80, 48, 40, {2, 13}, {{37}, {50}, {1}, {11}},
        kInterleaved | kSinkLogits | kGaps},
-      {"more than is taken at once", {4, 60, 0}, 1, 1, 8, 8, 4, {0, 59}, {{600, 300}, {1}, {520, 0}}},
-      {"a window of more than is taken at once", {2, 520, 3}, 1, 1, 8, 4, 2, {late}, {{530}, {1}}, kSinkLogits},
+      {"more tokens than a chunk", {4, 60, 0}, 1, 1, 8, 8, 4, {0, 59}, {{600, 300}, {1}, {520, 0}}},
+      {"a window longer than a chunk", {2, 520, 3}, 1, 1, 8, 4, 2, {late}, {{530}, {1}}, kSinkLogits},
       {"appended first, in blocks", {4, 30, 40}, 8, 1, 128, 32, 64, {5, late}, {{41}, {3}, {2}, {41}}, kGaps},
       {"wide heads", {2, 6, 1}, 4, 1, 256, 256, 128, {0}, {{1}, {2}, {1}, {20}}, kSoftcap | kSinkLogits},
       {"values wider than keys", {2, 40, 5}, 4, 2, 16, 256, 8, {0, 60}, {{1}, {5}, {15}}},
@@ -281,10 +285,10 @@ int main() {
       {"many rows and heads", {2, 20, 0}, 200, 100, 16, 16, 8, {0, 90}, {{1}, {1}, {9}}, kGaps},
       {"all options", {4, 260, 6}, 6, 2, 16, 16, 0, {0, late}, {{1}, {7}, {40}, {1}, {6}},
        kSoftcap | kAlibi | kSinkLogits},
-      {"NaN and infinity, decoding", {3, 7, 2}, 4, 2, 16, 16, 8, {4, late}, singly, kSpoiled},
-      {"NaN and infinity, in a chunk", {3, 7, 2}, 4, 2, 16, 16, 8, {4, late}, {{50}}, kSpoiled},
-      {"every number, decoding", {0, 1, 0}, 256, 256, 1, 256, 0, {0}, {{1}}, kAllNumbers},
-      {"every number, in a chunk", {0, 1, 0}, 1, 1, 1, 256, 0, {0}, {{256}}, kAllNumbers},
+      {"NaN and infinity, decoding", {3, 7, 2}, 4, 2, 16, 16, 8, {4, late}, decode_steps, kNonFinite},
+      {"NaN and infinity, in a chunk", {3, 7, 2}, 4, 2, 16, 16, 8, {4, late}, {{50}}, kNonFinite},
+      {"all bit patterns, decoding", {0, 1, 0}, 256, 256, 1, 256, 0, {0}, {{1}}, kAllBitPatterns},
+      {"all bit patterns, in a chunk", {0, 1, 0}, 1, 1, 1, 256, 0, {0}, {{256}}, kAllBitPatterns},
   };
   for (const Case& c : cases) {
     Test<float>(c).run();
@@ -292,6 +296,6 @@ int main() {
     Test<sinkattn::Half>(c).run();
     Test<sinkattn::BFloat16>(c).run();
   }
-  CHECK(Threads::most == 4);
+  CHECK(ThreadWorkers::max_used == 4);
   std::puts("ok");
 }

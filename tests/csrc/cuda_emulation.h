@@ -1,4 +1,4 @@
-// As much of CUDA C++ as the kernels here use, on the host. Include it before a header of kernels.
+// The parts of CUDA C++ that ring_cache_kernels.cuh uses, emulated on the host. Include it before the kernels.
 #pragma once
 
 #include <condition_variable>
@@ -10,7 +10,7 @@
 
 #define __global__
 #define __device__
-#define __shared__ static  // blocks run one after another
+#define __shared__ static  // correct as blocks with shared memory run one at a time
 
 struct uint3 {
   unsigned int x, y, z;
@@ -20,46 +20,46 @@ inline uint3 blockDim{}, gridDim{};
 
 namespace emulation {
 
-// Where the threads of a block wait for each other.
+// Barrier of the threads of a block, for __syncthreads.
 class Barrier {
  public:
   explicit Barrier(unsigned int threads) : threads_(threads) {}
 
   void wait() {
     std::unique_lock<std::mutex> lock(mutex_);
-    const unsigned int turn = turn_;
+    const unsigned int generation = generation_;
     if (++waiting_ == threads_) {
       waiting_ = 0;
-      ++turn_;
+      ++generation_;
       all_.notify_all();
     } else {
-      all_.wait(lock, [&] { return turn_ != turn; });
+      all_.wait(lock, [&] { return generation_ != generation; });
     }
   }
 
  private:
   const unsigned int threads_;
-  unsigned int waiting_ = 0, turn_ = 0;
+  unsigned int waiting_ = 0, generation_ = 0;
   std::mutex mutex_;
   std::condition_variable all_;
 };
 inline Barrier* barrier = nullptr;
 
-// A kernel whose threads know nothing of each other. Two real threads share them, so that neighbours, and the same
-// thread of neighbouring blocks, run in different ones: the thread sanitizer sees where two touch one address. Each
-// begins with the first or with the last.
+// Runs a kernel whose threads do not synchronise, on two host threads. Neighbouring CUDA threads, and the same thread
+// of neighbouring blocks, run on different host threads, so that the thread sanitizer detects when two access the same
+// address. CUDA threads run in ascending order, or descending if `backward`.
 template <typename Kernel>
 void run(unsigned int across, unsigned int down, unsigned int threads, bool backward, const Kernel& kernel) {
-  constexpr unsigned int kReal = 2;
+  constexpr unsigned int kHostThreads = 2;
   blockDim = {threads, 1, 1};
   gridDim = {across, down, 1};
   const unsigned int count = across * down * threads;
   std::vector<std::thread> running;
-  for (unsigned int real = 0; real < kReal; ++real) {
+  for (unsigned int host_thread = 0; host_thread < kHostThreads; ++host_thread) {
     running.emplace_back([=, &kernel] {
       for (unsigned int i = 0; i < count; ++i) {
         const unsigned int at = backward ? count - 1 - i : i, block = at / threads;
-        if ((at % threads + block) % kReal != real) continue;
+        if ((at % threads + block) % kHostThreads != host_thread) continue;
         threadIdx = {at % threads, 0, 0};
         blockIdx = {block % across, block / across, 0};
         kernel();
@@ -69,7 +69,7 @@ void run(unsigned int across, unsigned int down, unsigned int threads, bool back
   for (std::thread& thread : running) thread.join();
 }
 
-// A kernel of one block whose threads wait for each other: real threads.
+// Runs a kernel of one block whose threads synchronise, each on a host thread of its own.
 template <typename Kernel>
 void run_block(unsigned int threads, const Kernel& kernel) {
   blockDim = {threads, 1, 1};

@@ -1,4 +1,4 @@
-// dtypes.h, on every 16-bit number and around every boundary of rounding, and simd_math.h, against fp64.
+// Tests dtypes.h on every 16-bit number and next to every rounding boundary, and simd_math.h against fp64.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -25,20 +25,20 @@ float value_of(int bits) {
   return static_cast<float>(x);
 }
 
-// What a pattern without a sign stands for by the definition of the formats; that of infinity for the number which
-// would come next.
+// Value of a bit pattern without sign, by the definition of the format. The pattern of infinity has the value of the
+// next number that the format would have.
 double defined_value(int bits, int mantissa_bits) {
   const int one = 1 << mantissa_bits, bias = (1 << (14 - mantissa_bits)) - 1, exponent = bits / one;
   return std::ldexp(bits % one + (exponent ? one : 0), std::max(exponent, 1) - bias - mantissa_bits);
 }
 
-// Rounding never goes down when numbers go up, so it is enough to look halfway between neighbours and right beside.
+// Rounding is monotonic, so it is enough to test the midpoints between neighbours and the floats next to them.
 template <typename T>
 void check_type(const char* name, int mantissa_bits) {
   const int infinity = 0x7fff >> mantissa_bits << mantissa_bits;
   for (int bits = 0; bits < 0x8000; ++bits) {
     for (const int sign : {0, 0x8000}) {
-      where = name + std::string(" number ") + std::to_string(sign | bits);
+      current_case = name + std::string(" number ") + std::to_string(sign | bits);
       const float x = value_of<T>(sign | bits);
       CHECK(std::signbit(x) == (sign != 0));
       if (bits > infinity) {
@@ -63,24 +63,24 @@ void check_type(const char* name, int mantissa_bits) {
 float exp(float x) { return sinkattn::baseline::exp(sinkattn::baseline::broadcast(x))[0]; }
 float tanh(float x) { return sinkattn::baseline::tanh(sinkattn::baseline::broadcast(x))[0]; }
 
-// In units of the last place.
+// Error in units of the last place.
 double error(float got, double exact) {
   const float nearest = std::abs(static_cast<float>(exact));
   return std::abs(got - exact) / (std::nextafter(nearest, kInfinity) - nearest);
 }
 
 void check_functions() {
-  constexpr uint32_t step = 4001, end = 0x7f800000;  // through all magnitudes alike
+  constexpr uint32_t step = 4001, end = 0x7f800000;  // samples all magnitudes
   for (uint32_t bits = 0; bits < end; bits += step) {
     const float x = sinkattn::float_of(bits);
-    where = "exp or tanh of -" + std::to_string(x) + " or thereabouts";
+    current_case = "exp or tanh of about -" + std::to_string(x);
     const double exact = std::exp(-static_cast<double>(x));
     if (exact > 1.0001 * std::numeric_limits<float>::min()) CHECK(error(exp(-x), exact) < 1);
     if (exact < std::numeric_limits<float>::min()) CHECK(exp(-x) == 0);
     CHECK(error(tanh(x), std::tanh(static_cast<double>(x))) < 2);
     CHECK(tanh(-x) == -tanh(x));
   }
-  where = "";
+  current_case = "";
   CHECK(exp(0.0f) == 1 && exp(-kInfinity) == 0 && std::isnan(exp(kNaN)));
   CHECK(tanh(kInfinity) == 1 && tanh(-kInfinity) == -1 && std::isnan(tanh(kNaN)));
 }

@@ -1,6 +1,6 @@
-// The CUDA kernels of the ring ops, run on the host against plain loops over tokens, rows and elements, bit for bit.
-// Every buffer ends where it is said to end; what must not be written is compared, too. Shows nothing of a real GPU:
-// neither its rounding nor its memory model nor its speed.
+// Tests the CUDA kernels of the ring operators on the host, bit for bit, against plain loops over tokens, rows and
+// elements. Every buffer ends with its last element, and memory that must not be written is compared, too. These tests
+// do not cover a GPU's rounding, memory model or speed.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -28,8 +28,8 @@ namespace {
 
 constexpr int64_t kSmallest = std::numeric_limits<int64_t>::min(), kLargest = std::numeric_limits<int64_t>::max();
 
-// Changes with every call: which grid, and in which order its threads run.
-unsigned int turn = 0;
+// Number of the kernel run, which selects the grid and the order of its threads.
+unsigned int run_number = 0;
 
 uint32_t random_bits() {
   static uint64_t state = 1;
@@ -39,7 +39,7 @@ uint32_t random_bits() {
 
 int64_t random_below(int64_t n) { return random_bits() % n; }
 
-// Memory of exactly so many elements, `shift` of them unused at the start, filled with random numbers or bits.
+// Memory of exactly shift + count elements, filled with random numbers or bits; data() skips the first `shift`.
 template <typename T>
 class Buffer {
  public:
@@ -77,11 +77,11 @@ Buffer<int64_t> numbers(const std::vector<int64_t>& values) {
 
 template <typename Kernel>
 void run(unsigned int down, const Kernel& kernel) {
-  ++turn;
-  emulation::run(1 + turn % 3, down, kThreads, turn % 2, kernel);
+  ++run_number;
+  emulation::run(1 + run_number % 3, down, kThreads, run_number % 2, kernel);
 }
 
-// Tokens seen so far, at every turn of a stream's life and outside of it.
+// Values of `seen`: around all boundaries of the layout, large ones, and values out of range.
 std::vector<int64_t> all_seen(const RingLayout& layout) {
   const int64_t sinks = layout.num_sinks, full = layout.slots(), one = 1;
   return {0,         sinks > 0 ? sinks - 1 : 0, sinks,   sinks + layout.window - 1, full - 1,
@@ -106,14 +106,14 @@ class Input {
   Input(const Input&) = delete;
 
   T at(int64_t r, int64_t h, int64_t t, int64_t d) const {
-    return view.data[r * view.row + h * view.head + t * view.token + d * view.element];
+    return view.data[r * view.row_stride + h * view.head_stride + t * view.token_stride + d * view.element_stride];
   }
 
-  sinkattn::NewTokens<T> view;
+  sinkattn::TokenView<T> view;
   const Buffer<T> buffer;
 
  private:
-  static sinkattn::NewTokens<T> strides(Order order, int64_t heads, int64_t tokens, int64_t dim) {
+  static sinkattn::TokenView<T> strides(Order order, int64_t heads, int64_t tokens, int64_t dim) {
     const auto padded = [](int64_t x) { return (x + 15) / 16 * 16; };
     const int64_t token = padded(dim) + (order == kOddTokens);
     const int64_t head = padded(tokens * token) + (order == kOddHeads);
@@ -131,13 +131,14 @@ class Input {
     }
   }
 
-  static int64_t extent(const sinkattn::NewTokens<T>& by, int64_t n0, int64_t n1, int64_t n2, int64_t n3) {
+  static int64_t extent(const sinkattn::TokenView<T>& by, int64_t n0, int64_t n1, int64_t n2, int64_t n3) {
     if (n3 == 0) return 0;
-    return (n0 - 1) * by.row + (n1 - 1) * by.head + (n2 - 1) * by.token + (n3 - 1) * by.element + 1;
+    return (n0 - 1) * by.row_stride + (n1 - 1) * by.head_stride + (n2 - 1) * by.token_stride +
+           (n3 - 1) * by.element_stride + 1;
   }
 };
 
-// How everything lies in memory; `aligned` says that only sizes can keep accesses from being wide.
+// Memory layout of all tensors. If `aligned`, only the sizes can prevent vectorized accesses.
 struct Placement {
   const char* name;
   Order key, value, table;
@@ -193,17 +194,17 @@ class AppendTest {
   }
 
   void run() {
-    const auto expected = written();
-    const bool packed = call(keys_, values_).packs();
-    if (placement_.aligned) CHECK(packed == sizes_fit());
-    else if (placement_.key != kContiguous || placement_.value != kContiguous) CHECK(!packed);
-    else if (placement_.keys_shift || placement_.values_shift) CHECK(!packed);
+    const auto expected = expected_cache();
+    const bool vectorized = call(keys_, values_).can_vectorize();
+    if (placement_.aligned) CHECK(vectorized == sizes_fit());
+    else if (placement_.key != kContiguous || placement_.value != kContiguous) CHECK(!vectorized);
+    else if (placement_.keys_shift || placement_.values_shift) CHECK(!vectorized);
     check<false>(expected.first, expected.second);
-    if (packed) check<true>(expected.first, expected.second);
-    wide += packed;
+    if (vectorized) check<true>(expected.first, expected.second);
+    num_vectorized += vectorized;
   }
 
-  static inline int64_t wide = 0;  // runs in wide accesses
+  static inline int64_t num_vectorized = 0;  // cases with vectorized accesses
 
  private:
   static constexpr int64_t kHeads = 2;
@@ -215,18 +216,18 @@ class AppendTest {
   }
 
   sinkattn::AppendCall<scalar_t> call(Buffer<scalar_t>& keys, Buffer<scalar_t>& values) const {
-    sinkattn::Tables<acc_t> tables{};
+    sinkattn::RotaryTables<acc_t> tables{};
     if (shape_.pairs > 0) {
       const auto& view = cos_.view;
-      tables = {view.data, sin_.view.data, view.row, view.token, view.element, shape_.pairs};
+      tables = {view.data, sin_.view.data, view.row_stride, view.token_stride, view.element_stride, shape_.pairs};
     }
     return {
         keys.data(), values.data(), key_.view, value_.view, seen_.data(), lengths_.empty() ? nullptr : lengths_.data(),
         tables, batch_, kHeads, tokens_, shape_.key_dim, shape_.value_dim, layout_, shape_.interleaved};
   }
 
-  // The cache that must come out.
-  std::pair<Buffer<scalar_t>, Buffer<scalar_t>> written() const {
+  // The expected cache: keys and values.
+  std::pair<Buffer<scalar_t>, Buffer<scalar_t>> expected_cache() const {
     auto all = std::make_pair(keys_, values_);
     for (int64_t row = 0; row < batch_; ++row) {
       const int64_t seen = std::clamp<int64_t>(seen_[row], 0, int64_t{1} << 61);
@@ -254,17 +255,17 @@ class AppendTest {
     return all;
   }
 
-  template <bool packed>
+  template <bool vectorized>
   void check(const Buffer<scalar_t>& expected_keys, const Buffer<scalar_t>& expected_values) const {
-    where = std::string("append, ") + placement_.name + ", " + std::to_string(sizeof(scalar_t)) + " bytes, dims " +
-            std::to_string(shape_.key_dim) + " " + std::to_string(shape_.value_dim) + ", pairs " +
-            std::to_string(shape_.pairs) + (shape_.interleaved ? " interleaved" : "") + ", tokens " +
-            std::to_string(tokens_) + (packed ? ", packed" : "");
+    current_case = std::string("append, ") + placement_.name + ", " + std::to_string(sizeof(scalar_t)) +
+                   " bytes, dims " + std::to_string(shape_.key_dim) + " " + std::to_string(shape_.value_dim) +
+                   ", pairs " + std::to_string(shape_.pairs) + (shape_.interleaved ? " interleaved" : "") +
+                   ", tokens " + std::to_string(tokens_) + (vectorized ? ", vectorized" : "");
     Buffer<scalar_t> keys = keys_, values = values_;
     const auto key = key_.buffer, value = value_.buffer;
     const auto appended = call(keys, values);
-    const int key_lanes = appended.key_lanes(packed), value_lanes = appended.value_lanes(packed);
-    ::run(2, [&] { sinkattn::append_kernel<scalar_t, packed>(appended, key_lanes, value_lanes); });
+    const int key_lanes = appended.key_lanes(vectorized), value_lanes = appended.value_lanes(vectorized);
+    ::run(2, [&] { sinkattn::append_kernel<scalar_t, vectorized>(appended, key_lanes, value_lanes); });
     CHECK(keys == expected_keys);
     CHECK(values == expected_values);
     CHECK(key == key_.buffer && value == value_.buffer);
@@ -290,21 +291,21 @@ void check_append() {
       {128, 128, 0, false}, {128, 128, 64, true}, {128, 96, 64, false}, {256, 256, 8, true}, {256, 7, 128, false},
       {0, 8, 0, false},     {16, 0, 8, false},
   };
-  // Layouts, tokens of a call: fewer than the ring, as many, more.
+  // Layout and tokens of a call: fewer than the ring has slots, as many, more.
   constexpr std::pair<RingLayout, int64_t> kCalls[] = {
       {{3, 5, 2}, 1}, {{0, 5, 0}, 4}, {{2, 4, 1}, 7}, {{1, 1, 0}, 3}, {{4, 3, 2}, 17}};
   for (const Shape& shape : kShapes) {
     for (const Placement& placement : kPlacements) {
-      const auto& [layout, tokens] = kCalls[turn % 5];
+      const auto& [layout, tokens] = kCalls[run_number % 5];
       AppendTest<scalar_t>(shape, placement, layout, tokens, random_below(2)).run();
     }
   }
-  CHECK(AppendTest<scalar_t>::wide > 30);
+  CHECK(AppendTest<scalar_t>::num_vectorized > 30);
 }
 
 // reorder_
 
-// What a launch takes as its unit, as a number of bytes.
+// Bytes of the access type that with_widest_unit chooses.
 int64_t unit_of(int64_t bytes) {
   int64_t size = 0;
   sinkattn::with_widest_unit(bytes, [&](auto unit) { size = sizeof(unit); });
@@ -312,14 +313,14 @@ int64_t unit_of(int64_t bytes) {
 }
 
 void check_reorder(const std::vector<int64_t>& source, int64_t row_bytes, int64_t shift) {
-  where = "reorder, " + std::to_string(row_bytes) + " bytes shifted by " + std::to_string(shift) + ", source";
-  for (const int64_t row : source) where += " " + std::to_string(row);
+  current_case = "reorder, " + std::to_string(row_bytes) + " bytes shifted by " + std::to_string(shift) + ", source";
+  for (const int64_t row : source) current_case += " " + std::to_string(row);
   const int64_t batch = static_cast<int64_t>(source.size());
   const Buffer<int64_t> sources = numbers(source);
-  Buffer<int64_t> plan(2 * sinkattn::max_row_moves(batch)), readers(batch), count(1);
+  Buffer<int64_t> plan(2 * sinkattn::max_row_moves(batch)), num_readers(batch), count(1);
   auto* moves = reinterpret_cast<sinkattn::RowMove*>(plan.data());
   emulation::run_block(
-      kThreads, [&] { sinkattn::plan_kernel(sources.data(), batch, readers.data(), moves, count.data()); });
+      kThreads, [&] { sinkattn::plan_kernel(sources.data(), batch, num_readers.data(), moves, count.data()); });
   CHECK(sources == numbers(source));
 
   Buffer<uint8_t> cache(batch * row_bytes, shift);
@@ -341,7 +342,7 @@ void check_reorder(const std::vector<int64_t>& source, int64_t row_bytes, int64_
 void check_reorders() {
   constexpr int64_t kRowBytes[] = {2, 6, 12, 16, 40, 96, 1000, 16 * 700}, kShifts[] = {0, 2, 4, 8};
   const auto check = [&](const std::vector<int64_t>& source) {
-    check_reorder(source, kRowBytes[turn % 8], kShifts[turn / 3 % 4]);
+    check_reorder(source, kRowBytes[run_number % 8], kShifts[run_number / 3 % 4]);
   };
   for (const std::vector<int64_t>& source : std::vector<std::vector<int64_t>>{
            {0}, {5}, {0, 1, 2}, {1, 0}, {1, 2, 3, 4, 5, 6, 7, 8, 0}, {2, 2, 2, 2}, {1, 0, 3, 2, 5, 4}, {1, 0, 0, 1},
@@ -352,14 +353,14 @@ void check_reorders() {
     for (int repeat = 0; repeat < 3; ++repeat) {
       std::vector<int64_t> source;
       for (int64_t row = 0; row < batch; ++row) {
-        // Rows of the batch alone, then some beside it, then a permutation.
+        // Only rows in range, then some out of range, then a permutation.
         source.push_back(repeat % 3 == 0 ? random_below(batch) : repeat % 3 == 1 ? random_below(batch + 2) - 1 : row);
         if (repeat % 3 == 2) std::swap(source[row], source[random_below(row + 1)]);
       }
       check(source);
     }
   }
-  for (const int64_t batch : {sinkattn::kSharedRows, sinkattn::kSharedRows + 1}) {
+  for (const int64_t batch : {sinkattn::kMaxSharedRows, sinkattn::kMaxSharedRows + 1}) {
     std::vector<int64_t> anything, cycle;
     for (int64_t row = 0; row < batch; ++row) {
       anything.push_back(random_below(batch));
@@ -373,7 +374,7 @@ void check_reorders() {
 // reset_
 
 void check_reset(const std::vector<int64_t>& rows, int64_t batch, int64_t row_bytes, int64_t shift) {
-  where = "reset, " + std::to_string(rows.size()) + " rows of " + std::to_string(row_bytes) + " bytes";
+  current_case = "reset, " + std::to_string(rows.size()) + " rows of " + std::to_string(row_bytes) + " bytes";
   const Buffer<int64_t> list = numbers(rows);
   Buffer<uint8_t> cache(batch * row_bytes, shift);
   Buffer<uint8_t> expected = cache;
@@ -384,8 +385,8 @@ void check_reset(const std::vector<int64_t>& rows, int64_t batch, int64_t row_by
     using Unit = decltype(unit);
     auto* units = reinterpret_cast<Unit*>(cache.data());
     const int64_t row_units = row_bytes / sizeof(Unit), count = rows.size();
-    // Rows of the grid may write the same zeros, but the sanitizer cannot know.
-    const unsigned int down = std::set<int64_t>(rows.begin(), rows.end()).size() < rows.size() ? 1 : 1 + turn % 2;
+    // A row listed twice may be zeroed by two blocks at once: harmless, but the thread sanitizer would report it.
+    const unsigned int down = std::set<int64_t>(rows.begin(), rows.end()).size() < rows.size() ? 1 : 1 + run_number % 2;
     run(down, [&] { sinkattn::zero_rows_kernel(units, list.data(), count, batch, row_units); });
   });
   CHECK(cache == expected);
@@ -403,7 +404,7 @@ void check_resets() {
 // linearise
 
 void check_linearise(const RingLayout& layout, int64_t heads, int64_t bytes, int64_t shift) {
-  where = "linearise, vectors of " + std::to_string(bytes) + " bytes shifted by " + std::to_string(shift);
+  current_case = "linearise, vectors of " + std::to_string(bytes) + " bytes shifted by " + std::to_string(shift);
   const Buffer<int64_t> seen = numbers(all_seen(layout));
   const int64_t batch = all_seen(layout).size(), length = layout.num_sinks + layout.window;
   const Buffer<uint8_t> cache(batch * heads * layout.slots() * bytes, shift);
@@ -442,10 +443,10 @@ void check_linearise(const RingLayout& layout, int64_t heads, int64_t bytes, int
 void check_rollback(
     const std::vector<int64_t>& seen, const std::vector<int64_t>& peak, const std::vector<int64_t>& counts,
     int64_t headroom, int64_t refused) {
-  where = "rollback, row refused: " + std::to_string(refused);
+  current_case = "rollback, row refused: " + std::to_string(refused);
   Buffer<int64_t> seen_now = numbers(seen), peak_now = numbers(peak);
   const Buffer<int64_t> by = numbers(counts);
-  sinkattn::Refusal report{-2, 0, 0, 0};
+  sinkattn::RollbackFailure report{-2, 0, 0, 0};
   emulation::run_block(kThreads, [&] {
     sinkattn::rollback_kernel(seen_now.data(), peak_now.data(), by.data(), seen.size(), headroom, &report);
   });
@@ -466,8 +467,8 @@ void check_rollbacks() {
   check_rollback({}, {}, {}, 3, -1);
   check_rollback({5, 9}, {0, 9}, {3, 0}, 3, -1);
   check_rollback({5, 9}, {0, 9}, {3, 4}, 3, 1);
-  check_rollback({5, 9}, {7, 0}, {2, 4}, 3, 0);   // two are already taken back
-  check_rollback({5, 9}, {50, 9}, {0, 1}, 3, -1);  // nothing is asked of the first
+  check_rollback({5, 9}, {7, 0}, {2, 4}, 3, 0);   // two were rolled back before
+  check_rollback({5, 9}, {50, 9}, {0, 1}, 3, -1);  // the first row is not rolled back
   check_rollback({5, 2}, {5, 2}, {-1, 3}, 9, 0);
   check_rollback({5, 2}, {5, 2}, {1, 3}, 9, 1);
   check_rollback({kLargest / 4, 2}, {0, 2}, {8, 2}, 8, -1);
@@ -479,18 +480,18 @@ void check_rollbacks() {
   check_rollback(seen, peak, counts, 8, kThreads + 4);
 }
 
-// What launches follow from.
-void check_choices() {
-  where = "choices";
+// Host code that sizes the launches.
+void check_launch_sizes() {
+  current_case = "launch sizes";
   const int64_t bytes[] = {0, 16, 24, 20, 6, 7, 4096, 4098}, units[] = {16, 16, 8, 4, 2, 1, 16, 2};
   for (int i = 0; i < 8; ++i) CHECK(unit_of(bytes[i]) == units[i]);
   const int64_t vectors[] = {0, 1, 2, 3, 8, 10, 16, 17, 33, 1000}, lanes[] = {1, 1, 2, 4, 8, 16, 16, 32, 32, 32};
   for (int i = 0; i < 10; ++i) CHECK(sinkattn::lanes_for(vectors[i]) == lanes[i]);
 }
 
-// The comparisons above can fail.
-void check_comparison() {
-  where = "comparison";
+// Buffers that differ in one byte compare as different.
+void check_buffer_comparison() {
+  current_case = "buffer comparison";
   Buffer<uint8_t> one(33, 2);
   const Buffer<uint8_t> other = one;
   CHECK(one == other);
@@ -504,8 +505,8 @@ void check_comparison() {
 }  // namespace
 
 int main() {
-  check_comparison();
-  check_choices();
+  check_buffer_comparison();
+  check_launch_sizes();
   check_append<float>();
   check_append<double>();
   check_append<Half>();

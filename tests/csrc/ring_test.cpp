@@ -1,4 +1,4 @@
-// ring.h and row_moves.h against plain arrays replayed token by token, on every small layout.
+// Tests ring.h and row_moves.h against plain arrays, token by token, on every small layout.
 #include <cstdint>
 #include <cstdio>
 #include <vector>
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kEmpty = -1;
 
-// A stream in the plainest form: a cursor that walks round the ring, and the token that each slot holds.
+// Reference implementation: the token in each slot, and a cursor that moves around the ring.
 struct Replay {
   int64_t num_sinks;
   std::vector<int64_t> occupant;
@@ -23,10 +23,10 @@ struct Replay {
 
   explicit Replay(const RingLayout& layout) : num_sinks(layout.num_sinks), occupant(layout.slots(), kEmpty) {}
 
-  // A stream that has gone round its ring `turns` times: every slot is full and the cursor is back at the start.
-  Replay(const RingLayout& layout, int64_t turns) : Replay(layout) {
+  // A stream that has filled its ring `wraps` times: every slot holds a token, the cursor is at the start of the ring.
+  Replay(const RingLayout& layout, int64_t wraps) : Replay(layout) {
     const int64_t ring = layout.ring();
-    next_token = num_sinks + turns * ring;
+    next_token = num_sinks + wraps * ring;
     for (int64_t s = 0; s < num_sinks; ++s) occupant[s] = s;
     for (int64_t r = 0; r < ring; ++r) occupant[num_sinks + r] = next_token - ring + r;
   }
@@ -112,14 +112,14 @@ void check_layout(const RingLayout& layout) {
   }
 }
 
-// Entries of `source` that name no row leave theirs as it is.
+// Rows whose entry of `source` is out of range stay.
 void check_row_moves(const std::vector<int64_t>& source) {
   const int64_t count = static_cast<int64_t>(source.size());
-  std::vector<int64_t> rows(count), readers(count, 12345);
+  std::vector<int64_t> rows(count), num_readers(count, 12345);
   for (int64_t i = 0; i < count; ++i) rows[i] = 100 + i;
   const std::vector<int64_t> before = rows;
   std::vector<sinkattn::RowMove> moves(sinkattn::max_row_moves(count));
-  moves.resize(sinkattn::plan_row_moves(source.data(), count, readers.data(), moves.data()));
+  moves.resize(sinkattn::plan_row_moves(source.data(), count, num_readers.data(), moves.data()));
   int64_t spare = 0, saves = 0, copies = 0;
   for (const sinkattn::RowMove& move : moves) {
     CHECK(move.to != move.from);
