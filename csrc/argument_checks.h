@@ -1,6 +1,6 @@
 // Argument checks of the operators of every device, included by attention.cpp, ring_cache.cpp and ring_cache_cuda.cu.
 // They keep direct calls of the operators from accessing memory outside of the tensors. The public Python functions
-// (sinkattn/ops.py) give more detailed messages.
+// (sinkattn/ops/checks.py) give more detailed messages.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
