@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from sinkattn.report import machine, versions
+from sinkattn.evaluate.environment import machine, versions
 
 THREADS = min(2, os.cpu_count() or 1)
 

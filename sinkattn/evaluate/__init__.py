@@ -1,1 +1,1 @@
-"""The evaluation kit: the claims of StreamingLLM (arXiv 2309.17453), measured on a model of one's own."""
+"""The measurements of `sinkattn demo` and `sinkattn eval`: StreamingLLM's claims (arXiv 2309.17453), on any model."""

@@ -1,7 +1,7 @@
-"""Questions with one right answer each, to be asked in a stream: lines to look up, code to complete, pairs from a file.
+"""Questions with one right answer each, to be asked in a stream: lines to recall, code to complete, pairs from a file.
 
 The lines follow StreamEval (arXiv 2309.17453, section 4.3), whose data was never released: a stream of lines, each
-with a name and a value, and now and then the question for the value of the line so many lines back.
+with a name and a value, and at regular intervals a question for the value of the line a fixed number of lines back.
 """
 
 from __future__ import annotations
@@ -16,66 +16,66 @@ from pathlib import Path
 
 import numpy as np
 
-# Two syllables make a name that no text contains and that any tokenizer can spell.
+# Names are two syllables: unlikely to be words, and plain letters for any tokenizer.
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
-LEAST_NAMES = 400
+MIN_NAMES = 400
 
-PASSAGE = 6
+PASSAGE_LINES = 6
 
 
 @dataclass(frozen=True)
 class Item:
-    """A stretch of a stream with a question in it; its text is context, answer and closing, end to end."""
+    """A piece of a stream with one question; its text is context + answer + closing."""
 
     context: str
-    """What comes before the answer, the question included."""
+    """Text up to the answer, including the question."""
     answer: str
     """The right answer; not empty."""
     closing: str
-    """What ends the item."""
+    """Text after the answer."""
 
 
 def line_text(name: str, value: str) -> str:
-    """A line that can be asked for."""
+    """A line with a name and a value."""
     return f"line {name} {value}\n"
 
 
 def line_question(name: str, value: str) -> Item:
-    """The question for a line."""
+    """The question for the value of a line."""
     return Item(f"Recall line {name} ", value, "\n")
 
 
 class LineSource:
-    """Lines with names and values drawn at random; a name comes again only after half as many lines as there are names.
+    """Random lines. A name is reused only after half as many lines as there are names, so no question is ambiguous.
 
     Args:
         rng: source of randomness.
-        reach: how many lines back a question may be; there are at least four times as many names.
+        max_distance: how many lines back a question may be; there are at least four times as many names.
     """
 
-    def __init__(self, rng: np.random.Generator, reach: int = 1) -> None:
+    def __init__(self, rng: np.random.Generator, max_distance: int = 1) -> None:
         names = [first + second for first in SYLLABLES for second in SYLLABLES]
-        if reach * 4 > len(names):
-            raise ValueError(f"distance: expected at most {len(names) // 4} lines, got {reach}")
-        # The same names for the same reach in every stream: a model can be trained on the first ones.
-        order = np.random.default_rng(0).permutation(len(names))[: max(LEAST_NAMES, reach * 4)]
-        self.names = [names[place] for place in order]
+        if max_distance * 4 > len(names):
+            raise ValueError(f"distance: expected at most {len(names) // 4} lines, got {max_distance}")
+        # The names do not depend on `rng`, so that a model can be trained on the names that it is asked for.
+        order = np.random.default_rng(0).permutation(len(names))[: max(MIN_NAMES, max_distance * 4)]
+        self.names = [names[index] for index in order]
         self._rng = rng
-        self._resting: deque[str] = deque(maxlen=len(self.names) // 2)
+        self._recent: deque[str] = deque(maxlen=len(self.names) // 2)
 
     def draw(self) -> tuple[str, str]:
-        """The name and the value of a new line."""
-        while (name := self.names[self._rng.integers(len(self.names))]) in self._resting:
+        """Draw the name and the value of a new line."""
+        while (name := self.names[self._rng.integers(len(self.names))]) in self._recent:
             pass
-        self._resting.append(name)
+        self._recent.append(name)
         return name, str(self._rng.integers(100, 1000))
 
 
 def line_items(distance: int, every: int, seed: int = 0) -> Iterator[Item]:
-    """Endless lines; after every ``every`` lines the question for the line ``distance`` lines back (1: the last one).
+    """Endless lines, with a question every ``every`` lines for the line ``distance`` lines back (1: the last one).
 
-    Every item holds the lines since the last question and a question. Raises ValueError for a distance or an interval
-    below 1, or a distance that there are not enough names for.
+    An item holds the lines since the last question, and a question. Raises ValueError if ``distance`` or ``every`` is
+    below 1, or if there are not enough names for ``distance``.
     """
     for name, size in (("distance", distance), ("every", every)):
         if size < 1:
@@ -84,7 +84,8 @@ def line_items(distance: int, every: int, seed: int = 0) -> Iterator[Item]:
 
     def items() -> Iterator[Item]:
         known: deque[tuple[str, str]] = deque(maxlen=distance)
-        context, count = [], 0
+        context: list[str] = []
+        count = 0
         while True:
             known.append(source.draw())
             context.append(line_text(*known[-1]))
@@ -101,7 +102,7 @@ def read_items(path: Path) -> list[Item]:
     """Question-answer pairs from a JSONL file: on each line an object with the strings ``question`` and ``answer``.
 
     Raises:
-        ValueError: a file that cannot be read, is empty, or has a line that is no such object; the message says which.
+        ValueError: for a file that cannot be read, is empty, or has any other line; the message says which.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -127,9 +128,9 @@ def read_items(path: Path) -> list[Item]:
 
 
 def code_items(pieces: Iterator[str]) -> Iterator[Item]:
-    """Passages of code whose last word is to be told, from a text: questions for a model that reads Python."""
+    """Passages of source code in ``pieces`` of text; the answer is the last word of each passage."""
     lines = (line for piece in pieces for line in piece.split("\n") if line.strip())
-    while passage := list(islice(lines, PASSAGE)):
+    while passage := list(islice(lines, PASSAGE_LINES)):
         if match := re.fullmatch(r"(.*\W)(\w{3,})(\W*)", passage[-1]):
             context = "".join(f"{line}\n" for line in passage[:-1])
             yield Item(context + match[1], match[2], f"{match[3]}\n\n")

@@ -1,7 +1,7 @@
-"""Ways to run a model over a stream: sinks and a window, dense attention, recomputation; all fed the same tokens.
+"""Methods of running a model over a stream: sinks and a window, dense attention, recomputation.
 
-Every way has its own twin of the model, which shares the weights, so that all run side by side over one reading of the
-text and the model itself is never changed.
+Each method runs its own copy of the model's modules, which shares the weights. So all methods can be fed in step while
+the text is read once, and the model itself is not changed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from sinkattn.hf import SinkCache, enable
@@ -25,22 +25,22 @@ from sinkattn.hf.reencode.patch import ReencodePatch
 from sinkattn.hf.stream import keep_last_logits
 from sinkattn.hf.versions import forward_cache
 
-# Tokens fed at once: bounds the memory that their logits take.
-CHUNK = 256
-# Tokens in the forwards of one batch of recomputations.
+# Tokens per forward; bounds the memory of their logits.
+CHUNK_TOKENS = 256
+# Tokens per batch of recomputations.
 BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Sinks and window, both in tokens, written ``S+W``."""
+    """Number of sinks and window size, in tokens; written ``S+W``."""
 
     num_sinks: int
     window: int
 
     @classmethod
     def parse(cls, text: str) -> CacheSize:
-        """From ``S+W``; raises ValueError for any other text."""
+        """Parse ``S+W``; raises ValueError for any other text."""
         if not (match := re.fullmatch(r"(\d+)\+([1-9]\d*)", text)):
             raise ValueError(f"cache: expected sinks + window, such as 4+1020, got {text!r}")
         return cls(int(match[1]), int(match[2]))
@@ -55,26 +55,26 @@ class CacheSize:
 
 
 class Scores(NamedTuple):
-    """What a model made of the next tokens."""
+    """A model's predictions of the next tokens, compared with the tokens that follow."""
 
     losses: Tensor
-    """Nats, fp64 ``[tokens]`` on the CPU; NaN where no prediction was made."""
+    """Losses in nats, fp64 ``[tokens]`` on the CPU; NaN where no prediction was made."""
     hits: Tensor
-    """Whether the token was the likeliest of all, bool ``[tokens]`` on the CPU."""
+    """Whether the token is the argmax of the logits, bool ``[tokens]`` on the CPU."""
 
 
 class Predictor(Protocol):
-    """Whoever reads one stream and predicts its tokens."""
+    """Reads one stream and predicts its tokens."""
 
     name: str
 
     def feed(self, ids: Tensor, targets: Tensor, wanted: Tensor) -> Scores:
-        """Take ``ids`` in and predict the token after each.
+        """Feed ``ids`` and predict the token after each.
 
         Args:
             ids: the next tokens of the stream, int64 ``[tokens]`` on the CPU.
             targets: the token after each of them.
-            wanted: bool ``[tokens]``, the predictions that are needed; others are made if they cost nothing.
+            wanted: bool ``[tokens]``, the predictions that are needed; the others may be left out.
         """
 
     def reset(self) -> None:
@@ -82,42 +82,42 @@ class Predictor(Protocol):
 
 
 class Method(Predictor, Protocol):
-    """A way to run a model over one stream, token by token too."""
+    """A predictor that keeps a cache or recent tokens, and can be timed token by token."""
 
     model: PreTrainedModel
 
     @property
     def kv_bytes(self) -> int | None:
-        """Bytes of keys and values that it keeps; None if it keeps none."""
+        """Bytes of the keys and values kept; None for a method without a KV cache."""
 
     def step(self, token: int) -> None:
-        """Take one token in, predict the next and wait for the device: what there is to time.
+        """Feed one token, predict the next and wait for the device. This is what is timed.
 
-        The token need not stay in the stream.
+        The token may be taken back afterwards.
         """
 
 
-def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the modules of a model that shares its parameters and buffers.
+def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy the modules of a model, sharing its parameters and buffers.
 
-    Every method runs one, so that none sees what another leaves in a module, such as frequencies for a longer stream.
+    Modules can hold state, such as RoPE frequencies rescaled for a long input: with copies, methods are independent.
     """
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 class Cached:
-    """What methods with a cache have in common."""
+    """Base of the methods with a cache."""
 
     model: PreTrainedModel
-    cache: Any
+    cache: Cache
 
     @torch.inference_mode()
     def feed(self, ids: Tensor, targets: Tensor, wanted: Tensor) -> Scores:
         """See `Predictor.feed`; makes all predictions."""
         scores = [
             _scores(self._forward(fed).logits[0], following)
-            for fed, following in zip(ids.split(CHUNK), targets.split(CHUNK), strict=True)
+            for fed, following in zip(ids.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
         ]
         return Scores(*(torch.cat(each) for each in zip(*scores, strict=True)))
 
@@ -132,21 +132,23 @@ class Cached:
 
 
 class Streamed(Cached):
-    """sinkattn: the first tokens and a window of recent ones; no sinks make it window attention.
+    """sinkattn: sinks and a window of recent tokens; with 0 sinks, window attention.
 
     Raises:
-        ValueError: sinks and window that the model cannot take, or a model that `sinkattn.enable` refuses.
+        ValueError: if `sinkattn.enable` refuses the model, the number of sinks or the window.
     """
+
+    cache: SinkCache
 
     def __init__(self, model: PreTrainedModel, size: CacheSize) -> None:
         self.name = str(size)
         self.size = size
-        self.model = enable(twin(model), size.num_sinks, size.window)
+        self.model = enable(copy_sharing_weights(model), size.num_sinks, size.window)
         self.reset()
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes that the cache keeps."""
+        """Size of the cache in bytes."""
         return self.cache.nbytes
 
     def reset(self) -> None:
@@ -155,18 +157,19 @@ class Streamed(Cached):
 
 
 def dense_limit(streamed: Streamed) -> int | None:
-    """Tokens that dense attention can take with the positions that the model has; None if they never run out."""
+    """Tokens that dense attention can take, for a model with absolute positions; None if positions do not limit it."""
     absolute = isinstance(get_patch(streamed.model), ReencodePatch)
     return trained_length(streamed.model) if absolute else None
 
 
 class Dense(Cached):
-    """The model as transformers has it: every token sees all before it, and the cache grows."""
+    """The unpatched model with a growing cache; every token sees all earlier ones."""
 
     name = "dense"
+    cache: DynamicCache
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = twin(model)
+        self.model = copy_sharing_weights(model)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.reset()
 
@@ -182,29 +185,28 @@ class Dense(Cached):
         self._seen = 0
 
     def step(self, token: int) -> None:
-        """See `Method.step`; takes the token back, so that what is timed is always a cache of the same length."""
+        """See `Method.step`. The token is taken back, so that every timed step reads a cache of the same length."""
         super().step(token)
         for layer in self.cache.layers:
-            if type(layer) is DynamicLayer:
+            if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
                 layer.keys, layer.values = layer.keys[..., :-1, :], layer.values[..., :-1, :]
         self._seen -= 1
 
-    def _forward(self, ids: Tensor) -> Any:
-        options = {}
+    def _forward(self, ids: Tensor, **options: Tensor) -> Any:
         if self._takes_positions:
-            # Some models count from 0 in every call that does not say.
+            # Without position_ids some models count from 0 in every call.
             options["position_ids"] = torch.arange(self._seen, self._seen + len(ids), device=self.model.device)[None]
         self._seen += len(ids)
         return super()._forward(ids, **options)
 
 
 class Recomputed:
-    """Sliding window with recomputation: a fresh forward over the last tokens for every prediction.
+    """Sliding window with recomputation: a forward without cache over the last tokens, for every prediction.
 
     Args:
         model: the model.
-        size: tokens in a forward.
-        start_token: stands in the place of the first of them once the stream is longer; None for none.
+        size: tokens per forward.
+        start_token: replaces the first of these tokens once the stream is longer than ``size``; None to replace none.
     """
 
     kv_bytes = None
@@ -212,8 +214,8 @@ class Recomputed:
     def __init__(self, model: PreTrainedModel, size: int, start_token: int | None) -> None:
         self.name = f"recomputed {size}"
         self.size = size
-        self.model = twin(model)
-        # A forward over one token is over the last one.
+        self.model = copy_sharing_weights(model)
+        # With a size of 1 it would replace the only token.
         self._start = [] if start_token is None or size == 1 else [start_token]
         self._options = {"use_cache": False, **keep_last_logits(model)}
         self.reset()
@@ -224,16 +226,16 @@ class Recomputed:
 
     @torch.inference_mode()
     def feed(self, ids: Tensor, targets: Tensor, wanted: Tensor) -> Scores:
-        """See `Predictor.feed`; makes the wanted predictions alone."""
+        """See `Predictor.feed`; makes only the wanted predictions."""
         losses = torch.full(ids.shape, torch.nan, dtype=torch.float64)
         hits = torch.zeros(ids.shape, dtype=torch.bool)
         known = torch.cat((self._recent, ids))
         ends = wanted.nonzero()[:, 0] + len(self._recent) + 1
-        # Until the stream is as long as a forward, each has a length of its own.
+        # Forwards shorter than ``size`` differ in length, so they cannot share a batch.
         batches = [*ends[ends < self.size].split(1), *ends[ends >= self.size].split(max(1, BATCH_TOKENS // self.size))]
         for batch in batches:
             if not len(batch):
-                continue  # split gives one empty part of nothing
+                continue  # split() of an empty tensor yields one empty part
             length = min(self.size, int(batch[0]))
             rows = known[batch[:, None] + torch.arange(-length, 0)]
             if length == self.size:
@@ -252,30 +254,30 @@ class Recomputed:
 
 
 class OneShot:
-    """Every stretch that is fed stands alone: dense attention over a first token and this stretch.
+    """Dense attention over each call's tokens only; nothing is remembered from earlier calls.
 
     Args:
         model: the model.
-        first_token: stands before each stretch.
-        limit: tokens that the model can take at once; None if there is no such limit.
+        first_token: replaces the first token of each call, which belongs to the sequence before.
+        limit: maximum tokens of a sequence; None for no limit.
     """
 
     name = "one-shot"
 
     def __init__(self, model: PreTrainedModel, first_token: int, limit: int | None = None) -> None:
-        self.model = twin(model)
+        self.model = copy_sharing_weights(model)
         self._first = torch.tensor([first_token])
         self._limit = limit
 
     def reset(self) -> None:
-        """See `Predictor.reset`; nothing is kept."""
+        """See `Predictor.reset`; there is no state."""
 
     @torch.inference_mode()
     def feed(self, ids: Tensor, targets: Tensor, wanted: Tensor) -> Scores:
-        """See `Predictor.feed`; the first of ``ids`` belongs to what came before. ValueError beyond the limit."""
+        """See `Predictor.feed`; the first of ``ids`` is replaced. Raises ValueError beyond the limit."""
         if self._limit is not None and len(ids) > self._limit:
-            most = f"{self._limit} tokens, the positions of this model"
-            raise ValueError(f"questions: expected at most {most}, got {len(ids)}")
+            limit = f"{self._limit} tokens, the positions of this model"
+            raise ValueError(f"questions: expected at most {limit}, got {len(ids)}")
         fed = torch.cat((self._first, ids[1:]))
         return _scores(self.model(input_ids=fed[None].to(self.model.device), use_cache=False).logits[0], targets)
 
@@ -284,5 +286,5 @@ def _scores(logits: Tensor, targets: Tensor) -> Scores:
     targets = targets.to(logits.device)
     losses = F.cross_entropy(logits.float(), targets, reduction="none")
     if not losses.isfinite().all():
-        raise ValueError("loss: the model gave one that is not finite; in half precision, try --dtype float32")
+        raise ValueError("loss: the model returned one that is not finite; in half precision, try --dtype float32")
     return Scores(losses.double().cpu(), (logits.argmax(dim=-1) == targets).cpu())

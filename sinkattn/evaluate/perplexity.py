@@ -1,6 +1,6 @@
-"""Mean loss and perplexity along a stream, for every method over the same tokens, and what a token costs.
+"""Mean loss and perplexity along a stream, for all methods over the same tokens, and their time per token.
 
-A position is the place in the stream of the token that is fed; its loss is that of predicting the next token.
+A position is the index in the stream of the token that is fed; its loss is that of predicting the next token.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sinkattn.evaluate.methods import CHUNK, CacheSize, Dense, Method, Recomputed, Streamed, dense_limit
+from sinkattn.evaluate.methods import CHUNK_TOKENS, CacheSize, Dense, Method, Recomputed, Streamed, dense_limit
+from sinkattn.evaluate.recorder import bucket_edges
 from sinkattn.evaluate.statistics import Blocks, Sums
-from sinkattn.recorder import bucket_edges
-from sinkattn.text import TokenStream
+from sinkattn.evaluate.text import TokenStream
 
-TIMED = 200
+NUM_TIMED = 200
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run; all sizes in tokens."""
+    """Methods and sizes to run; all sizes in tokens."""
 
     caches: tuple[CacheSize, ...]
     tokens: int = 50_000
     dense_tokens: int = 5_000
-    """The dense model stops after so many; 0 leaves it out."""
+    """The dense model stops after this many tokens; 0 leaves it out."""
     recompute_every: int = 16
-    """Recomputation is scored at every so-manieth position; 0 leaves it out."""
+    """Recomputation is scored at every position that is a multiple of this; 0 leaves it out."""
 
     @property
     def begin(self) -> int:
-        """First position that counts: there the widest window is full."""
+        """First position whose loss counts; all caches are full there."""
         return max(cache.total for cache in self.caches)
 
     @property
     def dense_end(self) -> int:
-        """Where the dense model stops."""
+        """Position at which the dense model stops."""
         return min(self.tokens, self.dense_tokens)
 
     def check(self) -> None:
@@ -58,31 +58,34 @@ class Settings:
 
 @dataclass
 class Track:
-    """What was measured of a method."""
+    """The measurements of one method."""
 
     method: Method
     all: Blocks
-    """Every loss from where the widest window is full."""
+    """Losses from `Settings.begin` on."""
     early: Blocks
-    """The same up to where the dense model stopped."""
+    """The same, up to `Settings.dense_end`."""
     sampled: Blocks
-    """The losses at the positions that recomputation is scored at."""
+    """Losses at the positions where recomputation is scored."""
     series: Sums
+    """Losses by bucket, for a plot along the stream."""
     end: int = 0
+    """Tokens fed."""
     seconds: float | None = None
-    """Median time of a token at the end of the stream."""
+    """Median time per token at the end of the stream."""
     kv_bytes: int | None = None
+    """Bytes of keys and values at the end of the stream; None for a method without a KV cache."""
 
 
 @dataclass
 class Result:
-    """What an evaluation found; the tracks in the order of the table."""
+    """The measurements of all methods, in the order of the table."""
 
     settings: Settings
     tracks: list[Track] = field(default_factory=list)
 
     def recomputed(self, track: Track) -> Track | None:
-        """Recomputation of as many tokens as a streamed method sees; None if there is none."""
+        """Recomputation over as many tokens as a streamed method sees; None if it was not run."""
         if not isinstance(track.method, Streamed):
             return None
         matches = (
@@ -93,30 +96,30 @@ class Result:
         return next(matches, None)
 
 
-Watch = Callable[[int, list[Track]], bool]
-"""Called after every chunk with the tokens done and the tracks so far; says whether to go on."""
+OnProgress = Callable[[int, list[Track]], bool]
+"""Called after every chunk with the tokens done and the tracks so far; returns whether to go on."""
 
 
-def run(model: PreTrainedModel, stream: TokenStream, settings: Settings, watch: Watch) -> Result:
-    """Run all methods side by side over one reading of the stream; the model is not changed.
+def run(model: PreTrainedModel, stream: TokenStream, settings: Settings, on_progress: OnProgress) -> Result:
+    """Feed the stream to all methods, chunk by chunk; the model is not changed.
 
-    Memory stays the same however long the stream, but for the dense model's cache. Tokens are fed in chunks, which for
-    `sinkattn` gives the losses of single ones.
+    Nothing that is kept grows with the stream, except the dense model's cache. The losses of `sinkattn` do not depend
+    on the size of the chunks.
 
     Args:
         model: a transformers causal language model in evaluation mode.
         stream: the tokens.
         settings: methods and sizes.
-        watch: is told of progress, and may end the stream early; the settings of the result say where it ended.
+        on_progress: may end the stream early; ``settings.tokens`` of the result is then where it ended.
 
     Raises:
         ValueError: for settings that leave nothing to compare, an empty text, or a model or window that is refused.
-        KeyboardInterrupt: if the stream is ended before any loss counts.
+        KeyboardInterrupt: if `on_progress` ends the stream before any loss counts.
     """
     settings.check()
     streamed = [Streamed(model, cache) for cache in settings.caches]
     if (limit := dense_limit(streamed[0])) is not None and limit <= settings.dense_tokens:
-        # One position is kept for the token that is timed.
+        # The last position is reserved for the token that is timed.
         settings = replace(settings, dense_tokens=limit - 1 if limit - 1 > settings.begin else 0)
     methods: list[Method] = [*streamed]
     if settings.recompute_every:
@@ -135,42 +138,42 @@ def run(model: PreTrainedModel, stream: TokenStream, settings: Settings, watch: 
         sampled = (positions >= begin) & (positions % max(1, settings.recompute_every) == 0)
         wanted = torch.from_numpy(sampled)
         for track in result.tracks:
-            most = settings.dense_end - first if isinstance(track.method, Dense) else len(fed)
-            if most <= 0:
+            count = settings.dense_end - first if isinstance(track.method, Dense) else len(fed)
+            if count <= 0:
                 continue
-            losses = track.method.feed(fed[:most], targets[:most], wanted[:most]).losses.numpy()
+            losses = track.method.feed(fed[:count], targets[:count], wanted[:count]).losses.numpy()
             track.all.add(first, losses)
             track.early.add(first, losses)
             track.series.add(first, losses)
-            track.sampled.add(first, np.where(sampled[:most], losses, np.nan))
+            track.sampled.add(first, np.where(sampled[:count], losses, np.nan))
             track.end = first + len(losses)
-        if not watch(first + len(fed), result.tracks):
+        if not on_progress(first + len(fed), result.tracks):
             result.settings = replace(settings, tokens=first + len(fed))
             break
     if result.settings.tokens <= begin:
         raise KeyboardInterrupt
     for track in result.tracks:
         track.kv_bytes = track.method.kv_bytes
-    seconds = time_in_turns([track.method for track in result.tracks], int(fed[-1]), TIMED)
+    seconds = time_interleaved([track.method for track in result.tracks], int(fed[-1]), NUM_TIMED)
     for track, each in zip(result.tracks, seconds, strict=True):
         track.seconds = each
     return result
 
 
 def chunks(ids: Iterator[int], tokens: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """The first ``tokens`` tokens in chunks: position of the first, the chunk, and the token after each of it."""
+    """Split the first ``tokens`` tokens: position of the chunk, its tokens, and the token after each of them."""
     last = next(ids)
-    for first in range(0, tokens, CHUNK):
-        targets = torch.tensor(list(islice(ids, min(CHUNK, tokens - first))))
+    for first in range(0, tokens, CHUNK_TOKENS):
+        targets = torch.tensor(list(islice(ids, min(CHUNK_TOKENS, tokens - first))))
         yield first, torch.cat((torch.tensor([last]), targets[:-1])), targets
         last = int(targets[-1])
 
 
-def time_in_turns(methods: list[Method], token: int, rounds: int) -> list[float]:
-    """Median seconds of a step of each method, taken in turns, so that other work on the machine slows all alike.
+def time_interleaved(methods: list[Method], token: int, rounds: int) -> list[float]:
+    """Median seconds of a step of each method. Steps are interleaved, so that other load slows all methods alike.
 
-    Each takes a step before the one that is timed: on a stream of its own, too, it would find in the processor's caches
-    what its last token left there, not what another method did.
+    Each timed step follows an untimed one of the same method, which refills the processor's caches as in a stream of
+    that method alone.
     """
     times = np.zeros((rounds, len(methods)))
     for turn in range(rounds):

@@ -1,8 +1,8 @@
-"""Does a model have attention sinks, which token is one, and how many are worth keeping?
+"""Whether a model has attention sinks, whether they depend on the first token, and how many are worth keeping.
 
-Much attention on the first token proves little: it can be put there and cost nothing to lose. So the question is
-answered by losses, with 0, 1, 2, 4 and 8 sinks in caches of the same total size, and with other tokens in the place of
-the first ones; the attention is shown beside it.
+High attention on the first token is not evidence: evicting that token may cost nothing. So the decision is by losses,
+with 0, 1, 2, 4 and 8 sinks in caches of the same total size, and with other tokens at the beginning of the stream. The
+attention is only reported.
 """
 
 from __future__ import annotations
@@ -16,56 +16,56 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sinkattn.evaluate.methods import CacheSize, Streamed, twin
+from sinkattn.evaluate.methods import CacheSize, Streamed, copy_sharing_weights
 from sinkattn.evaluate.perplexity import chunks
 from sinkattn.evaluate.statistics import Blocks, Mean
-from sinkattn.text import TokenStream
+from sinkattn.evaluate.text import TokenStream
 
 SINK_COUNTS = (0, 1, 2, 4, 8)
-# As the paper's experiment with line breaks in the place of the first tokens.
+# As in the paper's experiment with line breaks instead of the first tokens (arXiv 2309.17453, table 1).
 LINE_BREAKS = 4
-# Nats per token, one percent of perplexity: less is not worth a sink.
-WORTH = 0.01
+# Smaller gains, in nats per token, do not count: about one percent of perplexity.
+MIN_GAIN = 0.01
 FIRST_TOKENS = 4
-# Attention weights of all layers are held at once, and grow with the square of the tokens.
-MOST_MASS_TOKENS = 512
+# The attention weights of all layers are in memory at once, and grow with the square of the tokens.
+MAX_ATTENTION_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """How a stream begins, and what the number of sinks makes of its loss."""
+    """One way to begin the stream, and its loss by number of sinks."""
 
     name: str
     losses: dict[int, Mean]
-    """By number of sinks."""
+    """Mean loss by number of sinks."""
     gains: dict[int, Mean]
-    """Loss with so many sinks minus loss with none, over the same tokens."""
+    """By number of sinks: loss with them minus loss without sinks, over the same tokens."""
 
 
 @dataclass
 class Result:
-    """What was found."""
+    """Losses for each beginning, the attention on the first tokens, and what follows from them."""
 
     total: int
     """Sinks and window together."""
     beginnings: list[Beginning] = field(default_factory=list)
-    laps: int = 0
-    """How often the text was started over."""
-    mass: list[Tensor] | None = None
-    """Mean attention on each of the first four tokens by each attention layer, ``[4, heads]``; None if not told."""
-    mass_tokens: int = 0
-    """Tokens of the stretches that this is of."""
+    restarts: int = 0
+    """How many times the text was started over."""
+    attention: list[Tensor] | None = None
+    """As `attention_on_first_tokens` returns it."""
+    attention_tokens: int = 0
+    """Length of the sequences that the attention was measured on."""
 
     @property
     def recommended(self) -> int:
-        """Fewest sinks whose loss is within one percent of perplexity of the best."""
+        """Smallest number of sinks whose loss is within `MIN_GAIN` of the best."""
         losses = {count: mean.loss for count, mean in self.beginnings[0].losses.items()}
         best = min(losses.values())
-        return min(count for count, loss in losses.items() if loss <= best + WORTH)
+        return min(count for count, loss in losses.items() if loss <= best + MIN_GAIN)
 
     @property
     def verdict(self) -> str:
-        """What the losses say, in a sentence or two."""
+        """The conclusion from the losses, in a sentence or two."""
         first, *others = self.beginnings
         count = self.recommended
         if not count:
@@ -73,7 +73,7 @@ class Result:
         gain = first.gains[count]
         kept = "1 token" if count == 1 else f"{count} tokens"
         text = f"keeping the first {kept} lowers the loss by {-gain.loss:.3f} nats per token"
-        if gain.margin is None or gain.loss + gain.margin > -WORTH:
+        if gain.margin is None or gain.loss + gain.margin > -MIN_GAIN:
             margin = "" if gain.margin is None else f", give or take {gain.margin:.3f}"
             return f"Not sure: {text}{margin}; more tokens would tell."
         text = f"Attention sinks: {text}."
@@ -87,7 +87,8 @@ class Result:
         return f"{text} Other first tokens do not: the sink is the token that this stream begins with."
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain types."""
+        """As a dictionary of plain types."""
+        attention = None if self.attention is None else [layer.tolist() for layer in self.attention]
         return {
             "cache": self.total,
             "beginnings": {
@@ -99,24 +100,24 @@ class Result:
             },
             "recommended_num_sinks": self.recommended,
             "verdict": self.verdict,
-            "attention_on_first_tokens": None if self.mass is None else [layer.tolist() for layer in self.mass],
-            "attention_tokens": self.mass_tokens,
+            "attention_on_first_tokens": attention,
+            "attention_tokens": self.attention_tokens,
         }
 
 
-Watch = Callable[[str, int], None]
+OnProgress = Callable[[str, int], None]
 """Called after every chunk: name of the beginning, tokens done."""
 
 
-def run(model: PreTrainedModel, stream: TokenStream, total: int, tokens: int, watch: Watch) -> Result:
-    """Look for sinks; the model is not changed.
+def run(model: PreTrainedModel, stream: TokenStream, total: int, tokens: int, on_progress: OnProgress) -> Result:
+    """Measure what sinks are worth; the model is not changed.
 
     Args:
         model: a transformers causal language model in evaluation mode.
-        stream: the tokens, as they come.
+        stream: the tokens; they are also streamed with other beginnings.
         total: sinks and window together, in tokens.
-        tokens: of each stream; those count that come when the window is full.
-        watch: is told of progress.
+        tokens: length of each stream; losses count once the cache is full.
+        on_progress: called after every chunk.
 
     Raises:
         ValueError: sizes that leave nothing to compare, an empty text, a model that is refused.
@@ -124,7 +125,7 @@ def run(model: PreTrainedModel, stream: TokenStream, total: int, tokens: int, wa
     if total <= max(SINK_COUNTS):
         raise ValueError(f"cache: expected more than {max(SINK_COUNTS)} tokens, got {total}")
     if tokens <= total:
-        raise ValueError(f"tokens: expected more than those of the cache ({total}), got {tokens}")
+        raise ValueError(f"tokens: expected more than the size of the cache ({total}), got {tokens}")
     methods = [Streamed(model, CacheSize(count, total - count)) for count in SINK_COUNTS]
     result = Result(total)
     bare = TokenStream(stream.text, stream.tokenizer, with_start=False)
@@ -135,22 +136,28 @@ def run(model: PreTrainedModel, stream: TokenStream, total: int, tokens: int, wa
         for first, fed, targets in chunks(ids, tokens):
             for method, each in zip(methods, blocks, strict=True):
                 each.add(first, method.feed(fed, targets, torch.ones(len(fed), dtype=torch.bool)).losses.numpy())
-            watch(name, first + len(fed))
+            on_progress(name, first + len(fed))
         losses = {count: each.mean() for count, each in zip(SINK_COUNTS, blocks, strict=True)}
         gains = {count: each.difference(blocks[0]) for count, each in zip(SINK_COUNTS, blocks, strict=True)}
-        result.beginnings.append(Beginning(name, losses, gains))
-    result.laps = max(stream.laps, bare.laps)
-    result.mass_tokens = min(total, MOST_MASS_TOKENS)
-    result.mass = attention_on_first_tokens(model, iter(stream), result.mass_tokens)
+        result.beginnings.append(Beginning(name, _present(losses), _present(gains)))
+    result.restarts = max(stream.restarts, bare.restarts)
+    result.attention_tokens = min(total, MAX_ATTENTION_TOKENS)
+    result.attention = attention_on_first_tokens(model, iter(stream), result.attention_tokens)
     return result
 
 
+def _present(means: dict[int, Mean | None]) -> dict[int, Mean]:
+    """The same means: as ``tokens`` exceeds ``total``, there are losses for each number of sinks."""
+    return {count: mean for count, mean in means.items() if mean is not None}
+
+
 def _beginnings(stream: TokenStream, bare: TokenStream) -> dict[str, Iterator[int]]:
+    beginnings: dict[str, Iterator[int]]
     if stream.start_token is None:
         beginnings = {"as it comes": iter(stream)}
     else:
         beginnings = {"start token": iter(stream), "no start token": iter(bare)}
-    # Some tokenizers know no line breaks.
+    # Some tokenizers have no token for a line break.
     if line_break := stream.tokenizer("\n", add_special_tokens=False).input_ids[-1:]:
         beginnings[f"{LINE_BREAKS} line breaks"] = chain(line_break * LINE_BREAKS, iter(bare))
     return beginnings
@@ -158,17 +165,17 @@ def _beginnings(stream: TokenStream, bare: TokenStream) -> dict[str, Iterator[in
 
 @torch.inference_mode()
 def attention_on_first_tokens(
-    model: PreTrainedModel, ids: Iterator[int], length: int, stretches: int = 8
+    model: PreTrainedModel, ids: Iterator[int], length: int, sequences: int = 8
 ) -> list[Tensor] | None:
     """Mean attention on each of the first four tokens, fp32 ``[4, heads]`` for each attention layer.
 
-    Dense attention over stretches of ``length`` tokens that begin as the stream does; the mean is over all stretches
-    and over the queries of the second half of each. None for a model that does not tell its attention.
+    Dense attention over sequences of ``length`` tokens, which all begin with the first token of the stream. The mean is
+    over all sequences and over the queries in the second half of each. None if the model does not return attentions.
     """
-    eager = twin(model)
+    eager = copy_sharing_weights(model)
     first = next(ids)
     sums: list[Tensor] = []
-    for _ in range(stretches):
+    for _ in range(sequences):
         fed = torch.tensor([[first, *islice(ids, length - 1)]], device=model.device)
         try:
             eager.set_attn_implementation("eager")
@@ -176,6 +183,6 @@ def attention_on_first_tokens(
         except (NotImplementedError, RuntimeError, TypeError, ValueError):
             return None
         layers = [each for each in attentions or () if each is not None and each.shape[-2:] == (length, length)]
-        mass = [each[0, :, length // 2 :, :FIRST_TOKENS].float().mean(1).T.cpu() for each in layers]
-        sums = [total + each for total, each in zip(sums, mass, strict=True)] if sums else mass
-    return [total / stretches for total in sums] or None
+        means = [each[0, :, length // 2 :, :FIRST_TOKENS].float().mean(1).T.cpu() for each in layers]
+        sums = [total + each for total, each in zip(sums, means, strict=True)] if sums else means
+    return [total / sequences for total in sums] or None

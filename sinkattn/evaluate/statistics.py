@@ -1,4 +1,4 @@
-"""Means along a stream and how sure they are, in memory that does not grow with it."""
+"""Mean losses along a stream and their confidence intervals, in memory that does not grow with the stream."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-# Many blocks tell the spread of their means well, long ones depend less on each other.
-BLOCKS = 32
+# More blocks give a better estimate of the spread of their means; longer blocks are less correlated.
+NUM_BLOCKS = 32
 BLOCK_TOKENS = 32
 
 
 def perplexity(loss: float) -> float:
-    """Exponential of a mean loss in nats, as far as a float holds it."""
+    """Exponential of a mean loss in nats; the loss is capped so that the result is finite."""
     return math.exp(min(loss, 700.0))
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean loss in nats per token over ``tokens`` tokens, and half the width of its 95 % confidence interval."""
+    """A mean loss, in nats per token, over ``tokens`` tokens."""
 
     tokens: int
     loss: float
     margin: float | None
-    """None where there are too few tokens to tell."""
+    """Half the width of the 95 % confidence interval; None if there are too few blocks to estimate it."""
 
     @property
     def perplexity(self) -> float:
@@ -34,15 +34,15 @@ class Mean:
         return perplexity(self.loss)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain types."""
+        """As a dictionary of plain types."""
         return {**asdict(self), "perplexity": self.perplexity}
 
 
 class Sums:
-    """Sums of losses over stretches of a stream.
+    """Sums of losses over intervals of positions.
 
     Args:
-        edges: first positions of the stretches, in order, and the end of the last.
+        edges: first position of each interval, in order, and the end of the last.
     """
 
     def __init__(self, edges: np.ndarray) -> None:
@@ -51,14 +51,14 @@ class Sums:
         self.sums = np.zeros(len(edges) - 1)
 
     def add(self, first: int, losses: np.ndarray) -> None:
-        """Add the losses of positions first, first + 1, ...; NaN for those that have none."""
-        places = np.searchsorted(self.edges, first + np.arange(len(losses)), side="right") - 1
-        counted = (places >= 0) & (places < len(self.sums)) & ~np.isnan(losses)
-        self.counts += np.bincount(places[counted], minlength=len(self.counts))
-        self.sums += np.bincount(places[counted], losses[counted], minlength=len(self.sums))
+        """Add the losses of positions first, first + 1, ...; NaN where there is no loss."""
+        intervals = np.searchsorted(self.edges, first + np.arange(len(losses)), side="right") - 1
+        counted = (intervals >= 0) & (intervals < len(self.sums)) & ~np.isnan(losses)
+        self.counts += np.bincount(intervals[counted], minlength=len(self.counts))
+        self.sums += np.bincount(intervals[counted], losses[counted], minlength=len(self.sums))
 
     def means(self) -> list[tuple[int, int, int, float]]:
-        """First position, end, number of losses and their mean, of every stretch that got any."""
+        """First position, end, number of losses and mean loss of every interval that has losses."""
         return [
             (int(self.edges[i]), int(self.edges[i + 1]), int(self.counts[i]), float(self.sums[i] / self.counts[i]))
             for i in np.flatnonzero(self.counts)
@@ -66,22 +66,22 @@ class Sums:
 
 
 class Blocks(Sums):
-    """Sums of losses over up to 32 equal blocks of the positions begin .. end - 1, of 32 or more each.
+    """Sums of losses over up to 32 equal blocks of the positions begin .. end - 1, each of 32 positions or more.
 
-    Neighbouring losses depend on each other, so the spread of single losses says too little; means over long blocks
-    hardly do, and the confidence interval is taken from these (the method of batch means).
+    Confidence intervals are by the method of batch means: losses of neighbouring tokens are correlated, so an interval
+    from single losses would be too narrow; means over long blocks are nearly independent.
     """
 
     def __init__(self, begin: int, end: int) -> None:
-        blocks = max(1, min(BLOCKS, (end - begin) // BLOCK_TOKENS))
+        blocks = max(1, min(NUM_BLOCKS, (end - begin) // BLOCK_TOKENS))
         super().__init__(begin + np.arange(blocks + 1) * (end - begin) // blocks)
 
     def mean(self) -> Mean | None:
-        """Mean over all that was added; None if nothing was."""
+        """Mean over all losses; None if there are none."""
         return _mean(self.counts, self.sums)
 
     def difference(self, other: Blocks) -> Mean | None:
-        """Mean of self - other, block by block. Raises ValueError if they did not get the same numbers of losses."""
+        """Mean of self - other, paired by block. Raises ValueError if any block has another number of losses."""
         if not np.array_equal(self.counts, other.counts):
             raise ValueError("difference: expected losses at the same positions")
         return _mean(self.counts, self.sums - other.sums)
@@ -96,7 +96,7 @@ def _mean(counts: np.ndarray, sums: np.ndarray) -> Mean | None:
     blocks = int(filled.sum())
     margin = None
     if blocks > 7:
-        # Blocks weigh as many tokens as they got (a ratio estimate), so that a short last one does no harm.
+        # A ratio estimate: blocks are weighted by their number of tokens, which may differ.
         residuals = sums[filled] - mean * counts[filled]
         error = math.sqrt(float((residuals**2).sum()) * blocks / (blocks - 1)) / total
         margin = float(stats.t.ppf(0.975, blocks - 1)) * error

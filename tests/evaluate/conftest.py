@@ -5,8 +5,8 @@ from itertools import islice
 import pytest
 import torch
 
+from sinkattn.evaluate.text import StandardLibrary, TokenStream
 from sinkattn.hf.load import load
-from sinkattn.text import StandardLibrary, TokenStream
 
 
 @pytest.fixture(scope="session")

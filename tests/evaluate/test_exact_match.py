@@ -12,7 +12,7 @@ from sinkattn.evaluate import exact_match
 from sinkattn.evaluate.exact_match import Tally, encode
 from sinkattn.evaluate.items import Item, code_items, line_items
 from sinkattn.evaluate.methods import CacheSize, Dense, OneShot, Recomputed, Streamed
-from sinkattn.text import StandardLibrary
+from sinkattn.evaluate.text import StandardLibrary
 
 
 def test_tokens_of_an_answer_are_those_that_spell_it(tokenizer):

@@ -35,7 +35,7 @@ def test_lines_are_drawn_anew_for_each_seed_and_none_is_asked_for_twice():
 
 
 def test_a_name_rests_before_it_comes_again():
-    source = LineSource(np.random.default_rng(0), reach=150)
+    source = LineSource(np.random.default_rng(0), max_distance=150)
     names = [source.draw()[0] for _ in range(3000)]
     last = {}
     for place, name in enumerate(names):

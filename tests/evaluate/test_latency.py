@@ -15,7 +15,7 @@ def quiet(*progress):
 
 def test_costs_by_window(model):
     seen = []
-    costs = latency.by_window(model, 4, [16, 64], rounds=3, watch=lambda *progress: seen.append(progress))
+    costs = latency.by_window(model, 4, [16, 64], rounds=3, on_progress=lambda *progress: seen.append(progress))
     assert [(cost.method, cost.size, cost.seen) for cost in costs] == [
         (method, size, size) for size in (16, 64) for method in ("sinkattn", "dense", "recomputed")
     ]
@@ -32,7 +32,7 @@ def test_costs_by_window(model):
 
 
 def test_costs_along_a_stream(model):
-    costs = latency.by_length(model, CacheSize(4, 28), [20, 21, 600], rounds=2, watch=quiet)
+    costs = latency.by_length(model, CacheSize(4, 28), [20, 21, 600], rounds=2, on_progress=quiet)
     costs = [cost for cost in costs if cost.seen != 21]
     assert [(cost.method, cost.size, cost.seen) for cost in costs] == [
         ("sinkattn", 20, 20),

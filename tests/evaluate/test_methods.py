@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sinkattn.evaluate.methods import CacheSize, Dense, OneShot, Recomputed, Streamed, dense_limit, twin
+from sinkattn.evaluate.methods import CacheSize, Dense, OneShot, Recomputed, Streamed, copy_sharing_weights, dense_limit
 
 
 def fed_in_pieces(method, ids, wanted=None):
@@ -167,7 +167,7 @@ def test_losses_that_are_no_numbers_are_refused(model, ids):
     other = deepcopy(model)
     with torch.no_grad():
         other.model.embed_tokens.weight[ids[20]] = torch.nan
-    with pytest.raises(ValueError, match="loss: the model gave one that is not finite"):
+    with pytest.raises(ValueError, match="loss: the model returned one that is not finite"):
         fed_in_pieces(Dense(other), ids[:40])
 
 
@@ -189,7 +189,7 @@ def test_bytes_are_those_of_keys_and_values(model, ids):
 def test_a_twin_shares_weights_and_leaves_the_model_alone(model, ids):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modules = [type(module) for module in model.modules()]
-    other = twin(model)
+    other = copy_sharing_weights(model)
     assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert all(a is not b for a, b in zip(model.modules(), other.modules(), strict=True))
     fed_in_pieces(Streamed(model, CacheSize(4, 60)), ids[:200])

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sinkattn.evaluate import perplexity
 from sinkattn.evaluate.methods import CacheSize
 from sinkattn.evaluate.perplexity import Settings
-from sinkattn.text import Pipe, StandardLibrary, TextError, TokenStream
+from sinkattn.evaluate.text import Pipe, StandardLibrary, TextError, TokenStream
 
 CACHES = (CacheSize(0, 64), CacheSize(4, 60))
 
@@ -98,7 +98,7 @@ def test_times_are_medians_of_turns(monkeypatch):
             now[0] += next(self.times)
 
     first, second = Method("a", [50, 1, 50, 2, 50, 9]), Method("b", [50, 5, 50, 4, 50, 4])
-    assert perplexity.time_in_turns([first, second], 0, 3) == [2, 4]
+    assert perplexity.time_interleaved([first, second], 0, 3) == [2, 4]
     # A step before each that is timed.
     assert order.count("a") == order.count("b") == 2 * 3
     assert {"".join(order[i : i + 4]) for i in range(0, len(order), 4)} == {"aabb", "bbaa"}

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sinkattn.evaluate import sinks
 from sinkattn.evaluate.sinks import Beginning, Result
 from sinkattn.evaluate.statistics import Mean
-from sinkattn.text import Pipe, TokenStream
+from sinkattn.evaluate.text import Pipe, TokenStream
 
 
 def beginning(name, losses, margin=0.005):
@@ -75,9 +75,9 @@ def test_the_sink_of_the_shipped_model_is_its_start_token(model, stream):
     losses = [[mean.loss for mean in each.losses.values()] for each in result.beginnings]
     assert losses[0][0] - losses[0][1] > 0.5
     assert max(abs(a - losses[1][0]) for row in losses[1:] for a in row) < 0.2
-    assert [layer.shape for layer in result.mass] == [(4, 4), (4, 4)]
-    assert result.mass[1][0].max() > 0.4 > 0.05 > result.mass[1][1:].max()
-    assert result.laps == 0
+    assert [layer.shape for layer in result.attention] == [(4, 4), (4, 4)]
+    assert result.attention[1][0].max() > 0.4 > 0.05 > result.attention[1][1:].max()
+    assert result.restarts == 0
 
 
 def test_an_untrained_model_has_none(tokenizer):
@@ -89,11 +89,11 @@ def test_an_untrained_model_has_none(tokenizer):
     result = sinks.run(LlamaForCausalLM(config).eval(), stream, 32, 400, lambda *progress: None)
     assert result.recommended == 0
     assert "No attention sinks" in result.verdict
-    assert result.laps >= 1
+    assert result.restarts >= 1
 
 
 def test_mass_is_the_mean_attention_of_the_second_half(model, ids):
-    mass = sinks.attention_on_first_tokens(model, iter(ids.tolist()), 32, stretches=2)
+    mass = sinks.attention_on_first_tokens(model, iter(ids.tolist()), 32, sequences=2)
     rows = torch.stack((ids[:32], torch.cat((ids[:1], ids[32:63]))))
     with torch.no_grad():
         hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(rows))

@@ -14,8 +14,8 @@ from families import FAMILIES, FULL, REENCODE, SLIDING, build, random_ids
 from torch import nn
 
 import sinkattn
+from sinkattn.cli.info import model_facts
 from sinkattn.hf.reencode.lanes import context_start
-from sinkattn.info import model_facts
 from sinkattn.reference import visible
 
 S, W = 4, 12

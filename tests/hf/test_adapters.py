@@ -24,9 +24,9 @@ from transformers import (
 )
 
 import sinkattn
+from sinkattn.cli.info import model_facts
 from sinkattn.hf import UnsupportedModelError
 from sinkattn.hf.adapters import find
-from sinkattn.info import model_facts
 from sinkattn.reference import visible
 
 S, W = 4, 28

@@ -8,9 +8,9 @@ from test_generate import S, W, greedy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import sinkattn
+from sinkattn.cli.info import model_facts
 from sinkattn.hf import UnsupportedModelError
 from sinkattn.hf.trial.agreement import relative_error
-from sinkattn.info import model_facts
 
 NEW = 60
 

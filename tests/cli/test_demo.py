@@ -1,9 +1,8 @@
-"""The demonstration: its losses against independent forwards, and instruments that do not grow."""
+"""``sinkattn demo``: its losses against independent forwards, and its table, JSON and picture."""
 
 import io
 import json
 import math
-import sys
 import time
 from itertools import islice
 
@@ -13,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sinkattn import demo, plots, recorder, report
-from sinkattn.demo import Settings
+from sinkattn.cli import demo_picture, demo_report, formatting, pictures
+from sinkattn.evaluate import demo
+from sinkattn.evaluate.demo import Settings
+from sinkattn.evaluate.text import Pipe, TextError, TokenStream
 from sinkattn.hf.versions import forward_cache
-from sinkattn.recorder import Recorder, sample_positions
-from sinkattn.text import Pipe, TextError, TokenStream
 
 SETTINGS = Settings(tokens=90, num_sinks=3, window=9, dense_tokens=50, samples=20)
 SIZE = SETTINGS.cache_tokens
@@ -151,17 +150,18 @@ def test_dense_stops_when_its_time_is_over(model, monkeypatch):
     dense = result.methods["dense"]
     assert dense.recorder.end < 5
     assert dense.stopped == "time budget of 0 s"
-    figures = report.as_dict(result, ABOUT)
+    figures = demo_report.as_dict(result, ABOUT)
     assert figures["methods"]["dense"]["scored"] == []
     assert [part["begin"] for part in figures["methods"]["sinkattn"]["scored"]] == [SETTINGS.dense_tokens]
     assert "time budget" in printed(result)
+    assert "with a full window; for dense, 0." in "\n".join(demo_report.remarks(result, ABOUT))
 
 
 def test_dense_may_reach_the_end(model):
     settings = Settings(tokens=40, num_sinks=3, window=9, dense_tokens=5000, samples=5)
     result = demo.run(model, make_stream(), settings, lambda *progress: None, lambda: 0)
     assert result.methods["dense"].stopped is None
-    assert [len(method["scored"]) for method in report.as_dict(result, ABOUT)["methods"].values()] == [1] * 4
+    assert [len(method["scored"]) for method in demo_report.as_dict(result, ABOUT)["methods"].values()] == [1] * 4
     assert "ran all tokens" in printed(result)
 
 
@@ -181,77 +181,19 @@ def test_settings_and_texts_that_cannot_be_compared(model):
         run(SETTINGS, text="")
 
 
-# Instruments
-
-
-def fill(tokens, full_at=10, times=None, samples=()):
-    out = Recorder(tokens, full_at, np.array(samples, dtype=np.int64))
-    for position in range(tokens):
-        out.add(position, float(position), times(position) if times else None)
-    return out
-
-
-def test_spans_are_the_tokens_after_the_window_filled_and_the_last(monkeypatch):
-    monkeypatch.setattr(recorder, "TIMES_KEPT", 7)
-    out = fill(100, full_at=10, times=float)
-    assert out.first_span() == recorder.Span(10, 7, 13.0)
-    assert out.last_span() == recorder.Span(93, 7, 96.0)
-    short = fill(20, full_at=10, times=float)
-    assert (short.first_span(), short.last_span()) == (recorder.Span(10, 5, 12.0), recorder.Span(15, 5, 17.0))
-    assert fill(10, full_at=10, times=float).last_span() is None
-
-
-def test_resident_growth_is_the_highest_after_the_window_filled():
-    out = Recorder(200, 10, np.zeros(0))
-    readings = {0: 999, 10: 100, 32: 130, 64: 170, 96: 120}
-    for position in range(200):
-        out.add(position, 0.0)
-        if out.memory_is_due():
-            out.add_memory(readings.get(position, 110), 5)
-    assert (out.resident_when_full, out.resident_growth) == (100, 70)
-
-
-def test_samples_are_spread_and_distinct():
-    rng = np.random.default_rng(0)
-    positions = sample_positions(100, 1100, 50, rng)
-    assert ((positions - 100) // 20 == np.arange(50)).all()
-    assert sample_positions(5, 9, 50, rng).tolist() == [5, 6, 7, 8]
-    assert len(sample_positions(9, 9, 50, rng)) == 0
-
-
-def test_mean_loss_of_samples():
-    out = fill(50, samples=[3, 10, 20, 45])
-    assert out.mean_loss(10, 45) == (15.0, 2)
-    assert out.mean_loss(21, 45) is None
-
-
-def test_recorder_takes_the_same_memory_for_any_stream():
-    def nbytes(tokens):
-        out = Recorder(tokens, 128, np.zeros(0))
-        return sum(value.nbytes for value in vars(out).values() if isinstance(value, np.ndarray))
-
-    assert nbytes(10**9) == nbytes(10**5)
-    assert nbytes(10**9) < 1 << 20
-    out = Recorder(10**9, 128, np.zeros(0))
-    before = sum(sys.getsizeof(value) for value in vars(out).values())
-    for position in range(20_000):
-        out.add(position, 1.0, 1.0)
-    assert sum(sys.getsizeof(value) for value in vars(out).values()) <= before + 64
-
-
-# What comes out
+# Output
 
 
 def printed(result):
     from rich.console import Console
 
     console = Console(width=140, file=io.StringIO())
-    console.print(report.table(result))
+    console.print(demo_report.table(result))
     return console.file.getvalue()
 
 
 def test_figures(result, expected):
-    figures = json.loads(json.dumps(report.as_dict(result, ABOUT)))
+    figures = json.loads(json.dumps(demo_report.as_dict(result, ABOUT)))
     assert set(figures) == {
         *("model", "text", "versions", "machine", "build", "settings", "sinkattn_constant", "methods"),
     }
@@ -272,13 +214,13 @@ def test_figures(result, expected):
 
 
 def test_table_shows_the_figures(result):
-    scored = report.as_dict(result, ABOUT)["methods"]["sinkattn"]["scored"]
+    scored = demo_report.as_dict(result, ABOUT)["methods"]["sinkattn"]["scored"]
     text = printed(result)
     assert f"{scored[0]['loss']:.3f} ({scored[0]['perplexity']:.1f})" in text
     assert f"{scored[1]['loss']:.3f}" in text
     assert "not reached" in text
     assert "stopped at 50: budget of 50 tokens" in text
-    remarks = "\n".join(report.remarks(result, ABOUT))
+    remarks = "\n".join(demo_report.remarks(result, ABOUT))
     assert "same 20 + 20 tokens" in remarks
     assert "A fresh forward over the start token, and the last 11 tokens." in remarks
     assert "1.0 MiB when the window was full, at most 0 B more" in remarks
@@ -287,7 +229,7 @@ def test_table_shows_the_figures(result):
 
 def test_sizes_for_people():
     sizes = {512: "512 B", 2048: "2.0 KiB", 3 << 20: "3.0 MiB", 5 << 30: "5.00 GiB"}
-    assert {count: report.size_text(count) for count in sizes} == sizes
+    assert {count: formatting.size_text(count) for count in sizes} == sizes
 
 
 def test_merged_buckets_hold_enough_tokens():
@@ -295,12 +237,12 @@ def test_merged_buckets_hold_enough_tokens():
         {"begin": begin, "end": begin + 4, "tokens": 4, "loss": float(begin), "seconds": None}
         for begin in range(0, 40, 4)
     ]
-    assert plots.merged(series, "loss", least=12) == ([6.0, 18.0, 30.0], [4.0, 16.0, 28.0])
-    assert plots.merged(series, "seconds") == ([], [])
+    assert pictures.merge_buckets(series, "loss", min_tokens=12) == ([6.0, 18.0, 30.0], [4.0, 16.0, 28.0])
+    assert pictures.merge_buckets(series, "seconds") == ([], [])
 
 
 def test_picture(result, tmp_path):
-    plots.draw(report.as_dict(result, ABOUT), tmp_path / "demo.png")
+    demo_picture.draw(demo_report.as_dict(result, ABOUT), tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="nonsense"):
-        plots.draw(report.as_dict(result, ABOUT), tmp_path / "demo.nonsense")
+        demo_picture.draw(demo_report.as_dict(result, ABOUT), tmp_path / "demo.nonsense")

@@ -1,17 +1,24 @@
-"""Live progress of long work on stderr."""
+"""Progress bars on stderr."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import psutil
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sinkattn.report import console, size_text
+from sinkattn.cli.formatting import console, size_text
+
+
+class Bar(Protocol):
+    """Updates a progress bar."""
+
+    def __call__(self, done: int, note: str = "") -> None:
+        """Set how much is done, and the note at the end of the bar."""
 
 
 class StreamProgress:
-    """Bars, one for each part of the work, with tokens or whatever they count, its speed and the resident memory."""
+    """Progress bars, one for each part of the work, with speed, resident memory and a note."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
@@ -38,8 +45,8 @@ class StreamProgress:
         """Resident memory of this process in bytes."""
         return self._process.memory_info().rss
 
-    def add(self, name: str, total: int) -> Callable[..., None]:
-        """A new bar; call it with what is done, and a note."""
+    def add(self, name: str, total: int) -> Bar:
+        """Add a bar for ``total`` units of work."""
         number = self._progress.add_task(name, total=total, speed="", memory="", note="")
         task = next(task for task in self._progress.tasks if task.id == number)
 

@@ -1,6 +1,6 @@
-"""The demonstration: one text, one model, four ways to stream it, compared on the same tokens.
+"""The measurements of `sinkattn demo`: four ways to stream a text through a model, compared on the same tokens.
 
-A position is the place in the stream of the token that is fed; its loss is that of predicting the next token.
+A position is the index in the stream of the token that is fed; its loss is that of predicting the next token.
 """
 
 from __future__ import annotations
@@ -10,33 +10,33 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from sinkattn.evaluate.methods import CacheSize, Dense, Method, Recomputed, Streamed, dense_limit
 from sinkattn.evaluate.perplexity import chunks
-from sinkattn.recorder import Recorder, sample_positions
-from sinkattn.text import TokenStream
+from sinkattn.evaluate.recorder import Recorder, sample_positions
+from sinkattn.evaluate.text import TokenStream
 
-TURNS = 1_000
+MAX_ROUNDS = 1_000
 DENSE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run; all sizes in tokens."""
+    """Methods and sizes to run; all sizes in tokens."""
 
     tokens: int = 16_000
     num_sinks: int = 4
     window: int = 124
     dense_tokens: int = 5_000
-    """The dense model stops after so many, or after a minute."""
+    """The dense model stops after this many tokens, or after a minute."""
     samples: int = 1_000
     """Positions scored by recomputation before `dense_tokens`, and as many after."""
     seed: int = 0
-    """Draws those positions."""
+    """Seed for drawing those positions."""
 
     @property
     def cache_tokens(self) -> int:
@@ -45,7 +45,7 @@ class Settings:
 
     @property
     def dense_end(self) -> int:
-        """Where the part of the stream ends that dense attention is planned to reach."""
+        """Position at which the dense model is planned to stop."""
         return min(self.tokens, self.dense_tokens)
 
     def check(self) -> None:
@@ -61,52 +61,60 @@ class Settings:
 
 @dataclass
 class Measured:
-    """One way to stream, and what was measured of it."""
+    """The measurements of one method."""
 
     recorder: Recorder
     cache_bytes: int | None = None
-    """KV cache at the end; None where none is kept."""
+    """Size of the KV cache at the end; None for a method without one."""
     stopped: str | None = None
     """Why it stopped before the end."""
 
 
 @dataclass(frozen=True)
 class Turns:
-    """Time per token of a long stream and a young one, in turns, so that other work on the machine slows both."""
+    """Time per token of a long stream and of a new one, interleaved so that other load slows both alike."""
 
     rounds: int
     young_seen: int
-    """Tokens that the young stream had seen when the turns began; its window was full."""
+    """Tokens that the new stream had seen when the rounds began; its window was full."""
     old_seen: int
+    """The same of the long stream."""
     young: float
     """Median, in seconds."""
     old: float
+    """Median, in seconds."""
     change: float
     """Median over the rounds of old / young - 1."""
 
 
 @dataclass
 class Result:
-    """What a demonstration found."""
+    """The measurements of all methods, by name."""
 
     settings: Settings
     methods: dict[str, Measured] = field(default_factory=dict)
     turns: Turns | None = None
 
 
-Watch = Callable[[str, Recorder, int], None]
-"""Called now and then while a method runs: its name, its recorder, the positions it will record."""
+OnProgress = Callable[[str, Recorder, int], None]
+"""Called now and then while a method runs: name of the method, its recorder, tokens that the method will record."""
 
 
-def run(model: Any, stream: TokenStream, settings: Settings, watch: Watch, resident: Callable[[], int]) -> Result:
+def run(
+    model: PreTrainedModel,
+    stream: TokenStream,
+    settings: Settings,
+    on_progress: OnProgress,
+    resident: Callable[[], int],
+) -> Result:
     """Run the four methods one after the other; the model is not changed.
 
     Args:
         model: a transformers causal language model that `sinkattn.enable` accepts, in evaluation mode.
-        stream: the tokens; every method reads them anew.
+        stream: the tokens; every method reads them from the beginning.
         settings: sizes.
-        watch: is told of progress.
-        resident: gives the resident memory of the process in bytes.
+        on_progress: called now and then.
+        resident: returns the resident memory of the process in bytes.
 
     Raises:
         ValueError: for settings that leave nothing to compare, an empty text, or a model that is refused.
@@ -125,63 +133,64 @@ def run(model: Any, stream: TokenStream, settings: Settings, watch: Watch, resid
     def begin(name: str, tokens: int) -> tuple[Recorder, Callable[[], None]]:
         recorder = Recorder(tokens, size, samples)
         result.methods[name] = Measured(recorder)
-        return recorder, lambda: watch(name, recorder, tokens)
+        return recorder, lambda: on_progress(name, recorder, tokens)
 
-    # First, while nothing else has taken memory.
-    _token_by_token(sinks, iter(stream), tokens, *begin("sinkattn", tokens), resident)
-    rounds = min(TURNS, max(1, tokens // 10))
-    result.turns = _in_turns(sinks, Streamed(model, sinks.size), list(islice(stream, size + rounds)), rounds)
+    # sinkattn runs first, so that its memory is measured before the other methods allocate theirs.
+    _feed_single_tokens(sinks, iter(stream), tokens, *begin("sinkattn", tokens), resident)
+    rounds = min(MAX_ROUNDS, max(1, tokens // 10))
+    result.turns = _time_interleaved(sinks, Streamed(model, sinks.size), list(islice(stream, size + rounds)), rounds)
 
     window = Streamed(model, CacheSize(0, size))
-    _in_chunks(window, iter(stream), tokens, *begin("window", tokens))
+    _feed_chunks(window, iter(stream), tokens, *begin("window", tokens))
 
     dense = Dense(model)
-    recorder, watch_dense = begin("dense", dense_end)
-    _token_by_token(dense, iter(stream), dense_end, recorder, watch_dense, resident, DENSE_SECONDS)
+    recorder, report_dense = begin("dense", dense_end)
+    _feed_single_tokens(dense, iter(stream), dense_end, recorder, report_dense, resident, DENSE_SECONDS)
     if recorder.end < dense_end:
         result.methods["dense"].stopped = f"time budget of {DENSE_SECONDS:.0f} s"
     elif dense_end < tokens:
         result.methods["dense"].stopped = f"budget of {dense_end:,} tokens"
 
     recomputed = Recomputed(model, size, stream.start_token)
-    _at_samples(recomputed, iter(stream), *begin("recompute", int(samples[-1]) + 1))
-    for name, method in {"sinkattn": sinks, "window": window, "dense": dense}.items():
+    _feed_up_to_samples(recomputed, iter(stream), *begin("recompute", int(samples[-1]) + 1))
+    cached: dict[str, Method] = {"sinkattn": sinks, "window": window, "dense": dense}
+    for name, method in cached.items():
         result.methods[name].cache_bytes = method.kv_bytes
     return result
 
 
-def _token_by_token(
-    method: Method,
+def _feed_single_tokens(
+    method: Streamed | Dense,
     ids: Iterator[int],
     tokens: int,
     recorder: Recorder,
-    watch: Callable[[], None],
+    on_progress: Callable[[], None],
     resident: Callable[[], int],
-    seconds: float = math.inf,
+    max_seconds: float = math.inf,
 ) -> None:
-    """Feed one token after the other, for so many seconds at most."""
+    """Feed one token per call and record its loss and time; stop after ``max_seconds``."""
     fed, wanted = torch.tensor([next(ids)]), torch.ones(1, dtype=torch.bool)
-    end = time.perf_counter() + seconds
+    end = time.perf_counter() + max_seconds
     for position in range(tokens):
         target = torch.tensor([next(ids)])
         began = time.perf_counter()
         if began > end:
             break
-        # The loss comes to the host, so the time is that of the whole forward.
+        # The losses come back on the CPU, so the time is that of the whole forward.
         loss = float(method.feed(fed, target, wanted).losses)
         recorder.add(position, loss, time.perf_counter() - began)
         if recorder.memory_is_due():
             recorder.add_memory(resident(), method.kv_bytes)
-            watch()
+            on_progress()
         fed = target
-    watch()
+    on_progress()
 
 
-def _in_turns(old: Streamed, young: Streamed, ids: list[int], rounds: int) -> Turns:
-    """Time the next tokens of a stream against those of a new one whose window is just full."""
+def _time_interleaved(old: Streamed, young: Streamed, ids: list[int], rounds: int) -> Turns:
+    """Time the next tokens of a long stream, interleaved with those of a new one whose window is just full."""
     size = len(ids) - rounds
-    nothing = torch.zeros(size, dtype=torch.bool)
-    young.feed(torch.tensor(ids[:size]), torch.tensor(ids[:size]), nothing)
+    unwanted = torch.zeros(size, dtype=torch.bool)
+    young.feed(torch.tensor(ids[:size]), torch.tensor(ids[:size]), unwanted)
     old_seen = old.cache.tokens_seen
     times = np.zeros((rounds, 2))
     for turn, token in enumerate(ids[size:]):
@@ -194,17 +203,21 @@ def _in_turns(old: Streamed, young: Streamed, ids: list[int], rounds: int) -> Tu
     return Turns(rounds, size, old_seen, float(medians[0]), float(medians[1]), change)
 
 
-def _in_chunks(method: Method, ids: Iterator[int], tokens: int, recorder: Recorder, watch: Callable[[], None]) -> None:
-    """Feed many tokens at once: the losses are those of feeding them one by one, as the contract promises."""
+def _feed_chunks(
+    method: Method, ids: Iterator[int], tokens: int, recorder: Recorder, on_progress: Callable[[], None]
+) -> None:
+    """Feed chunks of tokens. A token's output does not depend on the chunking, so neither do the losses."""
     for first, fed, targets in chunks(ids, tokens):
         losses = method.feed(fed, targets, torch.ones(len(fed), dtype=torch.bool)).losses
         for position, loss in enumerate(losses.tolist(), first):
             recorder.add(position, loss)
-        watch()
+        on_progress()
 
 
-def _at_samples(method: Method, ids: Iterator[int], recorder: Recorder, watch: Callable[[], None]) -> None:
-    """Feed the tokens up to each sampled position, where alone a prediction is made."""
+def _feed_up_to_samples(
+    method: Method, ids: Iterator[int], recorder: Recorder, on_progress: Callable[[], None]
+) -> None:
+    """Feed the tokens up to each sampled position, and predict only there."""
     last, done = next(ids), 0
     for position in recorder.samples.tolist():
         targets = list(islice(ids, position + 1 - done))
@@ -214,4 +227,4 @@ def _at_samples(method: Method, ids: Iterator[int], recorder: Recorder, watch: C
         began = time.perf_counter()
         loss = float(method.feed(torch.tensor(fed), torch.tensor(targets), wanted).losses[-1])
         recorder.add(position, loss, time.perf_counter() - began)
-        watch()
+        on_progress()

@@ -1,24 +1,54 @@
-"""What is installed, what was built, and which backend will run where."""
+"""``sinkattn info``: what is installed, what was built, which backend runs on which device, how a model streams."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sinkattn import build_info, ops
-from sinkattn.report import machine, size_text, versions
+import sinkattn
+from sinkattn import ops
+from sinkattn.cli.arguments import add_command, add_layout, add_model, load_model, window_of
+from sinkattn.cli.formatting import size_text
+from sinkattn.evaluate.environment import machine, versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from sinkattn.cli.arguments import Commands
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command to those of a parser."""
+    parser = add_command(commands, "info", run, "what was built, and which backend will run where")
+    add_model(parser, default="none; 'demo' is the small one that ships with sinkattn")
+    add_layout(parser, None, "1020, or what the model was trained for")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    facts = collect()
+    if args.model is not None:
+        name = args.model
+        args.model = None if name == "demo" else name
+        model, _ = load_model(args)
+        facts["model"] = {"name": name, **model_facts(model, args.num_sinks, window_of(model, args))}
+    print(json.dumps(facts, indent=2) if args.json else "\n".join(lines(facts)))
+    return 0
 
 
 def collect() -> dict[str, Any]:
-    """Versions, build and, for each device, the backend that runs, why, and what stands against the others."""
+    """Versions, build, machine and, for each device, the backend that runs and why each backend can or cannot."""
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     return {
         "versions": versions(),
-        "build": build_info(),
+        "build": sinkattn.build_info(),
         "machine": machine(),
         "cpu_capability": ops.cpu_capability(),
         "SINKATTN_BACKEND": os.environ.get("SINKATTN_BACKEND"),
@@ -26,8 +56,8 @@ def collect() -> dict[str, Any]:
     }
 
 
-def model_facts(model: Any, num_sinks: int, window: int) -> dict[str, Any]:
-    """Whether `sinkattn.enable` takes a model; if so how it streams and its cache. Changes nothing."""
+def model_facts(model: PreTrainedModel, num_sinks: int, window: int) -> dict[str, Any]:
+    """Whether `sinkattn.enable` accepts a model and, if so, how it streams. The model is not changed."""
     from sinkattn.hf import SinkCache, disable, enable
     from sinkattn.hf.dry_run import evaluation_mode, preserve_state
     from sinkattn.hf.model_patch import get_patch
@@ -59,7 +89,7 @@ def model_facts(model: Any, num_sinks: int, window: int) -> dict[str, Any]:
 
 
 def lines(info: dict[str, Any]) -> Iterator[str]:
-    """The same for people."""
+    """The facts as lines of text."""
     yield "  ".join(f"{name} {version}" for name, version in info["versions"].items())
     yield "built: " + ", ".join(f"{name} {value}" for name, value in info["build"].items())
     yield f"machine: {info['machine']['processor']}, {info['machine']['threads']} threads"
@@ -68,37 +98,39 @@ def lines(info: dict[str, Any]) -> Iterator[str]:
     for device in info["devices"]:
         runs = device["runs"] or "nothing"
         yield f"{device['device']}: {runs} runs ({device['why']})"
-        for name, obstacle in device["backends"].items():
-            yield f"    {name}: {obstacle or 'can run'}"
+        for name, reason in device["backends"].items():
+            yield f"    {name}: {reason or 'can run'}"
     if model := info.get("model"):
         layout = f"{model['num_sinks']} sinks + window of {model['window']}"
         if not model["accepted"]:
             yield f"model: refused with {layout}: {model['reason']}"
             return
-        kinds = model.get("rotary_by_layer", [])
         yield f"model: {model['class']} is accepted with {layout}"
         if (extra := model.get("reencoded_tokens_per_token")) is not None:
             yield f"    absolute positions: streams by re-encoding, {extra:.2f} extra tokens for each token on average"
-        for name, each in (("positions", kinds), ("kept", model.get("kept_by_layer", []))):
-            for kind in dict.fromkeys(each):
-                yield f"    {name}: {kind} in {each.count(kind)} of {len(each)} attention layers"
+        for name, key in (("positions", "rotary_by_layer"), ("kept", "kept_by_layer")):
+            layers = model.get(key, [])
+            for text in dict.fromkeys(layers):
+                yield f"    {name}: {text} in {layers.count(text)} of {len(layers)} attention layers"
         if others := model.get("layers_with_other_states"):
             yield f"    other layers: {others}, with a state of their own or none"
         yield f"    cache: {size_text(model['cache_bytes_per_stream'])} per stream"
 
 
 def _device(device: torch.device) -> dict[str, Any]:
+    """The backend that runs on a device, and for each backend None or the reason why it cannot."""
     override = os.environ.get("SINKATTN_BACKEND")
+    runs: str | None
     try:
         runs, why = ops.select_backend(device), f"SINKATTN_BACKEND={override}" if override else "chosen by auto"
     except (RuntimeError, ValueError) as error:
         runs, why = None, str(error)
     with _no_override():
-        obstacles = {name: _obstacle(device, name) for name in ops.BACKENDS if name != "auto"}
-    return {"device": str(device), "runs": runs, "why": why, "backends": obstacles}
+        reasons = {name: _why_not(device, name) for name in ops.BACKENDS if name != "auto"}
+    return {"device": str(device), "runs": runs, "why": why, "backends": reasons}
 
 
-def _obstacle(device: torch.device, backend: ops.Backend) -> str | None:
+def _why_not(device: torch.device, backend: ops.Backend) -> str | None:
     try:
         ops.select_backend(device, backend)
     except RuntimeError as error:
@@ -106,12 +138,14 @@ def _obstacle(device: torch.device, backend: ops.Backend) -> str | None:
     return None
 
 
-def _kept(layout: Any) -> str:
+def _kept(layout: ops.RingLayout) -> str:
+    """The tokens that a layer keeps."""
     sinks = f"{layout.num_sinks} sinks + " if layout.num_sinks else ""
     return f"{sinks}window of {layout.window}"
 
 
 def _rotary(layer: Any, head_dim: int) -> str:
+    """The positions of an attention layer, as the probe found them."""
     if layer.rotation is None:
         return "none" if layer.alibi_slopes is None else "ALiBi"
     rope, begin = layer.rotation
@@ -120,6 +154,7 @@ def _rotary(layer: Any, head_dim: int) -> str:
 
 @contextmanager
 def _no_override() -> Iterator[None]:
+    """Run with SINKATTN_BACKEND unset."""
     override = os.environ.pop("SINKATTN_BACKEND", None)
     try:
         yield

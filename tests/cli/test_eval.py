@@ -13,11 +13,13 @@ import pytest
 from matplotlib.figure import Figure
 
 from sinkattn import cli
-from sinkattn.evaluate import exact_match, pictures
+from sinkattn.cli import pictures
+from sinkattn.cli.eval import streameval
+from sinkattn.cli.progress import StreamProgress
+from sinkattn.evaluate import exact_match
 from sinkattn.evaluate.items import code_items, line_items
 from sinkattn.evaluate.methods import CacheSize, OneShot, Recomputed, Streamed
-from sinkattn.progress import StreamProgress
-from sinkattn.text import StandardLibrary
+from sinkattn.evaluate.text import StandardLibrary
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,7 +111,7 @@ def test_accuracies_are_those_of_each_method_and_distance(tmp_path, model, token
             seen.add(tally.accuracy)
     assert len(seen) > 1
     drawn = Figure()
-    pictures.PICTURES["streameval"](drawn, figures)
+    streameval.draw(drawn, figures)
     lines = {line.get_color(): line.get_ydata() for line in drawn.axes[0].lines if len(line.get_ydata()) == 2}
     means = [figures["methods"]["0+24"]["by_distance"][distance]["accuracy"] * 100 for distance in ("1", "5")]
     assert lines[pictures.WINDOW].tolist() == means

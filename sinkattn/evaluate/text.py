@@ -1,4 +1,4 @@
-"""Where the text of a stream comes from, and its token ids, made piece by piece so that no text is held in memory."""
+"""Texts to stream, and their token ids. Texts are read in pieces, so that none is held in memory as a whole."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
-from sinkattn.user_errors import require
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-# Characters read at once; a piece ends at the end of a line, or after as many again.
-PIECE = 8192
+# A piece ends at the first line break after this many characters, or after twice as many.
+PIECE_CHARACTERS = 8192
 
+# One file in this many of the standard library was held out from the training of the shipped model.
 HELD_OUT_ONE_IN = 20
 
 
 class TextError(ValueError):
-    """A text that cannot be streamed; the message says which and why."""
+    """A text cannot be streamed; the message says which and why."""
 
 
 def path_hash(path: str) -> int:
@@ -29,12 +31,12 @@ def path_hash(path: str) -> int:
 
 
 def is_held_out(path: str) -> bool:
-    """Whether a file of the standard library (path as for `path_hash`) was kept from the shipped model's training."""
+    """Whether a standard library file was held out from the shipped model's training; path as for `path_hash`."""
     return path_hash(path) % HELD_OUT_ONE_IN == 0
 
 
 class Text(Protocol):
-    """A text that can be read as often as needed."""
+    """A text that can be read repeatedly."""
 
     description: str
 
@@ -43,13 +45,13 @@ class Text(Protocol):
 
 
 class StandardLibrary:
-    """Held-out source files of a Python standard library end to end, in the order of their hashes.
+    """The held-out source files of a Python standard library, concatenated in the order of their hashes.
 
     Args:
         root: folder of the library; default: that of the running Python.
 
     Raises:
-        TextError: if no held-out source files are there.
+        TextError: if the folder has no held-out source files.
     """
 
     def __init__(self, root: Path | None = None) -> None:
@@ -68,7 +70,7 @@ class StandardLibrary:
             raise TextError("text: this Python comes without the sources of its standard library; give --text FILE")
 
     def pieces(self) -> Iterator[str]:
-        """The sources in pieces; a file that is not UTF-8 is left out, as it was in training."""
+        """The sources in pieces. Files that are not UTF-8 are skipped, as they were in training."""
         for name in self.names:
             path = self.root / name
             if _is_utf8(path):
@@ -77,7 +79,7 @@ class StandardLibrary:
 
 
 class TextFile:
-    """A UTF-8 text file. Raises TextError if it cannot be read."""
+    """A UTF-8 text file. Raises TextError if it cannot be opened."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -88,7 +90,7 @@ class TextFile:
             raise TextError(f"text: cannot read {path}: {error.strerror}") from error
 
     def pieces(self) -> Iterator[str]:
-        """The text in pieces; raises TextError where it is not UTF-8."""
+        """The text in pieces. Raises TextError if it is not UTF-8."""
         with self.path.open(encoding="utf-8") as file:
             try:
                 yield from _pieces(file)
@@ -97,7 +99,7 @@ class TextFile:
 
 
 class Pipe:
-    """A text that can be read only once, such as stdin; what has been read is kept in a temporary file on disk."""
+    """A source that can be read only once, such as stdin. Text that was read is kept in a temporary file on disk."""
 
     def __init__(self, source: TextIO) -> None:
         self.description = "stdin"
@@ -105,10 +107,10 @@ class Pipe:
         self._kept = tempfile.TemporaryFile("w+", encoding="utf-8", newline="")  # noqa: SIM115
 
     def pieces(self) -> Iterator[str]:
-        """The text in pieces: first what was read before, then more of the source."""
-        place = 0
+        """The text in pieces: first those read before, then more of the source."""
+        position = 0
         while True:
-            self._kept.seek(place)
+            self._kept.seek(position)
             piece = _read_piece(self._kept)
             if not piece:
                 try:
@@ -119,31 +121,33 @@ class Pipe:
                     return
                 self._kept.seek(0, io.SEEK_END)
                 self._kept.write(piece)
-            place = self._kept.tell()
+            position = self._kept.tell()
             yield piece
 
 
 class HubDataset:
-    """The texts of a data set of the Hugging Face hub, or of a local folder, read as they are needed.
+    """The texts of a data set, from the Hugging Face hub or a local folder, streamed row by row.
 
     Args:
         name: ``NAME`` or ``NAME:CONFIG``.
-        split: part of the data set.
-        column: that holds the texts.
+        split: split of the data set.
+        column: column that holds the texts.
 
     Raises:
-        TextError: if there is no such data set, part or column.
+        TextError: if the data set, split or column does not exist.
+        ImportError: without the package `datasets`.
     """
 
     def __init__(self, name: str, split: str, column: str) -> None:
-        datasets = require("datasets", "datasets")
+        import datasets
+
         self.description = f"{name}, {split}"
         self._column = column
         path, _, config = name.partition(":")
         try:
             self._rows = datasets.load_dataset(path, config or None, split=split, streaming=True)
             first = next(iter(self._rows), None)
-        except Exception as error:  # any of many, from as many packages
+        except Exception as error:  # loaders raise many types, from several packages
             lines = str(error).strip().splitlines()
             message = lines[0] if lines else type(error).__name__
             raise TextError(f"dataset: cannot read {self.description}: {message}") from error
@@ -151,38 +155,31 @@ class HubDataset:
             raise TextError(f"column: {self.description} has no texts in {column!r}, its columns are {sorted(first)}")
 
     def pieces(self) -> Iterator[str]:
-        """The texts in pieces, a line break after each."""
+        """The texts in pieces, with a line break after each text."""
         for row in self._rows:
             if row[self._column] is not None:
                 yield from _pieces(io.StringIO(row[self._column] + "\n"))
 
 
-def open_text(name: str | None, stdin: TextIO) -> Text:
-    """Text by its name on the command line: a file, ``-`` for stdin, None for the standard library."""
-    if name is None:
-        return StandardLibrary()
-    return Pipe(stdin) if name == "-" else TextFile(Path(name))
-
-
 class TokenStream:
-    """Token ids of a text, over and over; the first is the tokenizer's start token if it has one.
+    """Endless token ids of a text, which is started over whenever it ends.
 
     Args:
         text: the text.
-        tokenizer: a transformers tokenizer. A start token spelled out in the text is taken as text.
-        with_start: False leaves the start token out.
+        tokenizer: a transformers tokenizer. Special tokens spelled out in the text are tokenized as ordinary text.
+        with_start: False omits the start token.
 
     Attributes:
-        start_token: id that the stream begins with; None without.
-        laps: how often the text has been started over, at most, by any iteration so far.
+        start_token: first id of the stream: the tokenizer's start token; None if it has none, or without `with_start`.
+        restarts: how many times the text has been started over; the maximum over all iterations so far.
     """
 
-    def __init__(self, text: Text, tokenizer: Any, with_start: bool = True) -> None:
+    def __init__(self, text: Text, tokenizer: PreTrainedTokenizerBase, with_start: bool = True) -> None:
         self.text = text
         self.tokenizer = tokenizer
         self.start_token: int | None = tokenizer.bos_token_id if with_start else None
-        self.laps = 0
-        # The only memory that would grow with the text: a cache of up to 10,000 words. It saves no time here.
+        self.restarts = 0
+        # Turn off the tokenizer's cache of up to 10,000 words, which would grow with the text.
         resize = getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "_resize_cache", None)
         if resize is not None:
             resize(0)
@@ -191,7 +188,7 @@ class TokenStream:
         """Endless ids from the beginning of the stream. Raises TextError if the text is empty."""
         if self.start_token is not None:
             yield self.start_token
-        lap = 0
+        restarts = 0
         while True:
             empty = True
             for piece in self.text.pieces():
@@ -199,18 +196,19 @@ class TokenStream:
                     piece, add_special_tokens=False, split_special_tokens=True, verbose=False
                 ).input_ids
                 for token in ids:
-                    if empty and lap > self.laps:
-                        self.laps = lap
+                    # Counted at the first token that is read again.
+                    if empty and restarts > self.restarts:
+                        self.restarts = restarts
                     empty = False
                     yield token
             if empty:
                 raise TextError(f"text: {self.text.description} is empty")
-            lap += 1
+            restarts += 1
 
 
 def _read_piece(file: TextIO) -> str:
-    piece = file.read(PIECE)
-    return piece if piece.endswith("\n") else piece + file.readline(PIECE)
+    piece = file.read(PIECE_CHARACTERS)
+    return piece if piece.endswith("\n") else piece + file.readline(PIECE_CHARACTERS)
 
 
 def _pieces(file: TextIO) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Measuring a stream in memory that does not grow with it: buckets along the stream, two windows of times, samples."""
+"""Measurements along one stream, in memory that does not grow with it: per bucket, per sampled position, and times."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 
 import numpy as np
 
-BUCKETS = 64
+NUM_BUCKETS = 64
 FIRST_BUCKET = 16
 TIMES_PER_BUCKET = 64
-TIMES_KEPT = 10_000
-MEMORY_EVERY = 32
+MAX_TIMES = 10_000
+MEMORY_INTERVAL = 32
 
 
 def bucket_edges(tokens: int) -> np.ndarray:
-    """Positions where buckets begin, and the end: 0, then a geometric series from 16 on."""
+    """First position of each bucket, and the end of the last: 0, then a geometric series from 16 on."""
     if tokens <= FIRST_BUCKET:
         return np.array([0, tokens])
-    return np.concatenate(([0], np.unique(np.geomspace(FIRST_BUCKET, tokens, BUCKETS).round().astype(np.int64))))
+    return np.concatenate(([0], np.unique(np.geomspace(FIRST_BUCKET, tokens, NUM_BUCKETS).round().astype(np.int64))))
 
 
 def sample_positions(low: int, high: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Up to ``count`` positions in low .. high - 1, one drawn at random from each of as many equal stretches."""
+    """Up to ``count`` positions in low .. high - 1: one random position from each of ``count`` equal intervals."""
     count = min(count, max(0, high - low))
     edges = low + np.arange(count + 1) * (high - low) // max(1, count)
     return rng.integers(edges[:-1], edges[1:]) if count else np.zeros(0, dtype=np.int64)
@@ -31,7 +31,7 @@ def sample_positions(low: int, high: int, count: int, rng: np.random.Generator) 
 
 @dataclass(frozen=True)
 class Span:
-    """Median time per token, in seconds, over ``tokens`` tokens; without gaps these are at ``begin`` and after."""
+    """Median time per token, in seconds, over ``tokens`` tokens from position ``begin`` on, if none was skipped."""
 
     begin: int
     tokens: int
@@ -39,12 +39,14 @@ class Span:
 
 
 class Recorder:
-    """Losses, times and memory of one stream, token by token, in arrays allocated and touched beforehand.
+    """Losses, times and memory of one stream, recorded token by token.
+
+    All arrays are allocated and filled at the start, so that recording does not add to the resident memory.
 
     Args:
-        tokens: how many will be recorded at most; positions 0 .. tokens - 1, in order, gaps allowed.
-        full_at: position of the first token that comes when the window is full.
-        samples: sorted positions whose losses are kept one by one.
+        tokens: recorded positions are in 0 .. tokens - 1; they come in order and may be skipped.
+        full_at: position of the first token that finds the window full.
+        samples: sorted positions whose losses are kept individually.
     """
 
     def __init__(self, tokens: int, full_at: int, samples: np.ndarray) -> None:
@@ -58,10 +60,10 @@ class Recorder:
         self.cache_bytes = np.full(buckets, 0, dtype=np.int64)
         self.samples = samples
         self.sample_losses = np.full(len(samples), math.nan)
-        keep = max(1, min(TIMES_KEPT, (tokens - full_at) // 2))
-        self.first_times = np.full(keep, math.nan)
-        self.last_times = np.full(keep, math.nan)
-        self.resident_when_full = self.resident_most = 0
+        num_times = max(1, min(MAX_TIMES, (tokens - full_at) // 2))
+        self.first_times = np.full(num_times, math.nan)
+        self.last_times = np.full(num_times, math.nan)
+        self.resident_when_full = self.max_resident = 0
         self.end = 0
         self.running_loss = math.nan
         self._bucket = 0
@@ -95,33 +97,33 @@ class Recorder:
 
     def is_sample(self, position: int) -> bool:
         """Whether ``position``, not before the last one recorded, is the next of the samples."""
-        return self._sample < len(self.samples) and position == self.samples[self._sample]
+        return self._sample < len(self.samples) and bool(position == self.samples[self._sample])
 
     def memory_is_due(self) -> bool:
-        """Whether memory is to be read now: every 32 tokens, and when the window is full."""
+        """Whether to read the memory now: every 32 tokens, and when the window has just become full."""
         position = self.end - 1
-        return position % MEMORY_EVERY == 0 or position == self.full_at
+        return position % MEMORY_INTERVAL == 0 or position == self.full_at
 
     def add_memory(self, resident: int, cache_bytes: int) -> None:
-        """Record the resident memory of the process and the KV cache, in bytes, after the last token recorded."""
+        """Record the resident memory of the process and the size of the KV cache, in bytes, after the last token."""
         position = self.end - 1
         self.resident[self._bucket], self.cache_bytes[self._bucket] = resident, cache_bytes
         if position == self.full_at:
-            self.resident_when_full = self.resident_most = resident
+            self.resident_when_full = self.max_resident = resident
         elif position > self.full_at:
-            self.resident_most = max(self.resident_most, resident)
+            self.max_resident = max(self.max_resident, resident)
 
     @property
     def resident_growth(self) -> int:
-        """Bytes by which resident memory rose above what it was when the window was full, at its highest."""
-        return self.resident_most - self.resident_when_full
+        """Maximum resident memory since the window was full, minus that when it became full, in bytes."""
+        return self.max_resident - self.resident_when_full
 
     def first_span(self) -> Span | None:
-        """Times of the first tokens after the window was full; None if there were none."""
+        """Times of the first tokens with a full window; None if there were none."""
         return self._span(self.first_times, self.full_at)
 
     def last_span(self) -> Span | None:
-        """Times of the last tokens; None if none came after the window was full."""
+        """Times of the last tokens with a full window; None if there were none."""
         return self._span(self.last_times, self.end - min(self._timed, len(self.last_times)))
 
     def _span(self, times: np.ndarray, begin: int) -> Span | None:
@@ -129,13 +131,13 @@ class Recorder:
         return Span(begin, len(times), float(np.median(times))) if len(times) else None
 
     def mean_loss(self, low: int, high: int) -> tuple[float, int] | None:
-        """Mean loss over the samples at positions low .. high - 1 that were recorded, and their number."""
+        """Mean loss and number of the recorded samples at positions low .. high - 1; None if there are none."""
         losses = self.sample_losses[(self.samples >= low) & (self.samples < high)]
         losses = losses[~np.isnan(losses)]
         return (float(losses.mean()), len(losses)) if len(losses) else None
 
     def series(self) -> list[dict[str, Any]]:
-        """One entry for each bucket that got tokens; times are the median of its last 64, memory its last reading."""
+        """One entry for each bucket with tokens: mean loss, median of its last 64 times, last reading of the memory."""
         return [
             {
                 "begin": int(self.edges[i]),

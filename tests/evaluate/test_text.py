@@ -2,13 +2,12 @@
 
 import hashlib
 import io
-import sys
 from itertools import islice
 
 import pytest
 
-from sinkattn import text
-from sinkattn.text import Pipe, StandardLibrary, TextError, TextFile, TokenStream, is_held_out, open_text
+from sinkattn.evaluate import text
+from sinkattn.evaluate.text import Pipe, StandardLibrary, TextError, TextFile, TokenStream, is_held_out
 
 
 class ByteTokenizer:
@@ -80,7 +79,7 @@ def long_file(tmp_path):
 def test_pieces_are_the_whole_text_and_short(long_file):
     pieces = list(TextFile(long_file).pieces())
     assert "".join(pieces) == LONG_LINES
-    assert max(map(len, pieces)) <= 2 * text.PIECE
+    assert max(map(len, pieces)) <= 2 * text.PIECE_CHARACTERS
     assert pieces[0].endswith("\n")
 
 
@@ -103,21 +102,15 @@ def test_pipe_is_read_once_lazily_and_can_be_read_again():
     assert "".join(pipe.pieces()) == LONG_LINES
 
 
-def test_open_text_by_name(long_file):
-    assert isinstance(open_text(None, sys.stdin), StandardLibrary)
-    assert isinstance(open_text("-", io.StringIO("a")), Pipe)
-    assert open_text(str(long_file), sys.stdin).path == long_file
-
-
 def test_stream_begins_with_the_start_token_and_starts_over_without_it():
     stream = TokenStream(Pipe(io.StringIO("<s>")), ByteTokenizer())
     ids = [byte + 1 for byte in b"<s>"]
     assert list(islice(stream, 4)) == [0, *ids]
-    assert stream.laps == 0
+    assert stream.restarts == 0
     assert list(islice(stream, 11)) == [0, *ids, *ids, *ids, ids[0]]
-    assert stream.laps == 3
+    assert stream.restarts == 3
     assert list(islice(stream, 2)) == [0, ids[0]]
-    assert stream.laps == 3
+    assert stream.restarts == 3
 
 
 def test_stream_without_start_token():

@@ -12,11 +12,12 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import sinkattn
-from sinkattn import cli, info, user_errors
+from sinkattn import cli
+from sinkattn.cli import errors, info
 from sinkattn.hf.load import load
 from sinkattn.hf.stream import stream_text, stream_tokens
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = ["demo", "--device", "cpu", "--tokens", "60", "--dense-tokens", "40", "--num-sinks", "2", "--window", "14"]
 SMALL += ["--samples", "10"]
 
@@ -105,7 +106,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
 
 
 def test_user_error_takes_the_first_line():
-    with pytest.raises(user_errors.UserError, match=r"^first$"), user_errors.as_user_error(ValueError):
+    with pytest.raises(errors.UserError, match=r"^first$"), errors.as_user_error(ValueError):
         raise ValueError("first\nsecond")
 
 

@@ -1,50 +1,24 @@
-"""What a demonstration found: as a table for people, as a dictionary for programs."""
+"""The result of `sinkattn demo`, as a table and as the dictionary that is written as JSON."""
 
 from __future__ import annotations
 
 import math
-import os
-import platform
 from dataclasses import asdict
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import sinkattn
-from sinkattn.demo import Measured, Result
-from sinkattn.evaluate.methods import CHUNK
-from sinkattn.recorder import Span
+from sinkattn.cli.formatting import console, restart_lines, size_text
+from sinkattn.evaluate.demo import Measured, Result
+from sinkattn.evaluate.environment import machine, versions
+from sinkattn.evaluate.methods import CHUNK_TOKENS
+from sinkattn.evaluate.recorder import Span
 
-
-def machine() -> dict[str, Any]:
-    """Processor, cores, threads and CUDA devices of this machine."""
-    processor = platform.processor() or platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).is_file():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        processor = names[0] if names else processor
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, sinkattn and what it runs on."""
-    return {
-        "sinkattn": sinkattn.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def labels(result: Result) -> dict[str, str]:
-    """Name of each method for a reader."""
+    """Labels of the methods in the table and the picture."""
     settings = result.settings
     size = settings.cache_tokens
     return {
@@ -56,15 +30,15 @@ def labels(result: Result) -> dict[str, str]:
 
 
 def time_change(result: Result) -> float | None:
-    """How much longer the last tokens of the sinkattn run took than those after the window filled, as a fraction."""
+    """Median time of the last tokens of sinkattn relative to that of the first with a full window, minus 1."""
     recorder = result.methods["sinkattn"].recorder
     first, last = recorder.first_span(), recorder.last_span()
     return None if first is None or last is None else last.median / first.median - 1
 
 
 def as_dict(result: Result, about: dict[str, Any]) -> dict[str, Any]:
-    """The whole result in plain types; ``about`` (model, text) is put in front. Times in seconds, losses in nats."""
-    sink = result.methods["sinkattn"].recorder
+    """The report: ``about`` (model, text), then the result. Times are in seconds, losses in nats."""
+    sinks = result.methods["sinkattn"].recorder
     return {
         **about,
         "versions": versions(),
@@ -72,8 +46,8 @@ def as_dict(result: Result, about: dict[str, Any]) -> dict[str, Any]:
         "build": sinkattn.build_info(),
         "settings": asdict(result.settings),
         "sinkattn_constant": {
-            "resident_bytes_when_window_full": sink.resident_when_full,
-            "resident_growth_bytes": sink.resident_growth,
+            "resident_bytes_when_window_full": sinks.resident_when_full,
+            "resident_growth_bytes": sinks.resident_growth,
             "median_seconds_change": time_change(result),
             "in_turns": result.turns and asdict(result.turns),
         },
@@ -98,12 +72,11 @@ def _method_dict(result: Result, name: str, label: str) -> dict[str, Any]:
 
 
 def parts(result: Result) -> list[tuple[int, int]]:
-    """Positions [begin, end) over which losses are compared: up to where dense attention got, and the rest."""
+    """Positions [begin, end) over which losses are compared: up to where the dense model got, and the rest."""
     settings = result.settings
     reached = result.methods["dense"].recorder.end
-    # Between where dense attention stopped and where it was to stop, the samples are denser than after.
-    edges = [settings.cache_tokens, reached, settings.dense_end, settings.tokens]
-    spans = [(edges[0], edges[1]), (edges[2], edges[3])]
+    # Positions from `reached` to `dense_end` belong to neither part: they are sampled more densely than the rest.
+    spans = [(settings.cache_tokens, reached), (settings.dense_end, settings.tokens)]
     return [(low, high) for low, high in spans if low < high]
 
 
@@ -113,44 +86,16 @@ def _score(method: Measured, low: int, high: int) -> dict[str, Any] | None:
     return {"begin": low, "end": high, "samples": mean[1], "loss": mean[0], "perplexity": math.exp(mean[0])}
 
 
-def size_text(count: float) -> str:
-    """A number of bytes for people."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
-
-
-def laps_lines(text: dict[str, Any]) -> list[str]:
-    """What a reader must know of a text that was read more than once."""
-    laps = text["started_over"]
-    return [f"The text was shorter than the stream: it was started over {count_text(laps, 'time')}."] if laps else []
-
-
-def count_text(number: int, word: str) -> str:
-    """A number of things."""
-    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
-
-
-def console(stderr: bool = False) -> Any:
-    """Console of rich; wide enough for a table where there is no terminal."""
-    from rich.console import Console
-
-    out = Console(stderr=stderr, highlight=False)
-    return out if out.is_terminal else Console(stderr=stderr, highlight=False, width=150)
-
-
 def show(result: Result, about: dict[str, Any]) -> None:
-    """Print the table and its remarks."""
+    """Print the table and the remarks."""
     out = console()
     out.print(table(result))
     for line in remarks(result, about):
         out.print(line, markup=False)
 
 
-def table(result: Result) -> Any:
-    """The comparison as a table of rich."""
+def table(result: Result) -> Table:
+    """The comparison, one row for each method."""
     from rich.table import Table
 
     out = Table(header_style="bold")
@@ -162,8 +107,8 @@ def table(result: Result) -> Any:
     out.add_column("notes")
     for name, label in labels(result).items():
         method = result.methods[name]
-        reached = [_score(method, *part) for part in parts(result)]
-        losses = [f"{score['loss']:.3f} ({score['perplexity']:.1f})" if score else "not reached" for score in reached]
+        scores = [_score(method, *part) for part in parts(result)]
+        losses = [f"{score['loss']:.3f} ({score['perplexity']:.1f})" if score else "not reached" for score in scores]
         cache = "none" if method.cache_bytes is None else size_text(method.cache_bytes)
         out.add_row(label, *losses, _times(name, method), cache, _note(result, name))
     return out
@@ -190,30 +135,38 @@ def _note(result: Result, name: str) -> str:
 
 
 def remarks(result: Result, about: dict[str, Any]) -> list[str]:
-    """What a reader of the table has to know, line by line."""
-    sink = result.methods["sinkattn"].recorder
-    first, last, change = sink.first_span(), sink.last_span(), time_change(result)
+    """Notes below the table, line by line."""
+    sinks = result.methods["sinkattn"].recorder
+    first, last, change = sinks.first_span(), sinks.last_span(), time_change(result)
     turns, size = result.turns, result.settings.cache_tokens
-    fed = f"the last {size} tokens"
+    # The stream of sinkattn is longer than its window.
+    assert first is not None
+    assert last is not None
+    assert change is not None
+    assert turns is not None
+    dense = result.methods["dense"].recorder.last_span()
+    context = f"the last {size} tokens"
     if about["text"]["start_token"]:
         why = ", which is the sink of this model" if about["model"]["shipped"] else ""
-        fed = f"the start token{why}, and the last {size - 1} tokens"
-    samples = " + ".join(f"{_score(result.methods['recompute'], *part)['samples']:,}" for part in parts(result))
+        context = f"the start token{why}, and the last {size - 1} tokens"
+    scores = [_score(result.methods["recompute"], *part) for part in parts(result)]
+    samples = " + ".join(f"{score['samples'] if score else 0:,}" for score in scores)
     lines = [
         f"Losses are means over the same {samples} tokens, drawn at random, in every row.",
         f"first → last: median over the first and over the last {last.tokens:,} tokens with a full window; for dense, "
-        f"{result.methods['dense'].recorder.last_span().tokens:,}.",
-        f"[1] As sinkattn, so not timed. Fed in chunks of {CHUNK} tokens, which gives the losses of single tokens.",
-        f"[2] A fresh forward over {fed}.",
+        f"{dense.tokens if dense else 0:,}.",
+        f"[1] As sinkattn, so not timed. Fed in chunks of {CHUNK_TOKENS} tokens, which gives the losses of single "
+        "tokens.",
+        f"[2] A fresh forward over {context}.",
         "",
-        f"sinkattn, resident memory: {size_text(sink.resident_when_full)} when the window was full, at most "
-        f"{size_text(sink.resident_growth)} more after.",
+        f"sinkattn, resident memory: {size_text(sinks.resident_when_full)} when the window was full, at most "
+        f"{size_text(sinks.resident_growth)} more after.",
         f"sinkattn, median time per token: {_span_text(first)}; {_span_text(last)}; {change:+.1%}.",
         f"In turns with a new stream, so that other work on the machine slows both ({turns.rounds:,} tokens each): "
         f"{turns.young * 1e3:.3f} ms from token {turns.young_seen:,} on, {turns.old * 1e3:.3f} ms from token "
         f"{turns.old_seen:,} on; {turns.change:+.1%}.",
     ]
-    return lines + laps_lines(about["text"])
+    return lines + restart_lines(about["text"])
 
 
 def _span_text(span: Span) -> str:

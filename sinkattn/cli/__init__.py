@@ -1,0 +1,47 @@
+"""The command line: ``sinkattn demo | generate | eval | info``, also as ``python -m sinkattn``.
+
+Exit codes: 0 when done, 2 for an error that the user can correct (one line on stderr says how), 130 when interrupted.
+`generate` runs until Ctrl-C, so it exits with 0 when interrupted.
+
+Each command has a module here with its arguments and what it prints. The modules import what needs transformers or the
+packages of the extra ``cli`` only when a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import sinkattn
+from sinkattn.cli import demo, generate, info
+from sinkattn.cli import eval as evaluate
+from sinkattn.cli.errors import UserError, discard_stdout
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"{args.prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{args.prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        discard_stdout()
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands. Parsed arguments have ``run``, the command's function, and ``prog``, its name."""
+    parser = argparse.ArgumentParser(
+        prog="sinkattn", description="Endless streams for transformers models, in constant memory."
+    )
+    parser.add_argument("--version", action="version", version=f"sinkattn {sinkattn.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for command in (demo, generate, evaluate, info):
+        command.add_parser(commands)
+    return parser

@@ -1,0 +1,140 @@
+"""Arguments that several commands share, and loading what they name: models, texts, output files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+
+from sinkattn.cli.errors import UserError, as_user_error
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sinkattn.evaluate.text import Text, TokenStream
+
+    Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def add_command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    """Add a command; ``text`` is its help. Parsed arguments have ``run`` and ``prog``, the full name of the command."""
+    parser = commands.add_parser(name, help=text, description=sentence(text))
+    parser.set_defaults(run=run, prog=parser.prog)
+    return parser
+
+
+def sentence(text: str) -> str:
+    """The help of a command as a sentence, for its description."""
+    return text[0].upper() + text[1:] + "."
+
+
+def add_model(parser: argparse.ArgumentParser, default: str = "the small one that ships with sinkattn") -> None:
+    """Add the arguments that say which model to load, where and in which dtype."""
+    where = "name on the Hugging Face hub, or a folder"
+    parser.add_argument("--model", metavar="NAME_OR_PATH", help=f"{where} (default: {default})")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"), help="default: the checkpoint's"
+    )
+
+
+def add_layout(parser: argparse.ArgumentParser, window: int | None, default: str) -> None:
+    """Add the number of sinks and the window; ``default`` describes the default window."""
+    add_num_sinks(parser)
+    parser.add_argument(
+        "--window", type=positive, default=window, metavar="N", help=f"most recent tokens kept (default: {default})"
+    )
+
+
+def add_num_sinks(parser: argparse.ArgumentParser) -> None:
+    """Add the number of sinks."""
+    parser.add_argument("--num-sinks", type=count, default=4, metavar="N", help="first tokens kept (default: 4)")
+
+
+def count(text: str) -> int:
+    """Parse a whole number, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """Parse a whole number, 1 or more."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, got {text!r}")
+    return int(text)
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Raise UserError for output files that cannot be written, before a long run rather than after it."""
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+            raise UserError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'write-protected'}")
+        if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            raise UserError(f"cannot write {path}: {path.parent} is no folder that can be written to")
+
+
+def open_text(name: str | None, stdin: TextIO) -> Text:
+    """Open the text that ``--text`` names: a file, ``-`` for stdin, None for the standard library."""
+    from sinkattn.evaluate.text import Pipe, StandardLibrary, TextFile
+
+    if name is None:
+        return StandardLibrary()
+    return Pipe(stdin) if name == "-" else TextFile(Path(name))
+
+
+def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model that the arguments name, and its tokenizer."""
+    with as_user_error(ImportError):
+        from sinkattn.hf.load import load
+    with as_user_error(ValueError, RuntimeError):
+        model, tokenizer = load(args.model, device=args.device, dtype=args.dtype)
+    if args.model is None and "OMP_NUM_THREADS" not in os.environ:
+        # The shipped model is so small that a second thread costs more than it gains.
+        torch.set_num_threads(1)
+    return model, tokenizer
+
+
+def window_of(model: PreTrainedModel, args: argparse.Namespace) -> int:
+    """The window that was given, or the default one of the model."""
+    from sinkattn.hf.load import default_window
+
+    return args.window or default_window(model, args.num_sinks)
+
+
+def describe_model(model: PreTrainedModel, name: str | None) -> dict[str, Any]:
+    """The entry of a model in a report; ``name`` is that of ``--model``."""
+    from sinkattn.hf.model_config import trained_length
+
+    return {
+        "name": name or "the one that ships with sinkattn",
+        "shipped": name is None,
+        "class": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "trained_length": trained_length(model),
+    }
+
+
+def model_line(model: dict[str, Any]) -> str:
+    """The entry of `describe_model` as a line."""
+    return f"Model: {model['name']} ({model['class']}, {model['dtype']}, {model['device']})"
+
+
+def describe_text(stream: TokenStream, restarts: int) -> dict[str, Any]:
+    """The entry of a text in a report."""
+    return {
+        "description": stream.text.description,
+        "start_token": stream.start_token is not None,
+        "started_over": restarts,
+    }

@@ -1,0 +1,93 @@
+"""``sinkattn demo``: arguments and running; `demo_report` and `demo_picture` show the result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sinkattn.cli.arguments import (
+    add_command,
+    add_layout,
+    add_model,
+    check_writable,
+    describe_model,
+    describe_text,
+    load_model,
+    model_line,
+    open_text,
+    positive,
+)
+from sinkattn.cli.errors import as_user_error, require
+
+if TYPE_CHECKING:
+    from sinkattn.cli.arguments import Commands
+    from sinkattn.cli.progress import Bar
+    from sinkattn.evaluate.recorder import Recorder
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command to those of a parser."""
+    parser = add_command(commands, "demo", run, "compare four ways to stream a text through a model")
+    add_model(parser)
+    add_layout(parser, 124, "124")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text, - for stdin (default: Python's standard library)")
+    parser.add_argument("--tokens", type=positive, default=16_000, help="length of the stream (default: %(default)s)")
+    parser.add_argument(
+        "--dense-tokens",
+        type=positive,
+        default=5_000,
+        help="stop the dense model after this many tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--samples", type=positive, default=1_000, help="tokens scored in each part (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed for drawing those tokens (default: %(default)s)")
+    parser.add_argument(
+        "--plot", type=Path, default=Path("demo.png"), metavar="FILE", help="picture to write (default: demo.png)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write all figures to")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    for name in ("matplotlib.figure", "psutil", "rich"):
+        require(name)
+    from sinkattn.cli import demo_picture, demo_report
+    from sinkattn.cli.pictures import check_format
+    from sinkattn.cli.progress import StreamProgress
+    from sinkattn.evaluate import demo
+    from sinkattn.evaluate.text import TokenStream
+
+    settings = demo.Settings(**{field.name: getattr(args, field.name) for field in fields(demo.Settings)})
+    check_writable(args.plot, args.json)
+    with as_user_error(ValueError):
+        check_format(args.plot)
+        settings.check()
+        text = open_text(args.text, sys.stdin)
+    model, tokenizer = load_model(args)
+    stream = TokenStream(text, tokenizer)
+    model_facts = describe_model(model, args.model)
+    print(model_line(model_facts))
+    print(f"Text: {text.description}", flush=True)
+    with as_user_error(ValueError, RuntimeError), StreamProgress() as progress:
+        bars: dict[str, Bar] = {}
+
+        def on_progress(name: str, recorder: Recorder, tokens: int) -> None:
+            if name not in bars:
+                bars[name] = progress.add(name, tokens)
+            bars[name](recorder.end, f"loss {recorder.running_loss:.3f}")
+
+        result = demo.run(model, stream, settings, on_progress, progress.resident)
+    about = {"model": model_facts, "text": describe_text(stream, stream.restarts)}
+    report = demo_report.as_dict(result, about)
+    demo_report.show(result, about)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    with as_user_error(OSError, ValueError):
+        demo_picture.draw(report, args.plot)
+    print(f"Picture: {args.plot}" + (f", figures: {args.json}" if args.json else ""))
+    return 0

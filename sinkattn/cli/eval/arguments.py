@@ -1,0 +1,39 @@
+"""Arguments that several commands of ``sinkattn eval`` share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sinkattn.cli.arguments import positive
+
+
+def add_text(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which text to stream."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", metavar="FILE", help="UTF-8 text, - for stdin (default: Python's standard library)")
+    source.add_argument("--dataset", metavar="NAME[:CONFIG]", help="data set of the Hugging Face hub, or a folder")
+    parser.add_argument("--split", help="split of the data set (default: test)")
+    parser.add_argument("--column", help="column of the data set (default: text)")
+    parser.add_argument("--no-start-token", action="store_true", help="begin the stream without a start token")
+
+
+def add_caches(parser: argparse.ArgumentParser) -> None:
+    """Add the cache sizes to compare."""
+    parser.add_argument(
+        "--cache",
+        nargs="+",
+        metavar="S+W",
+        help="sinks + window; 0 sinks for window attention (default: depends on the model)",
+    )
+
+
+def add_count(parser: argparse.ArgumentParser, default: int) -> None:
+    """Add the number of questions."""
+    parser.add_argument("--count", type=positive, default=default, help="questions in a stream (default: %(default)s)")
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Add the files to write."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write all figures to")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture to write")

@@ -1,0 +1,219 @@
+"""``sinkattn eval ppl``: loss and perplexity along a stream, for all methods."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from threading import Event
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from sinkattn.cli.arguments import add_command, add_model, count, describe_text, positive
+from sinkattn.cli.eval.arguments import add_caches, add_outputs, add_text
+from sinkattn.cli.eval.session import open_session
+from sinkattn.cli.formatting import captioned_table, restart_lines, size_text
+from sinkattn.cli.pictures import finish, merge_buckets, styles, vertical_lines
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+    from sinkattn.cli.arguments import Commands
+    from sinkattn.evaluate.perplexity import Result, Track
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command to those of a parser."""
+    parser = add_command(commands, "ppl", run, "loss along a stream, by method and cache size")
+    add_model(parser)
+    add_text(parser)
+    add_caches(parser)
+    parser.add_argument("--tokens", type=positive, default=50_000, help="length of the stream (default: %(default)s)")
+    parser.add_argument(
+        "--dense-tokens",
+        type=count,
+        metavar="N",
+        help="stop the dense model after N tokens; 0: leave it out (default: 5000, or twice the widest cache)",
+    )
+    parser.add_argument(
+        "--recompute-every",
+        type=count,
+        default=16,
+        metavar="N",
+        help="score recomputation at every Nth token; 0: leave it out (default: %(default)s)",
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="CSV file to write the losses along the stream to")
+    add_outputs(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    with open_session(args, args.csv) as session:
+        from sinkattn.evaluate import perplexity
+
+        stream = session.stream()
+        caches = session.caches((0, 1, 4))
+        dense = args.dense_tokens
+        if dense is None:
+            dense = max(5_000, 2 * max(cache.total for cache in caches))
+        settings = perplexity.Settings(caches, args.tokens, min(dense, args.tokens), args.recompute_every)
+        with session.progress as progress, _ctrl_c() as interrupted:
+            bar = progress.add("tokens", args.tokens)
+
+            def on_progress(done: int, tracks: list[Track]) -> bool:
+                losses = ((track.method.name, track.all.mean()) for track in tracks)
+                bar(done, "  ".join(f"{name} {mean.loss:.3f}" for name, mean in losses if mean))
+                return not interrupted.is_set()
+
+            result = perplexity.run(session.model, stream, settings, on_progress)
+        report = {**as_dict(result), "text": describe_text(stream, stream.restarts)}
+        session.finish(report, table(report), draw)
+        if args.csv:
+            write_csv(report, args.csv)
+    if interrupted.is_set():
+        print(f"{args.prog}: interrupted after {result.settings.tokens:,} tokens", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[Event]:
+    """An event that the first Ctrl-C sets, so that the measurements so far are kept; the second one interrupts."""
+    pressed = Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def press(number: int, frame: FrameType | None) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def as_dict(result: Result) -> dict[str, Any]:
+    """The report of a result. Losses are in nats, times in seconds, memory in bytes."""
+    settings = result.settings
+    return {
+        "settings": {
+            "caches": [str(cache) for cache in settings.caches],
+            "tokens": settings.tokens,
+            "counted_from": settings.begin,
+            "dense_tokens": settings.dense_tokens and settings.dense_end,
+            "recompute_every": settings.recompute_every,
+        },
+        "methods": {track.method.name: _track_dict(result, track) for track in result.tracks},
+    }
+
+
+def _track_dict(result: Result, track: Track) -> dict[str, Any]:
+    from sinkattn.cli.eval.labels import label
+
+    recomputed = result.recomputed(track)
+    difference = recomputed and track.sampled.difference(recomputed.sampled)
+    means = {"early": track.early.mean(), "all": track.all.mean(), "sampled": track.sampled.mean()}
+    return {
+        "label": label(track.method),
+        "end": track.end,
+        **{name: mean and mean.as_dict() for name, mean in means.items()},
+        "minus_recomputed": difference and asdict(difference),
+        "seconds_per_token": track.seconds,
+        "kv_cache_bytes": track.kv_bytes,
+        "series": [
+            {"begin": begin, "end": end, "tokens": tokens, "loss": loss}
+            for begin, end, tokens, loss in track.series.means()
+        ],
+    }
+
+
+def table(report: dict[str, Any]) -> Table:
+    """One row for each method; the values of a column are over the same tokens."""
+    settings, methods = report["settings"], report["methods"]
+    begin, tokens, every = settings["counted_from"], settings["tokens"], settings["recompute_every"]
+    dense = settings["dense_tokens"]
+    out = captioned_table()
+    out.add_column("method")
+    columns = {}
+    if dense and dense < tokens:
+        columns["early"] = f"perplexity,\n{begin:,} to {dense - 1:,}"
+    columns["all"] = f"loss, perplexity,\ntokens {begin:,} to {tokens - 1:,}"
+    if every:
+        columns["sampled"] = f"perplexity, at\none in {every}"
+        columns["ratio"] = "perplexity /\nrecomputed"
+    columns |= {"ms": "ms per\ntoken", "bytes": "KV cache\nat the end"}
+    for header in columns.values():
+        out.add_column(header, justify="right")
+    for name, method in methods.items():
+        whole, sampled = method["end"] == tokens, name.startswith("recomputed")
+        cells = {
+            "early": "" if sampled else _perplexity_text(method["early"]),
+            "all": "" if sampled else _mean_text(method["all"]) if whole else "not reached",
+            "sampled": _perplexity_text(method["sampled"]) if whole and every else "",
+            "ratio": _ratio_text(method["minus_recomputed"]),
+            "ms": f"{method['seconds_per_token'] * 1e3:.2f}",
+            "bytes": "none" if method["kv_cache_bytes"] is None else size_text(method["kv_cache_bytes"]),
+        }
+        out.add_row(method["label"], *(cells[column] for column in columns))
+    lines = ["± and brackets are 95 % confidence intervals, from means over blocks of the stream."]
+    if every:
+        lines.append("Ratios are over the same tokens on both sides.")
+    end = "; dense at its own end" if dense else ""
+    lines.append(f"Times are medians of tokens taken in turns at the end of the stream{end}.")
+    out.caption = "\n".join(lines + restart_lines(report["text"]))
+    return out
+
+
+def _perplexity_text(mean: dict[str, Any]) -> str:
+    return f"{mean['perplexity']:.{2 if mean['perplexity'] < 100 else 0}f}"
+
+
+def _mean_text(mean: dict[str, Any]) -> str:
+    margin = "" if mean["margin"] is None else f" ± {mean['margin']:.3f}"
+    return f"{mean['loss']:.3f}{margin}, {_perplexity_text(mean)}"
+
+
+def _ratio_text(difference: dict[str, Any] | None) -> str:
+    if difference is None:
+        return ""
+    loss, margin = difference["loss"], difference["margin"]
+    if margin is None:
+        return f"{math.exp(loss):.4f}"
+    return f"{math.exp(loss):.4f} ({math.exp(loss - margin):.4f} to {math.exp(loss + margin):.4f})"
+
+
+def write_csv(report: dict[str, Any], path: Path) -> None:
+    """Write the losses along the stream, one row for each method and bucket."""
+    from sinkattn.evaluate.statistics import perplexity
+
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "begin", "end", "tokens", "loss", "perplexity"])
+        for name, method in report["methods"].items():
+            for each in method["series"]:
+                row = [name, each["begin"], each["end"], each["tokens"], each["loss"], perplexity(each["loss"])]
+                writer.writerow(row)
+
+
+def draw(figure: Figure, report: dict[str, Any]) -> None:
+    """Draw the losses along the stream."""
+    figure.set_size_inches(9, 4.8)
+    axes = figure.subplots()
+    settings = report["settings"]
+    for name, style in styles(report["methods"]).items():
+        axes.plot(*merge_buckets(report["methods"][name]["series"], "loss"), **style)
+    marks = {"widest window full": settings["counted_from"], "trained length": report["model"]["trained_length"]}
+    vertical_lines(axes, marks, settings["tokens"])
+    axes.set(xscale="log", xlabel="token of the stream", ylabel="loss, nats per token")
+    axes.set_xlim(min(50, settings["tokens"] / 10), settings["tokens"])
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_title("Loss along the stream")
+    finish(figure, [axes])

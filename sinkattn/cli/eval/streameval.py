@@ -1,0 +1,148 @@
+"""``sinkattn eval streameval``: whether a model recalls a line from a fixed number of lines back, along a stream."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import TYPE_CHECKING, Any
+
+from sinkattn.cli.arguments import add_command, add_model, positive
+from sinkattn.cli.eval.arguments import add_caches, add_count, add_outputs
+from sinkattn.cli.eval.session import open_session
+from sinkattn.cli.formatting import captioned_table, percent_text
+from sinkattn.cli.pictures import error_bars, finish, styles
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+    from sinkattn.cli.arguments import Commands
+    from sinkattn.evaluate.exact_match import Tally
+    from sinkattn.evaluate.methods import Predictor
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command to those of a parser."""
+    parser = add_command(commands, "streameval", run, "recall a line from a fixed number of lines back, repeatedly")
+    add_model(parser)
+    add_caches(parser)
+    parser.add_argument(
+        "--distances",
+        type=positive,
+        nargs="+",
+        default=[1, 2, 5, 10, 15, 20, 50],
+        metavar="N",
+        help="lines back; a stream for each (default: 1 2 5 10 15 20 50)",
+    )
+    parser.add_argument("--every", type=positive, default=10, metavar="N", help="lines per question (default: 10)")
+    add_count(parser, 150)
+    parser.add_argument("--no-recompute", action="store_true", help="leave recomputation out")
+    parser.add_argument("--seed", type=int, default=0, help="seed for drawing the lines (default: 0)")
+    add_outputs(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    with open_session(args) as session:
+        from sinkattn.evaluate import exact_match
+        from sinkattn.evaluate.items import line_items
+        from sinkattn.evaluate.methods import Recomputed, Streamed
+
+        streams = {distance: line_items(distance, args.every, args.seed) for distance in sorted(args.distances)}
+        caches = session.caches((0, 4))
+        predictors: list[Predictor] = [Streamed(session.model, cache) for cache in caches]
+        if not args.no_recompute:
+            start = session.tokenizer.bos_token_id
+            predictors += [
+                Recomputed(session.model, total, start) for total in sorted({cache.total for cache in caches})
+            ]
+        tallies = {}
+        with session.progress as progress:
+            for distance, items in streams.items():
+                bar = progress.add(f"{distance} lines back", args.count)
+                tallies[distance] = exact_match.run(
+                    predictors, items, session.tokenizer, args.count, session.show_accuracies(predictors, bar)
+                )
+        settings = {"distances": args.distances, "every": args.every, "count": args.count, "seed": args.seed}
+        report = as_dict(settings, predictors, tallies)
+        session.finish(report, table(report), draw)
+    return 0
+
+
+def as_dict(
+    settings: dict[str, Any], predictors: list[Predictor], tallies: dict[int, tuple[list[Tally], int]]
+) -> dict[str, Any]:
+    """The report; ``tallies`` has the tallies of all predictors and the tokens of the stream, by distance."""
+    from sinkattn.cli.eval.labels import label
+
+    return {
+        "settings": settings,
+        "stream_tokens": {distance: tokens for distance, (_, tokens) in tallies.items()},
+        "methods": {
+            predictor.name: {
+                "label": label(predictor),
+                "by_distance": {distance: each[index].as_dict() for distance, (each, _) in tallies.items()},
+            }
+            for index, predictor in enumerate(predictors)
+        },
+    }
+
+
+def table(report: dict[str, Any]) -> Table:
+    """One row for each distance, one column for each method."""
+    settings = report["settings"]
+    methods = report["methods"].values()
+    out = captioned_table()
+    for header in ("lines back", "tokens back,\nabout", "tokens of\nthe stream"):
+        out.add_column(header, justify="right")
+    for method in methods:
+        out.add_column(f"{method['label']}\nright (last quarter)", justify="right")
+    for distance, tokens in report["stream_tokens"].items():
+        cells = [_accuracy_text(method["by_distance"][distance]) for method in methods]
+        back = distance * tokens / (settings["count"] * settings["every"])
+        out.add_row(f"{distance}", f"{back:.0f}", f"{tokens:,}", *cells)
+    out.caption = (
+        f"{settings['count']:,} questions for each distance, one every {settings['every']} lines. "
+        "In brackets, the last quarter of the stream.\n"
+        "Lines from before the window cannot be known: 0 % is expected there."
+    )
+    return out
+
+
+def _accuracy_text(tally: dict[str, Any]) -> str:
+    return f"{tally['accuracy']:.1%} ({percent_text(tally['accuracy_by_quarter'][-1])})"
+
+
+def draw(figure: Figure, report: dict[str, Any]) -> None:
+    """Draw the accuracies by distance, and along the stream at one distance."""
+    figure.set_size_inches(11, 4.4)
+    by_distance, by_quarter = figure.subplots(1, 2, sharey=True)
+    recalled = _largest_recalled(report)
+    for name, style in styles(report["methods"]).items():
+        style = {"marker": "o", "markersize": 3, **style}
+        tallies = report["methods"][name]["by_distance"]
+        distances = [int(distance) for distance in tallies]
+        by_distance.errorbar(distances, *error_bars([*tallies.values()]), **style)
+        quarters = tallies[recalled]["accuracy_by_quarter"]
+        by_quarter.plot([1, 2, 3, 4], [math.nan if share is None else 100 * share for share in quarters], **style)
+    by_distance.set(xlabel="lines back", ylabel="right answers, %", ylim=(-3, 103), xscale="log")
+    by_distance.set_xticks(distances, [str(distance) for distance in distances])
+    by_distance.minorticks_off()
+    by_distance.set_title("By distance")
+    by_quarter.set(xlabel="quarter of the stream", xticks=[1, 2, 3, 4])
+    by_quarter.set_title(f"Along the stream, {recalled} lines back")
+    finish(figure, [by_distance, by_quarter])
+
+
+def _largest_recalled(report: dict[str, Any]) -> int | str:
+    """The largest distance at which some method answers at least half; the smallest distance if there is none.
+
+    Distances are numbers, or strings in a report that was read from JSON.
+    """
+    distances = list(report["stream_tokens"])
+    recalled = [
+        distance
+        for distance in distances
+        if max(method["by_distance"][distance]["accuracy"] for method in report["methods"].values()) >= 0.5
+    ]
+    return max(recalled, key=int) if recalled else min(distances, key=int)

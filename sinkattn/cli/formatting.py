@@ -1,0 +1,51 @@
+"""Numbers and notes as text, and the console that tables are printed to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+def size_text(count: float) -> str:
+    """A number of bytes with its unit."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def count_text(number: int, noun: str) -> str:
+    """A number with a noun, in the plural if need be."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def percent_text(share: float | None) -> str:
+    """A fraction in percent; ``none`` for None."""
+    return "none" if share is None else f"{share:.1%}"
+
+
+def restart_lines(text: dict[str, Any]) -> list[str]:
+    """A note that the text was started over, if it was; ``text`` is that of a report."""
+    restarts = text["started_over"]
+    if not restarts:
+        return []
+    return [f"The text was shorter than the stream: it was started over {count_text(restarts, 'time')}."]
+
+
+def captioned_table() -> Table:
+    """An empty rich table whose caption is plain and aligned left."""
+    from rich.table import Table
+
+    return Table(header_style="bold", caption_justify="left", caption_style="")
+
+
+def console(stderr: bool = False) -> Console:
+    """A rich console; 150 columns wide where the output is not a terminal, so that tables fit."""
+    from rich.console import Console
+
+    out = Console(stderr=stderr, highlight=False)
+    return out if out.is_terminal else Console(stderr=stderr, highlight=False, width=150)

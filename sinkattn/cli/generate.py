@@ -1,0 +1,99 @@
+"""``sinkattn generate``: endless text from a model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import sinkattn
+from sinkattn.cli.arguments import add_command, add_layout, add_model, load_model, positive, window_of
+from sinkattn.cli.errors import UserError, as_user_error, discard_stdout
+from sinkattn.cli.formatting import size_text
+
+if TYPE_CHECKING:
+    from sinkattn.cli.arguments import Commands
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command to those of a parser."""
+    parser = add_command(commands, "generate", run, "generate text without end; Ctrl-C ends it")
+    add_model(parser)
+    add_layout(parser, None, "1020, or what the model was trained for")
+    parser.add_argument("--prompt", metavar="TEXT", help="default: read from stdin")
+    parser.add_argument("--max-new-tokens", type=positive, help="default: no limit")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (default: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the top probability p (default: all)")
+    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument("--stop-at-eos", action="store_true", help="stop at the model's end token")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    prompt = args.prompt
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise UserError("prompt: give --prompt TEXT, or pipe a text into stdin")
+        prompt = sys.stdin.read()
+    model, tokenizer = load_model(args)
+    from sinkattn.hf import SinkCache
+    from sinkattn.hf.stream import stream_text, stream_tokens
+
+    stop_ids: list[int] = []
+    if args.stop_at_eos:
+        eos = model.generation_config.eos_token_id
+        if eos is None:
+            raise UserError("stop-at-eos: this model has no end token")
+        stop_ids = eos if isinstance(eos, list) else [eos]
+    prompt_ids = tokenizer(prompt, verbose=False).input_ids
+    if not prompt_ids:
+        raise UserError("prompt: is empty, and this model has no start token")
+    with as_user_error(ValueError, RuntimeError):
+        sinkattn.enable(model, args.num_sinks, window_of(model, args))
+        cache = SinkCache(model)
+        tokens = stream_tokens(
+            model,
+            prompt_ids,
+            cache,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+            stop_ids=stop_ids,
+        )
+        counter = _Counter(tokens)
+        pieces = stream_text(tokenizer, counter, prompt_ids)
+    began = time.perf_counter()
+    try:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        pass
+    except BrokenPipeError:
+        discard_stdout()
+    seconds = time.perf_counter() - began
+    count = counter.count
+    print(
+        f"\n{count:,} tokens, {count / seconds:.1f} tokens/s, KV cache {size_text(cache.nbytes)} "
+        f"({cache.layout.num_sinks} sinks + window of {cache.layout.window})",
+        file=sys.stderr,
+    )
+    return 0
+
+
+class _Counter:
+    """Passes tokens on and counts them."""
+
+    def __init__(self, tokens: Iterator[int]) -> None:
+        self.tokens = tokens
+        self.count = 0
+
+    def __iter__(self) -> Iterator[int]:
+        for token in self.tokens:
+            self.count += 1
+            yield token
