@@ -108,6 +108,24 @@ def test_imports_go_one_way(path):
         assert not {name for name in imports if name.partition(".")[0] == "transformers"}
 
 
+def test_measurements_leave_arguments_tables_and_pictures_to_the_command_line():
+    for path in (PACKAGE / "evaluate").rglob("*.py"):
+        packages = {name.partition(".")[0] for name in imports_of(path)}
+        assert not packages & {"argparse", "matplotlib", "psutil", "rich"}, path
+
+
+def test_usage_needs_no_optional_package():
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['transformers', 'matplotlib', 'psutil', 'rich', 'scipy'], None))\n"
+        "from sinkattn.cli import main\n"
+        "main(['eval', 'ppl', '--help'])\n"
+    )
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert "--recompute-every" in result.stdout
+
+
 def test_imports_within_hf_go_one_way():
     wrong = {}
     for path in (PACKAGE / "hf").rglob("*.py"):

@@ -63,6 +63,7 @@ def model_facts(model: PreTrainedModel, num_sinks: int, window: int) -> dict[str
     from sinkattn.hf.model_patch import get_patch
     from sinkattn.hf.reencode.lanes import extra_tokens
     from sinkattn.hf.reencode.patch import ReencodePatch
+    from sinkattn.hf.swap.ring_patch import RingPatch
     from sinkattn.hf.versions import forward_cache
 
     facts: dict[str, Any] = {"class": type(model).__name__, "num_sinks": num_sinks, "window": window}
@@ -79,6 +80,7 @@ def model_facts(model: PreTrainedModel, num_sinks: int, window: int) -> dict[str
         facts |= {"accepted": True, "cache_bytes_per_stream": cache.nbytes}
         if isinstance(patch, ReencodePatch):
             return {**facts, "reencoded_tokens_per_token": extra_tokens(patch.layout)}
+        assert isinstance(patch, RingPatch)
         layers = patch.probe_result.layers.values()
         rotary = [_rotary(layer, cache.layers[layer.index].keys.shape[-1]) for layer in layers]
         kept = [_kept(patch.groups[module].layout) for module in patch.probe_result.layers]
