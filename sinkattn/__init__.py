@@ -1,7 +1,8 @@
 """Endless streams for transformers models: a ring-buffer KV cache with attention sinks.
 
-`enable` makes a loaded transformers model stream; `RingKVCache` and `sink_attention` do the same without
-transformers, which is imported only when `enable`, `disable`, `SinkCache` or `UnsupportedModelError` is asked for.
+`enable` makes a loaded transformers model stream. `RingKVCache` and `sink_attention` are the cache and the attention
+without transformers, which is imported only on first use of `enable`, `disable`, `SinkCache` or
+`UnsupportedModelError`.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,12 +1,12 @@
-"""The specification of streaming-exact attention in plain PyTorch, twice, for any dtype. Slow and simple on purpose.
+"""The specification of streaming-exact attention: two implementations in plain PyTorch, for any dtype, simple and slow.
 
-The query of token t of a stream sees ``visible(t)``: the first ``num_sinks`` tokens and the ``window`` most recent
-ones, itself included. A key's position is its rank among them; the query's own is the last. Nothing else of the
-past, and no way of cutting the stream into calls, has any influence on the output for token t.
+The query of token t sees ``visible(t)``: the first ``num_sinks`` tokens and the ``window`` most recent ones, itself
+included. The position of a key is its rank among them; the query has the last position. The output for token t depends
+on nothing else, and not on how the stream is cut into calls.
 
-`streaming_attention` says that literally, with no cache: it gathers and rotates every key anew for every query.
-`sink_attention` runs over a ring: each key is rotated once at its stream position and the query twice, which is the
-same because rotary scores depend on differences of positions alone.
+`streaming_attention` implements this literally, without a cache: it gathers and rotates every key for every query.
+`sink_attention` runs over a ring: each key is rotated once, at its stream position, and each query twice. Both agree
+because rotary scores depend only on differences of positions.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from sinkattn.rope import Rope, rotate, table_dtype
 
 
 class Layout(Protocol):
-    """Slot arithmetic, as far as the specification needs it (`sinkattn.RingLayout`)."""
+    """The fields of `sinkattn.RingLayout` that are used here."""
 
     num_sinks: int
     window: int
 
 
 class Ring(Protocol):
-    """A ring, as far as the specification needs it (`sinkattn.RingKVCache`)."""
+    """The fields of `sinkattn.RingKVCache` that are used here."""
 
     keys: Tensor
     values: Tensor
@@ -57,7 +57,7 @@ def attention_weights(
     """Softmax of the scaled scores ``[heads, keys]`` of one query, in the dtype of the rotary tables.
 
     distances: ``[keys]`` cache-relative distance from query to key, in tokens, for ALiBi (arXiv 2108.12409).
-    softcap: ``softcap * tanh(scores / softcap)`` (Gemma 2). sink_logits: ``[heads]`` an extra logit without a value
+    softcap: ``softcap * tanh(scores / softcap)`` (Gemma 2). sink_logits: ``[heads]`` extra logit without a value
     (gpt-oss).
     """
     scores = scores.to(table_dtype(scores.dtype))
@@ -74,12 +74,13 @@ def attention_weights(
 def attend(
     parts: list[tuple[Tensor, Tensor]], values: Tensor, distances: Tensor, *, scale: float, **options: Any
 ) -> Tensor:
-    """Output ``[heads, value_dim]`` of one query, for the keys that it sees.
+    """Output ``[heads, value_dim]`` of one query over the keys that it sees.
 
-    parts: queries ``[heads, head_dim]``, each rotated for its keys ``[heads, keys, head_dim]``; values
-    ``[heads, keys, value_dim]`` of them all. distances, options: those of `attention_weights`.
+    parts: pairs of a query ``[heads, head_dim]``, rotated for some keys, and these keys ``[heads, keys, head_dim]``;
+    values: ``[heads, keys, value_dim]`` of all of them. distances, options: as for `attention_weights`.
     """
-    # A power of two goes into the query, exactly, before the product: fp16 scores would overflow without it.
+    # The power of two in the scale goes into the query before the dot product, which is exact: fp16 scores would
+    # overflow otherwise.
     mantissa, exponent = math.frexp(scale)
     scores = torch.cat([keys @ (query * 2.0**exponent)[:, :, None] for query, keys in parts], dim=1)[..., 0]
     weights = attention_weights(scores * mantissa, distances, **options)
@@ -104,10 +105,10 @@ def streaming_attention(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """Attention over whole streams from their first token, gathering and rotating every key for every query.
+    """Attention over whole streams from their first token; gathers and rotates every key for every query.
 
     query ``[batch, heads, tokens, head_dim]``, key and value ``[batch, kv_heads, tokens, head_dim]``, not rotated;
-    lengths ``[batch]``: tokens of each stream, the others are padding and give zeros. Returns the shape of query
+    lengths ``[batch]``: tokens of each stream; the output of the others, padding, is zero. Returns the shape of query
     (with the head_dim of value).
     """
     batch, heads, tokens, head_dim = query.shape
@@ -155,7 +156,7 @@ def sink_attention_(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """Append to the ring and attend, one token after the other; writes keys and values, leaves ``seen`` alone.
+    """Append to the ring and attend, token by token; writes keys and values, does not change ``seen``.
 
     The arguments are those of `sinkattn.ops.sink_attention_`.
     """
@@ -206,7 +207,7 @@ def sink_attention(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """What `sinkattn.sink_attention` must compute, on a ring of any dtype and device. Advances ``ring.seen``."""
+    """Specification of `sinkattn.sink_attention`, on a ring of any dtype and device. Advances ``ring.seen``."""
     tokens = query.shape[2]
     layout = ring.layout
     cos, sin = (None, None)

@@ -1,4 +1,4 @@
-"""The cache of a batch of endless streams, and attention over it without transformers."""
+"""`RingKVCache`, the cache of a batch of streams, and `sink_attention` over it; no transformers needed."""
 
 from __future__ import annotations
 
@@ -14,30 +14,29 @@ from sinkattn.rope import Rope, table_dtype
 class RingKVCache:
     """Keys and values of ``batch_size`` streams in a fixed number of slots, evicted in place.
 
-    The first ``num_sinks`` tokens of a stream stay for ever; the ``window`` most recent ones live in a ring of
-    ``window + headroom`` slots, where a new token overwrites the oldest. Nothing is moved, concatenated or rotated
-    again.
+    The first ``num_sinks`` tokens of a stream are never evicted. The ``window`` most recent ones are in a ring of
+    ``window + headroom`` slots, where a new token overwrites the oldest. Cached keys are never moved or rotated again.
 
     Args:
         batch_size, kv_heads, head_dim: shape of the cache; one row per stream.
-        num_sinks: sink tokens kept for ever (0 or more).
+        num_sinks: first tokens that are never evicted (0 or more).
         window: most recent tokens a query sees, itself included (1 or more).
-        headroom: spare ring slots: so many tokens can be rolled back, and calls of up to ``headroom + 1`` tokens
-            are appended before they attend.
+        headroom: spare ring slots: the number of tokens that can be rolled back. Calls of up to ``headroom + 1``
+            tokens are appended before they attend.
         value_dim: head_dim of the values, if different.
         dtype: float32, float16, bfloat16 or float64; default: torch's.
         device: default: torch's.
-        layout: a `RingLayout`, in place of the three numbers.
-        share_seen_with: another ring whose token counters this one uses and leaves alone (the layers of a model).
+        layout: a `RingLayout`, instead of num_sinks, window and headroom.
+        share_seen_with: another ring; this one reads its token counters and does not advance them (layers of a model).
 
     Attributes:
-        keys, values: ``[batch, kv_heads, num_sinks + ring, head_dim]``; keys rotated at their stream position.
+        keys, values: ``[batch, kv_heads, num_sinks + ring, head_dim]``; keys are rotated at their stream position.
         seen: int64 ``[batch]`` tokens ever appended to each stream, on the device.
-        arrivals: int32 ``[batch, kv_heads]``, zero between calls: where the programs of a GPU count who is last.
+        arrivals: int32 ``[batch, kv_heads]`` completion counters of the KV splits on a GPU, zero between calls.
         layout: `RingLayout`, the slot arithmetic.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: an argument; the message names it.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class RingKVCache:
         layout: ops.RingLayout | None = None,
         share_seen_with: RingKVCache | None = None,
     ) -> None:
-        # Given to a ring that is made while torch.compile traces, which cannot see into a class of C++.
+        # Dynamo cannot trace the C++ constructor, so a ring that is made inside torch.compile is given its layout.
         self.layout = ops.RingLayout(num_sinks, window, headroom) if layout is None else layout
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in ops.DTYPES:
@@ -68,9 +67,9 @@ class RingKVCache:
         if share_seen_with is not None and len(share_seen_with.seen) != batch_size:
             raise ValueError(f"share_seen_with: expected a ring of {batch_size} rows, got {len(share_seen_with.seen)}")
         shape = (batch_size, kv_heads, self.layout.slots)
-        # Not inference tensors, even if made under torch.inference_mode(): a stream may go on outside of it.
+        # Ordinary tensors even under torch.inference_mode(): the stream may continue outside of it.
         with torch.inference_mode(False):
-            # Zeros, not empty memory: an unwritten slot has weight 0, and 0 times NaN is NaN.
+            # Zeros, as an unwritten slot has weight 0, and 0 times NaN would be NaN.
             self.keys = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
             self.values = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
             self.arrivals = torch.zeros(batch_size, kv_heads, dtype=torch.int32, device=device)
@@ -91,14 +90,14 @@ class RingKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values: all the memory that streams take, however long they run."""
+        """Bytes of keys and values; they do not grow with the streams."""
         return self.keys.nbytes + self.values.nbytes
 
     def append(self, key: Tensor, value: Tensor, *, rope: Rope | None = None, lengths: Tensor | None = None) -> None:
         """Append tokens without attending, and advance ``seen``.
 
-        key, value ``[batch, kv_heads, tokens, head_dim]``, key not yet rotated; lengths int64 ``[batch]``: how many
-        of them each row really brings. Raises ValueError, TypeError or RuntimeError, with nothing changed.
+        key, value ``[batch, kv_heads, tokens, head_dim]``, key not yet rotated; lengths int64 ``[batch]``: tokens of
+        each row, the others are padding. Raises ValueError, TypeError or RuntimeError, with nothing changed.
         """
         if key.ndim != 4:
             raise ValueError(f"key: expected [batch, kv_heads, tokens, head_dim], got {list(key.shape)}")
@@ -118,20 +117,20 @@ class RingKVCache:
         self.advance(key.shape[2] if lengths is None else lengths.clamp(0, key.shape[2]))
 
     def advance(self, tokens: int | Tensor) -> None:
-        """Count tokens as appended, unless the counters are another ring's."""
+        """Add to ``seen``, unless another ring owns the counters."""
         if self._owns_seen:
             self.seen += tokens
 
     def note_uncounted(self, tokens: int) -> None:
-        """Take notice that up to ``tokens`` tokens were written that do not count: they may have evicted others."""
+        """Record that up to ``tokens`` tokens beyond ``seen`` were written: they may have overwritten older ones."""
         torch.maximum(self._peak, self.seen + tokens, out=self._peak)
 
     def rollback(self, counts: int | Tensor, *, headroom: int | None = None) -> None:
-        """Forget the last ``counts`` tokens (of every row, or int64 ``[batch]``), as if they had never come.
+        """Forget the last ``counts`` tokens, of every row or int64 ``[batch]``, as if they had never been appended.
 
-        Raises RuntimeError, with nothing changed, for more than ``headroom`` tokens behind the furthest point that
-        a row has reached, or more than it has. Headroom is the layout's; who knows that no row has reached the end of
-        the ring, so that nothing was overwritten, may say more.
+        Raises RuntimeError, with nothing changed, if a row would go back more than ``headroom`` tokens behind the
+        furthest point that it has reached, or has fewer tokens. The default headroom is the layout's; a caller that
+        knows that no slot has been overwritten yet may pass more.
         """
         if not self._owns_seen:
             return
@@ -142,7 +141,7 @@ class RingKVCache:
         ops.rollback_(self.seen, self._peak, counts, headroom=headroom)
 
     def max_rollback(self, headroom: int | None = None) -> Tensor:
-        """Tokens that `rollback` can forget of every row: int64 ``[batch]``."""
+        """The most tokens that `rollback` can forget of each row: int64 ``[batch]``."""
         headroom = self.layout.headroom if headroom is None else headroom
         return torch.minimum(self.seen, (headroom - (torch.maximum(self._peak, self.seen) - self.seen)).clamp(min=0))
 
@@ -155,9 +154,9 @@ class RingKVCache:
             self._peak.copy_(self._peak[source])
 
     def take_rows(self, index: Tensor) -> None:
-        """Row i becomes what row ``index[i]`` (int64) was, in new memory: there may be another number of rows then.
+        """Row i becomes what row ``index[i]`` (int64) was, in new memory; the number of rows may change.
 
-        A ring that shares its counters takes them from the other one anew: `share_seen`.
+        A ring that shares its counters must call `share_seen` again.
         """
         with torch.inference_mode(False), torch.no_grad():
             self.keys, self.values = self.keys[index], self.values[index]
@@ -166,12 +165,12 @@ class RingKVCache:
                 self.seen, self._peak = self.seen[index], self._peak[index]
 
     def share_seen(self, other: RingKVCache) -> None:
-        """Use the token counters of another ring, and leave them alone."""
+        """Read the token counters of another ring, which advances them."""
         self._owns_seen = False
         self.seen, self._peak = other.seen, other._peak
 
     def reset(self, rows: Tensor | None = None) -> None:
-        """Start the given rows (int64, default all) anew; their memory is zeroed."""
+        """Start new streams in the given rows (int64, default all) and zero their memory."""
         if rows is None:
             rows = torch.arange(len(self.seen), device=self.seen.device)
         ops.reset_(self.keys, self.values, rows)
@@ -180,7 +179,7 @@ class RingKVCache:
             self._peak.index_fill_(0, rows, 0)
 
     def linearise(self) -> tuple[Tensor, Tensor]:
-        """Keys and values in order of time, a copy: sinks, then the window, then zeros.
+        """Copies of keys and values in order of time: sinks, then the window, then zeros.
 
         ``[batch, kv_heads, num_sinks + window, head_dim]``; row b holds ``min(seen[b], num_sinks + window)`` tokens.
         """
@@ -212,8 +211,8 @@ def sink_attention(
 ) -> Tensor:
     """Append new tokens to ``ring``, attend, advance ``ring.seen``.
 
-    The output for a token depends on the tokens it sees alone (the first ``num_sinks`` and the ``window`` most
-    recent, itself included), not on how the stream was cut into calls. Positions are ranks among those tokens.
+    A token's output depends only on the tokens it sees (the first ``num_sinks`` and the ``window`` most recent, itself
+    included), not on how the stream is cut into calls. Positions are ranks among those tokens.
 
     Args:
         query: ``[batch, heads, tokens, head_dim]``, not yet rotated; heads a multiple of kv_heads.
@@ -221,7 +220,7 @@ def sink_attention(
         ring: the cache of these streams.
         rope: rotary embedding; None for none.
         scale: factor on the scores; default ``1 / sqrt(head_dim)``.
-        lengths: int64 ``[batch]`` how many of ``tokens`` each row really brings (padding on the right); all if None.
+        lengths: int64 ``[batch]`` new tokens of each row, followed by padding; all ``tokens`` if None.
         sink_logits: ``[heads]`` learned extra logit per head (gpt-oss).
         softcap: ``softcap * tanh(scores / softcap)`` (Gemma 2).
         alibi_slopes: ``[heads]`` ALiBi slopes, on cache-relative distances.
@@ -232,7 +231,7 @@ def sink_attention(
 
     Raises:
         ValueError, TypeError: shape, dtype or device of an argument; nothing was changed.
-        RuntimeError: a backend that cannot run here, or gradients wanted; nothing was changed.
+        RuntimeError: a backend that cannot run here, or an input that requires gradients; nothing was changed.
     """
     if query.ndim != 4:
         raise ValueError(f"query: expected [batch, heads, tokens, head_dim], got {list(query.shape)}")
@@ -258,6 +257,6 @@ def sink_attention(
         arrivals=ring.arrivals,
         backend=backend,
     )
-    # Elsewhere than on the CPU nobody has looked whether lengths are in range; what runs there clamps them.
+    # GPU kernels clamp `lengths` instead of validating them, so clamp here too.
     ring.advance(tokens if lengths is None else lengths.clamp(0, tokens))
     return out

@@ -1,4 +1,4 @@
-"""Rotary embedding: tables of cosines and sines that stay exact however long the stream, and the rotation itself."""
+"""Rotary embedding: tables of cosines and sines that stay exact at any stream length, and the rotation itself."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ STYLES: tuple[Style, ...] = ("half", "interleaved")
 
 
 def table_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the rotary tables that go with tensors of ``dtype``: fp64 for fp64, fp32 for everything else."""
+    """Dtype of the rotary tables for tensors of ``dtype``: fp64 for fp64, fp32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """How a model rotates its queries and keys (RoPE, arXiv 2104.09864). Equal to any other that rotates alike.
+    """How a model rotates its queries and keys (RoPE, arXiv 2104.09864). Compared and hashed by value.
 
     Args:
-        inv_freq: ``[pairs]`` angle per position of each pair, in radians. A negative value turns the other way.
-        scaling: factor on cosines and sines alike (the attention factor of YaRN and longrope).
-        style: which elements make a pair: ``"half"`` pairs i with i + pairs, ``"interleaved"`` pairs 2i with 2i + 1.
-        rotary_dim: how many leading elements of the head are rotated; always ``2 * pairs``, given only to be checked.
+        inv_freq: ``[pairs]`` angle per position of each pair, in radians; negative for the opposite direction.
+        scaling: factor on cosines and sines (the attention factor of YaRN and longrope).
+        style: which elements form a pair: ``"half"`` pairs i with i + pairs, ``"interleaved"`` pairs 2i with 2i + 1.
+        rotary_dim: rotated leading elements of the head, always ``2 * pairs``; if given, it is checked.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: an argument; the message names it.
     """
 
     inv_freq: Tensor
@@ -64,7 +64,7 @@ class Rope:
 
     @classmethod
     def from_module(cls, module: torch.nn.Module, style: Style = "half") -> Rope:
-        """Take the live ``inv_freq`` and ``attention_scaling`` of a transformers rotary module.
+        """Read the current ``inv_freq`` and ``attention_scaling`` of a transformers rotary module.
 
         Raises:
             ValueError: if the module has no ``inv_freq``.
@@ -76,20 +76,21 @@ class Rope:
 
     @property
     def interleaved(self) -> bool:
-        """Whether pairs are neighbours."""
+        """Whether the two elements of a pair are neighbours."""
         return self.style == "interleaved"
 
     def tables(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[*positions.shape, pairs]`` for int64 ``positions``.
 
-        The product of a position below 2**29 and an fp32 frequency is exact in fp64, and at 10**9 its rounding is
-        6.0e-8 rad at most, twice that of an fp32 cosine. fp32 angles are off by up to 0.031 rad at 10**6 already.
+        Angles are fp64: the product of a position below 2**29 and an fp32 frequency is exact there, and at position
+        10**9 its error is at most 6.0e-8 rad, twice the rounding of an fp32 cosine. In fp32 the error would reach
+        0.031 rad at position 10**6.
         """
         angles = positions.to(torch.float64).unsqueeze(-1) * self._inv_freq_on(positions.device)
         return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
 
     def _inv_freq_on(self, device: torch.device) -> Tensor:
-        # Copied once: copying to a GPU stops the host, and cannot be captured in a graph.
+        # Copied once per device: a copy to a GPU synchronises, and cannot be captured in a CUDA graph.
         if self.inv_freq.device == device:
             return self.inv_freq
         if device not in self._copies:
@@ -99,11 +100,11 @@ class Rope:
     def stream_tables(
         self, seen: Tensor, tokens: int, *, num_sinks: int, window: int, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
-        """Both rotations of the next ``tokens`` tokens of every stream: cos, sin ``[2, batch, tokens, pairs]``.
+        """Tables for the next ``tokens`` tokens of every stream: cos, sin ``[2, batch, tokens, pairs]``.
 
-        Index 0 is the stream position t of each token: it turns the key once and for ever, and the query as window
-        keys see it. Index 1 is ``min(t, num_sinks + window - 1)``: it turns the query as sink keys see it.
-        ``seen``: int64 ``[batch]``.
+        Index 0 is for the stream position t of each token: it rotates the key, once, and the query for its scores with
+        window keys. Index 1 is for ``min(t, num_sinks + window - 1)``: it rotates the query for its scores with sinks.
+        ``seen``: int64 ``[batch]`` tokens appended before.
         """
         stream = seen.unsqueeze(-1) + torch.arange(tokens, device=seen.device)
         cache = stream.clamp(max=num_sinks + window - 1)
@@ -111,7 +112,7 @@ class Rope:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Rotate the first ``2 * pairs`` elements of ``x`` ``[..., tokens, head_dim]``; the rest is passed through.
+    """Rotate the first ``2 * pairs`` elements of ``x`` ``[..., tokens, head_dim]``; the others stay as they are.
 
     cos, sin: ``[..., tokens, pairs]``, broadcast against ``x``. Computed in the dtype of the tables, rounded once.
     """
