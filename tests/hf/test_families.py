@@ -1,6 +1,6 @@
-"""Every family of transformers that can be built tiny: admitted and right, or refused and saying why.
+"""Every family of transformers that can be built tiny: accepted and correct, or refused with a reason.
 
-``pytest tests/hf/test_families.py --write-models-table`` writes docs/models.md from what came out.
+``pytest tests/hf/test_families.py --write-models-table`` writes the results to docs/models.md.
 """
 
 from __future__ import annotations
@@ -22,19 +22,23 @@ TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 BUDGETS = Differences(short=2e-6, gathered=2e-6, chunks=5e-6, sliding=2e-6)
 HEADER = f"""# Models
 
-What `sinkattn.enable` makes of each family that transformers {{version}} can build, found out by
-`tests/hf/test_families.py` on tiny models of random weights with {S} sinks and a window of {W}, in fp32. The last four
-columns are differences, as a fraction of the spread of the outputs: on a short input, from the model as it was; with
-all attention layers but one silent, from the model as it was on nothing but the tokens that a query sees; token by
-token and in chunks of 7, from one call; without sinks, from the model as it was under a sliding mask. "-": the
-comparison says nothing about that family.
+What `sinkattn.enable` does with each family that transformers {{version}} can build. `tests/hf/test_families.py`
+measures it on tiny models with random weights, {S} sinks and a window of {W}, in fp32. The last four columns are RMS
+errors, relative to the spread of the logits:
 
-Paths: "generic": rings in place of all caches. "hybrid": rings for the attention layers, transformers' own states for
-the others. "expanded MLA": rings of the keys and values that latents expand to. "adapter": an attention forward of our
-own. "re-encode": absolute positions, so the context is encoded anew when it is full, and "gathered" is the model as it
-was on that context.
+* short: compared with the unpatched model, on {S + W} tokens;
+* gathered: with one active attention layer, compared with the unpatched model on only the tokens that a query sees;
+* chunks: chunks of 1 and of 7 tokens, compared with one call;
+* no sinks: with 0 sinks, compared with the unpatched model under a sliding-window mask.
 
-| family | rotary embedding | path | short | gathered | cut into calls | no sinks |
+"-": the comparison does not apply to the family.
+
+Paths: "generic": a ring in place of each cache layer. "hybrid": rings for the attention layers, transformers' own
+states for the other layers. "expanded MLA": rings of the keys and values that the latents expand to. "adapter":
+sinkattn's own attention forward. "re-encode": absolute positions, so the context is encoded again when it is full, and
+"gathered" compares with the unpatched model on that context.
+
+| family | rotary embedding | path | short | gathered | chunks | no sinks |
 |---|---|---|---|---|---|---|
 """
 
