@@ -1,20 +1,20 @@
-"""Attention of one layer on a full window: against what it replaces, and against the bandwidth of the memory.
+"""Attention of one layer on a full window, compared with what it replaces and with the memory bandwidth.
 
     python -m pytest bench/bench_attention.py --benchmark-json=attention.json
 
 Decode: one step rotates, appends one token per stream and attends over sinks and window. Chunk: the same for 512
-tokens at once. Rotary tables are made outside of the time on every side, since a model makes them once for all of its
-layers. Each way goes round the caches of several layers, so that none of them stays in the processor's own cache.
+tokens at once. Rotary tables are not timed in any method, since a model computes them once for many layers. Each method
+cycles through the caches of several layers, so that none of them stays in the processor's cache.
 
-* ``sdpa``: PyTorch's attention alone, over keys that lie contiguous and rotated already, with nothing appended.
-* ``sdpa grouped`` (decode): the same, with the query heads that share a key head passed as if they were tokens, which
-  spares PyTorch reading that key head once for each of them.
-* ``dynamic-cache``: rotation, the DynamicCache of transformers, held at this length, and PyTorch's attention.
-* ``streaming-llm`` (decode, one stream): the scheme of the StreamingLLM paper's code, written from the paper's
-  description: keys are kept unrotated, eviction concatenates slices, every token has all keys rotated anew, keys and
-  values are repeated for each query head. Its chunk does other work: it sees all that is cached, then evicts.
+* ``sdpa``: only PyTorch's attention, over contiguous keys that are rotated already, with nothing appended.
+* ``sdpa grouped`` (decode): the same, with the query heads of a group passed as if they were tokens, so that PyTorch
+  reads each KV head once, not once per query head.
+* ``dynamic-cache``: rotation, transformers' DynamicCache kept at this length, and PyTorch's attention.
+* ``streaming-llm`` (decode, one stream): the method of the StreamingLLM paper's code, written from the paper's
+  description: keys are cached unrotated, eviction concatenates slices, all keys are rotated again for every token, keys
+  and values are repeated for each query head. Its chunks are not comparable: they see the whole cache, then evict.
 
-The ceiling is the fastest kind of several plain reads, in the same rounds, over as many layers of memory of its own.
+The bandwidth ceiling is the fastest of several plain reads, in the same rounds, of the same amount of memory.
 """
 
 import itertools
@@ -39,10 +39,10 @@ SCALE = 1 / math.sqrt(HEAD_DIM)
 ROPE = sinkattn.Rope(1e4 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM))
 NO_ROTATION = sinkattn.Rope(torch.zeros(HEAD_DIM // 2))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Outputs differ by 0.01 and more where one key is missing: fp32 tells for sure, half precisions are rounded.
+# A missing key changes outputs by 0.01 or more: fp32 shows it for sure, 16-bit dtypes within their rounding.
 TOLERANCE = {"fp32": 1e-5, "bf16": 1.5e-2, "fp16": 2e-3}
 
-# By the dtype that memory is read as; which one is fastest differs from machine to machine.
+# Plain reads of memory: dtype and function. Which one is fastest depends on the machine.
 READS: dict[str, tuple[torch.dtype, Callable[[Tensor], Tensor]]] = {
     "dot of fp32": (torch.float32, lambda x: x.dot(x)),
     "sum of fp32": (torch.float32, torch.sum),
@@ -52,11 +52,11 @@ READS: dict[str, tuple[torch.dtype, Callable[[Tensor], Tensor]]] = {
 
 
 @dataclass
-class Work:
-    """What every way is given; nothing is rotated yet.
+class Inputs:
+    """Inputs of every method, not rotated yet.
 
     past: keys, values ``[batch, KV_HEADS, tokens, HEAD_DIM]``. new: query ``[batch, HEADS, tokens, HEAD_DIM]``, key
-    and value. mask: bool ``[new tokens, past and new tokens]``; None when all are visible.
+    and value. mask: bool ``[new tokens, past and new tokens]``; None if all are visible.
     """
 
     window: int
@@ -74,17 +74,17 @@ class Work:
         """The same for the new tokens."""
         return self.tables(self.past[0].shape[2], self.new[0].shape[2])
 
-    def all_rotated(self) -> tuple[Tensor, Tensor]:
-        """Rotated keys, and values, of past and new tokens: a new copy."""
+    def rotated_keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """Rotated keys, and values, of past and new tokens, as a copy."""
         keys, values = (torch.cat(pair, dim=2) for pair in zip(self.past, self.new[1:], strict=True))
         return rotate(keys, self.tables(0, keys.shape[2])), values
 
 
-def draw(batch: int, window: int, past: int, new: int, dtype: str) -> Work:
+def random_inputs(batch: int, window: int, past: int, new: int, dtype: str) -> Inputs:
     torch.manual_seed(0)
     shapes = [(KV_HEADS, past), (KV_HEADS, past), (HEADS, new), (KV_HEADS, new), (KV_HEADS, new)]
     tensors = [torch.randn(batch, *shape, HEAD_DIM).to(DTYPES[dtype]) for shape in shapes]
-    return Work(window, tuple(tensors[:2]), tuple(tensors[2:]))
+    return Inputs(window, tuple(tensors[:2]), tuple(tensors[2:]))
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
@@ -92,31 +92,31 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + rotate_half(x) * sin
 
 
-class Way:
-    """One way to do the work. `turn` makes the next layer ready and returns the step, which alone is timed."""
+class Method:
+    """A method of attention. `next_step` prepares the next layer, untimed, and returns the step that is timed."""
 
-    def __init__(self, work: Work, layers: int) -> None:
-        self.work = work
-        self.layers = itertools.cycle([self.layer() for _ in range(layers)])
+    def __init__(self, inputs: Inputs, layers: int) -> None:
+        self.inputs = inputs
+        self.layers = itertools.cycle([self.make_layer() for _ in range(layers)])
 
 
-class Sinkattn(Way):
+class Sinkattn(Method):
     backend: ops.Backend = "auto"
 
-    def layer(self) -> sinkattn.RingKVCache:
-        keys, values = self.work.past
-        ring = sinkattn.RingKVCache(len(keys), KV_HEADS, HEAD_DIM, NUM_SINKS, self.work.window, dtype=keys.dtype)
-        ring.append(keys, values, rope=self.work.rope)
+    def make_layer(self) -> sinkattn.RingKVCache:
+        keys, values = self.inputs.past
+        ring = sinkattn.RingKVCache(len(keys), KV_HEADS, HEAD_DIM, NUM_SINKS, self.inputs.window, dtype=keys.dtype)
+        ring.append(keys, values, rope=self.inputs.rope)
         return ring
 
-    def turn(self) -> Callable[[], Tensor]:
-        ring, tokens = next(self.layers), self.work.new[0].shape[2]
-        layout = {"num_sinks": NUM_SINKS, "window": self.work.window}
-        tables = self.work.rope.stream_tables(ring.seen, tokens, **layout)
+    def next_step(self) -> Callable[[], Tensor]:
+        ring, tokens = next(self.layers), self.inputs.new[0].shape[2]
+        layout = {"num_sinks": NUM_SINKS, "window": self.inputs.window}
+        tables = self.inputs.rope.stream_tables(ring.seen, tokens, **layout)
         options = {**layout, "scale": SCALE, "backend": self.backend}
 
         def step() -> Tensor:
-            out = ops.sink_attention_(ring.keys, ring.values, *self.work.new, ring.seen, *tables, **options)
+            out = ops.sink_attention_(ring.keys, ring.values, *self.inputs.new, ring.seen, *tables, **options)
             ring.advance(tokens)
             return out
 
@@ -127,33 +127,33 @@ class Reference(Sinkattn):
     backend = "reference"
 
 
-class Sdpa(Way):
-    def layer(self) -> tuple[Tensor, Tensor]:
-        return self.work.all_rotated()
+class Sdpa(Method):
+    def make_layer(self) -> tuple[Tensor, Tensor]:
+        return self.inputs.rotated_keys_and_values()
 
-    def turn(self) -> Callable[[], Tensor]:
-        query, layer = rotate(self.work.new[0], self.work.new_tables()), next(self.layers)
-        options = {"attn_mask": self.work.mask, "scale": SCALE, "enable_gqa": True}
+    def next_step(self) -> Callable[[], Tensor]:
+        query, layer = rotate(self.inputs.new[0], self.inputs.new_tables()), next(self.layers)
+        options = {"attn_mask": self.inputs.mask, "scale": SCALE, "enable_gqa": True}
         return lambda: F.scaled_dot_product_attention(query, *layer, **options)
 
 
 class SdpaGrouped(Sdpa):
-    def turn(self) -> Callable[[], Tensor]:
-        query, layer = rotate(self.work.new[0], self.work.new_tables()), next(self.layers)
+    def next_step(self) -> Callable[[], Tensor]:
+        query, layer = rotate(self.inputs.new[0], self.inputs.new_tables()), next(self.layers)
         groups = (len(query), KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
         return lambda: F.scaled_dot_product_attention(query.view(groups), *layer, scale=SCALE).reshape(query.shape)
 
 
-class HeldDynamicCache(Way):
-    def layer(self) -> DynamicCache:
+class ConstantLengthDynamicCache(Method):
+    def make_layer(self) -> DynamicCache:
         cache = DynamicCache()
-        cache.update(*self.work.all_rotated(), layer_idx=0)
+        cache.update(*self.inputs.rotated_keys_and_values(), layer_idx=0)
         return cache
 
-    def turn(self) -> Callable[[], Tensor]:
-        cache, tables, (query, key, value) = next(self.layers), self.work.new_tables(), self.work.new
-        options = {"attn_mask": self.work.mask, "scale": SCALE, "enable_gqa": True}
-        cache.crop(-key.shape[2])  # those of the step before, so that the length stays what it is
+    def next_step(self) -> Callable[[], Tensor]:
+        cache, tables, (query, key, value) = next(self.layers), self.inputs.new_tables(), self.inputs.new
+        options = {"attn_mask": self.inputs.mask, "scale": SCALE, "enable_gqa": True}
+        cache.crop(-key.shape[2])  # the tokens of the previous step, so that the length is constant
 
         def step() -> Tensor:
             layer = cache.update(rotate(key, tables), value, layer_idx=0)
@@ -162,22 +162,22 @@ class HeldDynamicCache(Way):
         return step
 
 
-class StreamingLLM(Way):
-    def __init__(self, work: Work, layers: int) -> None:
-        super().__init__(work, layers)
-        self.tables = work.tables(0, NUM_SINKS + work.window)
-        self.last_tables = work.tables(NUM_SINKS + work.window - 1, 1)
+class StreamingLLM(Method):
+    def __init__(self, inputs: Inputs, layers: int) -> None:
+        super().__init__(inputs, layers)
+        self.tables = inputs.tables(0, NUM_SINKS + inputs.window)
+        self.last_tables = inputs.tables(NUM_SINKS + inputs.window - 1, 1)
 
-    def layer(self) -> list[Tensor]:
-        return [x.clone() for x in self.work.past]
+    def make_layer(self) -> list[Tensor]:
+        return [x.clone() for x in self.inputs.past]
 
-    def turn(self) -> Callable[[], Tensor]:
-        layer, (query, *new) = next(self.layers), self.work.new
+    def next_step(self) -> Callable[[], Tensor]:
+        layer, (query, *new) = next(self.layers), self.inputs.new
 
         def step() -> Tensor:
             for i, x in enumerate(new):
                 sinks, recent = layer[i][:, :, :NUM_SINKS], layer[i][:, :, NUM_SINKS:]
-                layer[i] = torch.cat((sinks, recent[:, :, 1 - self.work.window :], x), dim=2)
+                layer[i] = torch.cat((sinks, recent[:, :, 1 - self.inputs.window :], x), dim=2)
             keys, values = (repeat_kv(x, HEADS // KV_HEADS) for x in (rotate(layer[0], self.tables), layer[1]))
             scores = rotate(query, self.last_tables) @ keys.transpose(2, 3) * SCALE
             return scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype) @ values
@@ -185,7 +185,7 @@ class StreamingLLM(Way):
         return step
 
 
-def reading_turn(layers: Iterator[Tensor], kind: str) -> Callable[[], Tensor]:
+def next_read(layers: Iterator[Tensor], kind: str) -> Callable[[], Tensor]:
     dtype, read = READS[kind]
     return partial(read, next(layers).view(dtype))
 
@@ -194,83 +194,88 @@ def reading_turn(layers: Iterator[Tensor], kind: str) -> Callable[[], Tensor]:
 @pytest.mark.parametrize("window", [1024, 4096], ids="W{}".format)
 @pytest.mark.parametrize("batch", [1, 8], ids="B{}".format)
 def test_decode(bench, batch: int, window: int, dtype: str) -> None:
-    work = draw(batch, window, past=NUM_SINKS + window - 1, new=1, dtype=dtype)
-    peers = {"sdpa": Sdpa, "sdpa grouped": SdpaGrouped, "dynamic-cache": HeldDynamicCache}
-    if batch == 1:  # eight streams take it seconds
-        peers["streaming-llm"] = StreamingLLM
-        check_evicting(work, TOLERANCE[dtype])
-    check(work, peers, TOLERANCE[dtype])
+    inputs = random_inputs(batch, window, past=NUM_SINKS + window - 1, new=1, dtype=dtype)
+    baselines = {"sdpa": Sdpa, "sdpa grouped": SdpaGrouped, "dynamic-cache": ConstantLengthDynamicCache}
+    if batch == 1:  # with eight streams a step takes seconds
+        baselines["streaming-llm"] = StreamingLLM
+        check_outputs_while_evicting(inputs, TOLERANCE[dtype])
+    check_outputs(inputs, baselines, TOLERANCE[dtype])
 
     read_bytes = 2 * batch * KV_HEADS * (NUM_SINKS + window) * HEAD_DIM * DTYPES[dtype].itemsize
     layers = max(4, 2**27 // read_bytes)
-    ways = {name: way(work, layers).turn for name, way in {"sinkattn": Sinkattn, **peers}.items()}
-    # All kinds of read go round the same layers: two of one layer in a row would find it in the processor's cache.
-    memory = itertools.cycle([torch.stack(work.all_rotated()).flatten() for _ in range(layers)])
-    ways |= {kind: partial(reading_turn, memory, kind) for kind in READS}
-    turns = bench.in_turns(ways, rounds=40)
-    read = min(READS, key=turns.ms)
+    methods = {name: method(inputs, layers).next_step for name, method in {"sinkattn": Sinkattn, **baselines}.items()}
+    # All reads share one cycle of layers: two reads of a layer in a row would hit the processor's cache.
+    memory = itertools.cycle([torch.stack(inputs.rotated_keys_and_values()).flatten() for _ in range(layers)])
+    methods |= {kind: partial(next_read, memory, kind) for kind in READS}
+    timings = bench.time_interleaved(methods, rounds=40)
+    read = min(READS, key=timings.ms)
 
     shape = f"B={batch} W={window} {dtype}"
-    over_sdpa = turns.ratio("sinkattn", "sdpa")
-    percent = 100 * turns.ratio(read, "sinkattn")
+    over_sdpa = timings.ratio("sinkattn", "sdpa")
+    percent = 100 * timings.ratio(read, "sinkattn")
     figures = {
-        **turns.figures("sinkattn", "sdpa", "sdpa grouped", "dynamic-cache", "streaming-llm"),
+        **timings.figures("sinkattn", "sdpa", "sdpa grouped", "dynamic-cache", "streaming-llm"),
         "MB read": read_bytes / 1e6,
-        "GB/s": read_bytes / turns.ms("sinkattn") / 1e6,
-        "ceiling GB/s": read_bytes / turns.ms(read) / 1e6,
+        "GB/s": read_bytes / timings.ms("sinkattn") / 1e6,
+        "ceiling GB/s": read_bytes / timings.ms(read) / 1e6,
         "% of ceiling": percent,
         "sinkattn / sdpa": over_sdpa,
-        "sinkattn / sdpa grouped": turns.ratio("sinkattn", "sdpa grouped"),
-        "sinkattn / dynamic-cache": turns.ratio("sinkattn", "dynamic-cache"),
-        "streaming-llm / sinkattn": turns.ratio("streaming-llm", "sinkattn"),
+        "sinkattn / sdpa grouped": timings.ratio("sinkattn", "sdpa grouped"),
+        "sinkattn / dynamic-cache": timings.ratio("sinkattn", "dynamic-cache"),
+        "streaming-llm / sinkattn": timings.ratio("streaming-llm", "sinkattn"),
     }
-    bench.note("Decode: one token per stream, one layer", shape, figures)
-    bench.target("decode: sinkattn / sdpa at most 1.00", shape, over_sdpa, over_sdpa <= 1)
+    bench.add_row("Decode: one token per stream, one layer", shape, figures)
+    bench.add_target("decode: sinkattn / sdpa at most 1.00", shape, over_sdpa, over_sdpa <= 1)
     if window == 4096:
-        least = {"fp32": 85, "bf16": 75}[dtype]
-        bench.target(f"decode, W=4096 {dtype}: at least {least}% of the ceiling", shape, percent, percent >= least)
+        min_percent = {"fp32": 85, "bf16": 75}[dtype]
+        target = f"decode, W=4096 {dtype}: at least {min_percent}% of the ceiling"
+        bench.add_target(target, shape, percent, percent >= min_percent)
     if batch == 1:
-        faster = figures["streaming-llm / sinkattn"]
-        bench.target("decode: streaming-llm / sinkattn at least 10", shape, faster, faster >= 10)
+        speedup = figures["streaming-llm / sinkattn"]
+        bench.add_target("decode: streaming-llm / sinkattn at least 10", shape, speedup, speedup >= 10)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunk(bench, dtype: str) -> None:
     window, tokens = 1020, 512
-    work = draw(1, window, past=NUM_SINKS + window, new=tokens, dtype=dtype)
-    # Query i sees the sinks, and of window and new tokens those numbered i + 1 to i + window.
+    inputs = random_inputs(1, window, past=NUM_SINKS + window, new=tokens, dtype=dtype)
+    # Query i sees the sinks and, counted from the start of the old window, the tokens i + 1 to i + window.
     band = torch.ones(tokens, window + tokens, dtype=torch.bool).tril(window).triu(1)
-    work.mask = torch.cat((torch.ones(tokens, NUM_SINKS, dtype=torch.bool), band), dim=1)
-    peers = {"sdpa": Sdpa, "dynamic-cache": HeldDynamicCache}
-    # Beyond a full window a query sees sinks at one distance, whatever its position, which PyTorch's attention cannot
-    # have of keys rotated once. So it is compared without angles, and with angles the specification is.
-    check(replace(work, rope=NO_ROTATION), peers, TOLERANCE[dtype])
-    check(work, {"reference": Reference}, TOLERANCE[dtype])
+    inputs.mask = torch.cat((torch.ones(tokens, NUM_SINKS, dtype=torch.bool), band), dim=1)
+    baselines = {"sdpa": Sdpa, "dynamic-cache": ConstantLengthDynamicCache}
+    # After a full window a query sees a sink at the same distance, whatever its own position. Baselines cannot do this
+    # with keys that are rotated once. So they are compared without rotation, and the reference with it.
+    check_outputs(replace(inputs, rope=NO_ROTATION), baselines, TOLERANCE[dtype])
+    check_outputs(inputs, {"reference": Reference}, TOLERANCE[dtype])
 
-    ways = {"sinkattn": Sinkattn, **peers}
-    turns = bench.in_turns({name: way(work, layers=8).turn for name, way in ways.items()}, rounds=10)
-    flops = 4 * HEADS * HEAD_DIM * int(work.mask.sum())
-    over_sdpa = turns.ratio("sinkattn", "sdpa")
+    methods = {"sinkattn": Sinkattn, **baselines}
+    timings = bench.time_interleaved(
+        {name: method(inputs, layers=8).next_step for name, method in methods.items()}, rounds=10
+    )
+    flops = 4 * HEADS * HEAD_DIM * int(inputs.mask.sum())
+    over_sdpa = timings.ratio("sinkattn", "sdpa")
     figures = {
-        **turns.figures(*ways),
-        **{f"{name} TFLOP/s": flops / turns.ms(name) / 1e9 for name in ways},
+        **timings.figures(*methods),
+        **{f"{name} TFLOP/s": flops / timings.ms(name) / 1e9 for name in methods},
         "sinkattn / sdpa": over_sdpa,
-        "sinkattn / dynamic-cache": turns.ratio("sinkattn", "dynamic-cache"),
+        "sinkattn / dynamic-cache": timings.ratio("sinkattn", "dynamic-cache"),
     }
     shape = f"B=1 W={window} T={tokens} {dtype}"
-    bench.note("Chunk: 512 tokens at once, one layer; TFLOP/s over visible pairs", shape, figures)
-    bench.target("chunk: sinkattn / sdpa at most 1.00", shape, over_sdpa, over_sdpa <= 1)
+    bench.add_row("Chunk: 512 tokens at once, one layer; TFLOP/s over visible pairs", shape, figures)
+    bench.add_target("chunk: sinkattn / sdpa at most 1.00", shape, over_sdpa, over_sdpa <= 1)
 
 
-def check(work: Work, peers: dict[str, type[Way]], tolerance: float) -> None:
-    """A first step must give the same on all sides before any is timed."""
-    ours = Sinkattn(work, 1).turn()()
-    for name, way in peers.items():
-        assert_close(way(work, 1).turn()(), ours, atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+def check_outputs(inputs: Inputs, baselines: dict[str, type[Method]], tolerance: float) -> None:
+    """Check that the first step of each baseline gives what sinkattn gives."""
+    ours = Sinkattn(inputs, 1).next_step()()
+    for name, method in baselines.items():
+        assert_close(
+            method(inputs, 1).next_step()(), ours, atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
-def check_evicting(work: Work, tolerance: float) -> None:
-    """The same for steps that evict, with the one peer that does."""
-    ours, theirs = Sinkattn(work, 1), StreamingLLM(work, 1)
+def check_outputs_while_evicting(inputs: Inputs, tolerance: float) -> None:
+    """Check steps that evict, with the baseline that evicts too."""
+    ours, baseline = Sinkattn(inputs, 1), StreamingLLM(inputs, 1)
     for _ in range(3):
-        assert_close(theirs.turn()(), ours.turn()(), atol=tolerance, rtol=0)
+        assert_close(baseline.next_step()(), ours.next_step()(), atol=tolerance, rtol=0)

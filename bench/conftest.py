@@ -1,4 +1,4 @@
-"""What the benchmarks share: ways timed in turns, and one report of the whole run when it ends."""
+"""Fixtures of the benchmarks: interleaved timing of several methods, and a report at the end of the run."""
 
 import gc
 import json
@@ -22,28 +22,26 @@ from sinkattn.evaluate.environment import machine, versions
 
 THREADS = min(2, os.cpu_count() or 1)
 
-# Prepares a turn, which is not timed, and returns what is timed.
-Turn = Callable[[], Callable[[], Any]]
-
+# Prepares a step, which is not timed, and returns the callable that is timed.
+NextStep = Callable[[], Callable[[], Any]]
 
 OTHER_WORK = "other work %"
 
 
 class Marked(float):
-    """A figure with an asterisk, which a remark explains."""
+    """A figure that is printed with an asterisk; a remark explains it."""
 
 
 @dataclass
 class Summary:
-    """What the benchmarks of a run found, in the order in which they ran."""
+    """Results of all benchmarks of a run, in the order in which they ran."""
 
     gpu: str | None = None
-    """What they ran on, unless that is the processor."""
-
+    """Description of the GPU; None for CPU benchmarks."""
     tables: dict[str, list[tuple[str, dict[str, float]]]] = field(default_factory=lambda: defaultdict(list))
-    """By title: shape and figures of each row."""
+    """Rows by title of the table: shape and figures."""
     targets: dict[str, list[tuple[str, str, bool]]] = field(default_factory=lambda: defaultdict(list))
-    """By target: shape, figure and whether it was met."""
+    """Results by target: shape, figure and whether the target was met."""
     remarks: dict[str, None] = field(default_factory=dict)
 
     def lines(self) -> Iterator[str]:
@@ -55,10 +53,13 @@ class Summary:
         for title, rows in self.tables.items():
             yield from ("", title, "", *_table(rows))
         yield ""
-        yield "Times are medians of several rounds, in each of which every way has its turn."
-        yield "x / y: quotient of two times of the same round, median of all rounds."
+        yield "Times are medians of several rounds; methods are interleaved in each round."
+        yield "x / y: ratio of two times of the same round, median of all rounds."
         if any(OTHER_WORK in figures for rows in self.tables.values() for _, figures in rows):
-            yield "other work: processor time of other processes, of all cores. Not to be trusted above a few percent."
+            yield (
+                "other work: CPU time of other processes, in percent of all cores. Above a few percent, do not trust "
+                "the times."
+            )
         yield from self.remarks
         yield ""
         for target, results in self.targets.items():
@@ -69,7 +70,7 @@ class Summary:
 
 def _table(rows: list[tuple[str, dict[str, float]]]) -> Iterator[str]:
     columns = [name for name in rows[0][1] if not all(math.isnan(figures[name]) for _, figures in rows)]
-    # A column's name goes from top to bottom, a word on each line.
+    # Column names are printed vertically, one word per line.
     names = [name.replace(" /", "/").split() for name in columns]
     height = max(map(len, names))
     heads = [["", *line] for line in zip(*([""] * (height - len(name)) + name for name in names), strict=True)]
@@ -85,8 +86,8 @@ def _text(x: float) -> str:
     return (f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}") + "*" * isinstance(x, Marked)
 
 
-def _others_seconds() -> float:
-    """Processor time of everything but this process so far; NaN where Linux is not there to tell."""
+def _other_processes_seconds() -> float:
+    """CPU time of all other processes since boot; NaN without Linux's /proc."""
     if not (stat := Path("/proc/stat")).is_file():
         return math.nan
     user, nice, system, _idle, _iowait, *rest = map(int, stat.read_text().split(maxsplit=9)[1:9])
@@ -94,80 +95,84 @@ def _others_seconds() -> float:
 
 
 @dataclass
-class Turns:
-    """Seconds of every step, round by round, by the name of what was timed.
+class Timings:
+    """Seconds of every step, in the order of the rounds, by name of the method.
 
-    other_work: percentage of all cores' time that went to other processes meanwhile.
+    other_work: CPU time of other processes meanwhile, in percent of all cores.
     """
 
     seconds: dict[str, list[float]]
     other_work: float
 
     def ms(self, name: str) -> float:
-        """Median in milliseconds; NaN for what was not timed."""
+        """Median in milliseconds; NaN for a method that was not timed."""
         return statistics.median(self.seconds.get(name, [math.nan])) * 1e3
 
     def figures(self, *names: str) -> dict[str, float]:
-        """Columns of a table: the medians, and how much else the machine did."""
+        """Columns of a table: other work, and the medians of these methods."""
         return {OTHER_WORK: self.other_work, **{f"{name} ms": self.ms(name) for name in names}}
 
     def ratio(self, name: str, other: str) -> float:
-        """Median over the rounds of ``name / other``, so that a slow moment hits both; NaN for what was not timed."""
+        """Median over the rounds of ``name / other``, so that a slow round affects both; NaN if one was not timed."""
         if name not in self.seconds or other not in self.seconds:
             return math.nan
         return statistics.median(x / y for x, y in zip(self.seconds[name], self.seconds[other], strict=True))
 
 
 class Bench:
-    """One benchmark: times in turns, and keeps the figures for the report and for pytest-benchmark's JSON."""
+    """One benchmark: times methods, and keeps the figures for the report and for pytest-benchmark's JSON."""
 
     def __init__(self, benchmark: Any, summary: Summary) -> None:
         self._benchmark = benchmark
         self._summary = summary
         self.results: list[dict[str, Any]] = []
 
-    def in_turns(self, ways: dict[str, Turn], rounds: int, steps: Mapping[str, int] | None = None) -> Turns:
-        """One turn of each way per round. The first is what pytest-benchmark records; the last one in each round.
+    def time_interleaved(
+        self, methods: dict[str, NextStep], rounds: int, steps: Mapping[str, int] | None = None
+    ) -> Timings:
+        """Time one step of each method per round.
 
-        steps: how many a turn of each way has; one each when None.
+        pytest-benchmark records the first method, which runs last in each round.
+
+        steps: how many steps a timed callable of each method runs; one if None.
         """
-        (ours, our_turn), *others = ways.items()
+        (own, own_next_step), *others = methods.items()
         seconds: dict[str, list[float]] = {name: [] for name, _ in others}
-        shuffled = random.Random(0)
+        rng = random.Random(0)
 
         def run_others() -> tuple[tuple[Callable[[], Any]], dict[str, Any]]:
-            # In changing order, so that none always runs in the wake of the same other.
-            for name, turn in shuffled.sample(others, len(others)):
-                step = turn()
+            # In random order, so that no method always runs after the same other one.
+            for name, next_step in rng.sample(others, len(others)):
+                step = next_step()
                 start = time.perf_counter()
                 step()
                 seconds[name].append(time.perf_counter() - start)
-            return (our_turn(),), {}
+            return (own_next_step(),), {}
 
-        begin, others_begin = time.perf_counter(), _others_seconds()
+        begin, others_begin = time.perf_counter(), _other_processes_seconds()
         self._benchmark.pedantic(lambda step: step(), setup=run_others, rounds=rounds)
         cores_seconds = (time.perf_counter() - begin) * (os.cpu_count() or 1)
-        seconds[ours] = list(self._benchmark.stats.stats.data)
+        seconds[own] = list(self._benchmark.stats.stats.data)
         if steps is not None:
-            self._benchmark.extra_info["steps_per_turn"] = steps[ours]
+            self._benchmark.extra_info["steps_per_turn"] = steps[own]
             seconds = {name: [x / steps[name] for x in times] for name, times in seconds.items()}
-        return Turns(seconds, other_work=max(0, 100 * (_others_seconds() - others_begin) / cores_seconds))
+        return Timings(seconds, other_work=max(0, 100 * (_other_processes_seconds() - others_begin) / cores_seconds))
 
-    def note(self, title: str, shape: str, figures: dict[str, float]) -> None:
-        """Add a row to the table of that title; its rows have the same columns."""
+    def add_row(self, title: str, shape: str, figures: dict[str, float]) -> None:
+        """Add a row to the table of that title; all of its rows have the same columns."""
         known = {name: x for name, x in figures.items() if not math.isnan(x)}
         self._benchmark.extra_info.update(known)
         self.results.append({"title": title, "shape": shape, "figures": known})
         self._summary.tables[title].append((shape, figures))
 
-    def target(self, target: str, shape: str, figure: float, met: bool) -> None:
-        """Say whether a target was met."""
+    def add_target(self, target: str, shape: str, figure: float, met: bool) -> None:
+        """Add a result for a target."""
         self._benchmark.extra_info.setdefault("targets_met", {})[target] = met
         self.results.append({"target": target, "shape": shape, "figure": figure, "met": met})
         self._summary.targets[target].append((shape, _text(figure), met))
 
-    def remark(self, line: str) -> None:
-        """Add a line to the report, unless it is there."""
+    def add_remark(self, line: str) -> None:
+        """Add a line to the report, unless it is there already."""
         self._summary.remarks[line] = None
 
 
@@ -181,7 +186,7 @@ def bench(benchmark, request) -> Iterator[Bench]:
     yield bench
     if (record := request.config.getoption("record")) is None:
         return
-    # As each benchmark ends, so that a run that is cut short leaves what it found.
+    # After each benchmark, so that a run that is cut short leaves its results.
     with Path(f"{record}.jsonl").open("a") as file:
         for result in bench.results:
             file.write(json.dumps({"test": request.node.name, **result}) + "\n")
@@ -190,18 +195,18 @@ def bench(benchmark, request) -> Iterator[Bench]:
 
 @pytest.fixture
 def rehearse(request) -> bool:
-    """Whether GPU benchmarks run on the CPU, on tiny shapes."""
+    """Whether GPU benchmarks run on the CPU, with tiny shapes."""
     return request.config.getoption("rehearse")
 
 
 @pytest.fixture
 def device(request, rehearse) -> torch.device:
-    """Where GPU benchmarks run, with nothing of the benchmark before left in its memory."""
-    # A failure's traceback keeps all that its benchmark had.
+    """Device of the GPU benchmarks, with the memory of the previous benchmark freed."""
+    # The traceback of a failed benchmark keeps its tensors alive.
     sys.last_exc = sys.last_value = sys.last_traceback = None
     gc.collect()
     if not rehearse:
-        # After a capture that failed the allocator may refuse; there may be room without.
+        # This may fail after a failed graph capture; there may be enough memory anyhow.
         with suppress(RuntimeError):
             torch.cuda.empty_cache()
     request.config.stash[SUMMARY].gpu = "rehearsed on the CPU: no figure here means anything" if rehearse else _gpu()
@@ -218,7 +223,7 @@ def _gpu() -> str:
 def inference_on_few_threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(1 if request.config.getoption("rehearse") else THREADS)
-    # torch.compile sees more of what is done under no_grad.
+    # torch.compile supports more under no_grad than under inference_mode.
     with torch.no_grad() if request.path.name.startswith("gpu_") else torch.inference_mode():
         yield
     torch.set_num_threads(before)
@@ -226,9 +231,13 @@ def inference_on_few_threads(request):
 
 def pytest_addoption(parser):
     group = parser.getgroup("sinkattn")
-    group.addoption("--rehearse", action="store_true", help="run GPU benchmarks on the CPU, on tiny shapes")
-    group.addoption("--record", type=Path, metavar="PATH", help="keep results in PATH.jsonl and PATH.txt as they come")
-    group.addoption("--until", type=float, metavar="TIME", help="begin no benchmark after this time (of time.time)")
+    group.addoption("--rehearse", action="store_true", help="run GPU benchmarks on the CPU, with tiny shapes")
+    group.addoption(
+        "--record", type=Path, metavar="PATH", help="write results to PATH.jsonl and PATH.txt after each benchmark"
+    )
+    group.addoption(
+        "--until", type=float, metavar="TIME", help="start no benchmark after this time (as in time.time())"
+    )
 
 
 def pytest_configure(config):

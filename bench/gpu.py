@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: steps captured in CUDA graphs, turns of many steps, and a plain copy as a measure."""
+"""What the GPU benchmarks share: steps captured in CUDA graphs, repeated launches, and a plain copy as a yardstick."""
 
 import math
 import time
@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from conftest import Bench, Marked, Turns
+from conftest import Bench, Marked, Timings
 from torch import Tensor
 
-# Long enough for what a launch and a wait cost to be nothing beside it.
-TURN_SECONDS = 0.02
-MOST_LAUNCHES = 1_000
-ROUNDS_REHEARSED = 2
+# Seconds that repeated launches should take, so that launch and synchronisation overhead are negligible.
+MIN_SECONDS = 0.02
+MAX_LAUNCHES = 1_000
+REHEARSAL_ROUNDS = 2
 
 
 def synchronise(device: torch.device) -> None:
@@ -28,37 +28,37 @@ def first_line(error: Exception) -> str:
 
 
 def relative_error(x: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference, relative to that of what was expected; NaN and infinities count as wrong."""
+    """RMS of the difference, relative to the RMS of ``expected``; infinite if there are NaN or infinities."""
     x, expected = x.float(), expected.float()
     error = (x - expected).norm() / expected.norm()
     return error.item() if error.isfinite() else math.inf
 
 
 @dataclass
-class Repeated:
-    """A launch of ``layers`` steps, captured in a CUDA graph if ``capture``, over and over: one turn, then a wait."""
+class RepeatedLaunch:
+    """A launch of ``layers`` steps, captured in a CUDA graph if ``capture``, repeated before one synchronisation."""
 
     launch: Callable[[], Any]
     device: torch.device
     layers: int = 1
     capture: bool = True
-    why_not: str | None = None
+    capture_error: str | None = None
     """Why it was not captured."""
-    launches: int = field(init=False, default=1)
+    repeats: int = field(init=False, default=1)
 
     def __post_init__(self) -> None:
-        self.keep = self.launch
+        self.uncaptured = self.launch  # keeps its tensors alive
         if self.device.type == "cpu":
             self.capture = False
         if self.capture:
             try:
-                self.launch = captured(self.launch)
+                self.launch = capture_graph(self.launch)
             except Exception as error:
-                self.why_not, self.capture = first_line(error), False
+                self.capture_error, self.capture = first_line(error), False
         self.run()
         once = min(self._seconds() for _ in range(2))
         if self.device.type == "cuda":
-            self.launches = max(1, min(MOST_LAUNCHES, math.ceil(TURN_SECONDS / once)))
+            self.repeats = max(1, min(MAX_LAUNCHES, math.ceil(MIN_SECONDS / once)))
         self.run()
 
     def _seconds(self) -> float:
@@ -68,20 +68,20 @@ class Repeated:
 
     @property
     def steps(self) -> int:
-        """Steps of a turn."""
-        return self.launches * self.layers
+        """Steps of one call of `run`."""
+        return self.repeats * self.layers
 
-    def turn(self) -> Callable[[], None]:
+    def next_step(self) -> Callable[[], None]:
         return self.run
 
     def run(self) -> None:
-        for _ in range(self.launches):
+        for _ in range(self.repeats):
             self.launch()
         synchronise(self.device)
 
 
-def captured(launch: Callable[[], Any]) -> Callable[[], None]:
-    """Replay of a CUDA graph of what ``launch`` launches; it is run twice before, to compile what it compiles."""
+def capture_graph(launch: Callable[[], Any]) -> Callable[[], None]:
+    """Capture ``launch`` in a CUDA graph, after two warm-up runs that compile kernels; returns the graph's replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -95,57 +95,58 @@ def captured(launch: Callable[[], Any]) -> Callable[[], None]:
     return graph.replay
 
 
-class Ways:
-    """What is timed in turns at one shape. A peer that cannot run is left out, with a remark that says why."""
+class Comparison:
+    """Methods that are timed at one shape. A baseline that cannot run is left out; a remark says why."""
 
     def __init__(self, bench: Bench, device: torch.device, shape: str) -> None:
         self.bench, self.device, self.shape = bench, device, shape
-        self.repeated: dict[str, Repeated] = {}
+        self.methods: dict[str, RepeatedLaunch] = {}
         self.mismatches: list[str] = []
 
     def add(self, name: str, launch: Callable[[], Any], layers: int = 1, *, capture: bool = True) -> None:
-        repeated = Repeated(launch, self.device, layers, capture)
-        if repeated.why_not:
-            self.bench.remark(f"{name}, {self.shape}: no CUDA graph: {repeated.why_not}")
-        self.repeated[name] = repeated
+        method = RepeatedLaunch(launch, self.device, layers, capture)
+        if method.capture_error:
+            self.bench.add_remark(f"{name}, {self.shape}: no CUDA graph: {method.capture_error}")
+        self.methods[name] = method
 
-    def try_to(self, name: str, add: Callable[[], Any]) -> None:
-        """Add a peer by ``add``, if that works."""
+    def try_add(self, name: str, add: Callable[[], Any]) -> None:
+        """Add a baseline with ``add``; if that raises an error, a remark says why it is left out."""
         try:
             add()
         except ModuleNotFoundError as error:
-            self.bench.remark(f"{name}: not installed: {error.name}")
+            self.bench.add_remark(f"{name}: not installed: {error.name}")
         except Exception as error:
-            self.bench.remark(f"{name}, {self.shape}: left out: {first_line(error)}")
+            self.bench.add_remark(f"{name}, {self.shape}: left out: {first_line(error)}")
 
-    def check(self, name: str, error: float, most: float) -> bool:
-        """Whether an output is right; the benchmark fails at its end if one is not."""
-        if error <= most:
+    def check_output(self, name: str, error: float, max_error: float) -> bool:
+        """Whether an output is right; if not, `assert_outputs_match` fails at the end of the benchmark."""
+        if error <= max_error:
             return True
         self.mismatches.append(f"{name}, {self.shape}: differs from sinkattn by {error:.1e} of the output")
-        self.bench.remark(f"{self.mismatches[-1]} (allowed: {most:.1e}): left out")
+        self.bench.add_remark(f"{self.mismatches[-1]} (allowed: {max_error:.1e}): left out")
         return False
 
-    def in_turns(self, rounds: int) -> Turns:
-        rounds = rounds if self.device.type == "cuda" else ROUNDS_REHEARSED
-        ways = {name: repeated.turn for name, repeated in self.repeated.items()}
-        return self.bench.in_turns(ways, rounds, {name: repeated.steps for name, repeated in self.repeated.items()})
+    def time_interleaved(self, rounds: int) -> Timings:
+        rounds = rounds if self.device.type == "cuda" else REHEARSAL_ROUNDS
+        methods = {name: method.next_step for name, method in self.methods.items()}
+        steps = {name: method.steps for name, method in self.methods.items()}
+        return self.bench.time_interleaved(methods, rounds, steps)
 
-    def time(self, turns: Turns, name: str, unit: float = 1e-6) -> float:
-        """Median of a step, marked if its launches were timed as well."""
-        x = turns.ms(name) * 1e-3 / unit
-        if self.device.type == "cuda" and name in self.repeated and not self.repeated[name].capture:
-            self.bench.remark("*: not captured in a CUDA graph: launched from Python, which is part of the time.")
+    def median_step(self, timings: Timings, name: str, unit: float = 1e-6) -> float:
+        """Median time of a step in seconds / ``unit``, marked if it includes launches from Python."""
+        x = timings.ms(name) * 1e-3 / unit
+        if self.device.type == "cuda" and name in self.methods and not self.methods[name].capture:
+            self.bench.add_remark("*: not captured in a CUDA graph; the time includes launches from Python.")
             return Marked(x)
         return x
 
-    def done(self) -> None:
+    def assert_outputs_match(self) -> None:
         assert not self.mismatches, self.mismatches
 
 
-def add_copy(ways: Ways) -> int:
-    """Add a plain copy, as ``copy``; the bytes that a step of it reads and writes."""
-    count = 2**30 if ways.device.type == "cuda" else 2**16
-    source = torch.randint(256, (count,), dtype=torch.uint8, device=ways.device)
-    ways.add("copy", partial(torch.empty_like(source).copy_, source))
+def add_copy(comparison: Comparison) -> int:
+    """Add a plain copy of memory, as ``copy``; returns the bytes that one copy reads and writes."""
+    count = 2**30 if comparison.device.type == "cuda" else 2**16
+    source = torch.randint(256, (count,), dtype=torch.uint8, device=comparison.device)
+    comparison.add("copy", partial(torch.empty_like(source).copy_, source))
     return 2 * count

@@ -3,25 +3,25 @@
     make bench-gpu
 
 A Llama with the shape of Llama 3 8B and random bfloat16 weights generates greedily in one stream, with 4 sinks and a
-window of 4092, so that 4096 tokens are in sight:
+window of 4092, a context of 4096 tokens:
 
 * ``sinkattn graph``: one step on a SinkCache (forward, argmax, token fed back) captured in a CUDA graph and replayed.
-  The tokens that count are counted on the device, so one graph is right for all steps; what the cache counts on the
-  host stands still, which the model does not look at.
-* ``sinkattn``, ``dynamic-cache``: the same step, and the step of the model as it was on the DynamicCache of
-  transformers held at this length, launched from Python.
-* ``recomputation``: the model as it was, without a cache: a forward over the last 4096 tokens for every new one.
+  Tokens are counted on the device, so one graph is valid for all steps; the count on the host does not advance in a
+  replay, and the model does not read it.
+* ``sinkattn``, ``dynamic-cache``: the same step, and the step of the unpatched model on transformers' DynamicCache kept
+  at this length, launched from Python.
+* ``recomputation``: the unpatched model without a cache: a forward over the last 4096 tokens for each new one.
 * ``generate``: the same two caches, in transformers' own loop.
 
-The bound is the time that a plain copy takes to move as many bytes (read and written) as a step has to read: all
-weights but the embedding, and the cache.
+The bound is the time in which a plain copy moves as many bytes (read and written) as a step must read: all weights
+except the embedding, and the cache.
 """
 
 import copy
 
 import pytest
 import torch
-from gpu import Ways, add_copy, relative_error
+from gpu import Comparison, add_copy, relative_error
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -30,7 +30,7 @@ from sinkattn.hf.versions import GENERATE_CACHE, forward_cache
 
 NUM_SINKS, WINDOW, SMALL_WINDOW = 4, 4092, 1020
 EARLY, LATE, CHUNK = 2_000, 100_000, 1_024
-GENERATED = 16
+NEW_TOKENS = 16
 CONFIG = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -43,7 +43,7 @@ CONFIG = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-TINY = {
+TINY_CONFIG = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -53,19 +53,19 @@ TINY = {
     "max_position_embeddings": 128,
 }
 TINY_WINDOW = 28
-# What enable allows of a model in bfloat16.
-MOST_ERROR = 8 * torch.finfo(torch.bfloat16).eps
+# RMS error relative to the logits.
+MAX_ERROR = 8 * torch.finfo(torch.bfloat16).eps
 
 
 def build(device: torch.device, rehearse: bool) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(**CONFIG | (TINY if rehearse else {}))
+    config = LlamaConfig(**CONFIG | (TINY_CONFIG if rehearse else {}))
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
 def enabled_twin(model: LlamaForCausalLM, window: int) -> LlamaForCausalLM:
-    """An enabled model with the very weights of ``model``, which stays as it is."""
+    """An enabled model that shares the weights of ``model``, which is not changed."""
     weights = {id(parameter): parameter for parameter in model.parameters()}
     return sinkattn.enable(copy.deepcopy(model, weights), NUM_SINKS, window)
 
@@ -81,8 +81,8 @@ def enabled(plain, request) -> LlamaForCausalLM:
     return enabled_twin(plain, TINY_WINDOW if request.config.getoption("rehearse") else WINDOW)
 
 
-def context(model: LlamaForCausalLM) -> int:
-    """Tokens in sight of an enabled model."""
+def context_length(model: LlamaForCausalLM) -> int:
+    """Context length of an enabled model: sinks and window."""
     layout = sinkattn.SinkCache(model).layout
     return layout.num_sinks + layout.window
 
@@ -93,7 +93,7 @@ def random_ids(model: LlamaForCausalLM, tokens: int) -> Tensor:
 
 
 class Stream:
-    """Greedy generation from a cache that has seen ``ids``; every tensor stays in its place from step to step."""
+    """Greedy generation from a cache that has seen ``ids``; steps reuse the same tensors, as CUDA graphs require."""
 
     def __init__(self, model: LlamaForCausalLM, cache: Cache, ids: Tensor) -> None:
         self.model, self.cache = model, cache
@@ -112,7 +112,7 @@ class Stream:
         self.token.copy_(self.logits.argmax(dim=-1, keepdim=True))
 
     def step_at_constant_length(self) -> None:
-        """The same on a cache that would grow: the token of the step before is taken back."""
+        """A step on a cache that would grow: first crop the token of the previous step."""
         self.cache.crop(-1)
         self.step()
 
@@ -127,54 +127,58 @@ class Recomputed:
         self.ids = torch.cat((self.ids[:, 1:], token), dim=1)
 
 
-def bound_bytes(model: LlamaForCausalLM, cache: sinkattn.SinkCache) -> int:
+def min_bytes_read(model: LlamaForCausalLM, cache: sinkattn.SinkCache) -> int:
     weights = sum(parameter.nbytes for parameter in model.parameters())
     return weights - model.get_input_embeddings().weight.nbytes + cache.nbytes
 
 
-def add_graph(ways: Ways, name: str, stream: Stream) -> None:
-    """Add a step replayed, once it gives what it gives launched from Python."""
-    ways.add(name, stream.step)
+def add_graph(comparison: Comparison, name: str, stream: Stream) -> None:
+    """Add a captured step, and check that a replay gives what a step launched from Python gives."""
+    comparison.add(name, stream.step)
     twin = stream.fork()
     twin.step()
-    ways.repeated[name].launch()
-    ways.check(f"{name} after capture", relative_error(stream.logits, twin.logits), MOST_ERROR)
+    comparison.methods[name].launch()
+    comparison.check_output(f"{name} after capture", relative_error(stream.logits, twin.logits), MAX_ERROR)
 
 
 def test_token(bench, device, plain, enabled) -> None:
-    tokens = context(enabled)
+    tokens = context_length(enabled)
     ids = random_ids(plain, tokens)
-    ways = Ways(bench, device, f"{tokens} tokens in sight")
+    comparison = Comparison(bench, device, f"{tokens} tokens in sight")
     ours = Stream(enabled, sinkattn.SinkCache(enabled), ids)
-    again = Recomputed(plain, ids)
-    again.step()
-    ways.check("recomputation", relative_error(again.logits, ours.logits), MOST_ERROR)
-    add_graph(ways, "sinkattn graph", ours)
-    ways.add("sinkattn", ours.fork().step, capture=False)
-    ways.add("recomputation", again.step, capture=False)
+    recomputed = Recomputed(plain, ids)
+    recomputed.step()
+    comparison.check_output("recomputation", relative_error(recomputed.logits, ours.logits), MAX_ERROR)
+    add_graph(comparison, "sinkattn graph", ours)
+    comparison.add("sinkattn", ours.fork().step, capture=False)
+    comparison.add("recomputation", recomputed.step, capture=False)
     dense = Stream(plain, DynamicCache(), ids)
-    ways.try_to("dynamic-cache", lambda: ways.add("dynamic-cache", dense.step_at_constant_length, capture=False))
-    copy_bytes = add_copy(ways)
-    turns = ways.in_turns(rounds=12)
+    comparison.try_add(
+        "dynamic-cache", lambda: comparison.add("dynamic-cache", dense.step_at_constant_length, capture=False)
+    )
+    copy_bytes = add_copy(comparison)
+    timings = comparison.time_interleaved(rounds=12)
 
-    must_read = bound_bytes(enabled, ours.cache)
-    percent = 100 * turns.ratio("copy", "sinkattn graph") * must_read / copy_bytes
-    faster = turns.ratio("recomputation", "sinkattn graph")
+    bytes_read = min_bytes_read(enabled, ours.cache)
+    percent = 100 * timings.ratio("copy", "sinkattn graph") * bytes_read / copy_bytes
+    speedup = timings.ratio("recomputation", "sinkattn graph")
     figures = {
-        **{f"{name} ms": ways.time(turns, name, 1e-3) for name in ways.repeated if name != "copy"},
-        "GB to read": must_read / 1e9,
-        "copy GB/s": copy_bytes / turns.ms("copy") / 1e6,
-        "bound ms": turns.ms("copy") * must_read / copy_bytes,
+        **{f"{name} ms": comparison.median_step(timings, name, 1e-3) for name in comparison.methods if name != "copy"},
+        "GB to read": bytes_read / 1e9,
+        "copy GB/s": copy_bytes / timings.ms("copy") / 1e6,
+        "bound ms": timings.ms("copy") * bytes_read / copy_bytes,
         "% of bound": percent,
-        "recomputation / sinkattn graph": faster,
-        "recomputation / sinkattn": turns.ratio("recomputation", "sinkattn"),
-        "sinkattn graph / dynamic-cache": turns.ratio("sinkattn graph", "dynamic-cache"),
-        "sinkattn / dynamic-cache": turns.ratio("sinkattn", "dynamic-cache"),
+        "recomputation / sinkattn graph": speedup,
+        "recomputation / sinkattn": timings.ratio("recomputation", "sinkattn"),
+        "sinkattn graph / dynamic-cache": timings.ratio("sinkattn graph", "dynamic-cache"),
+        "sinkattn / dynamic-cache": timings.ratio("sinkattn", "dynamic-cache"),
     }
-    bench.note("Whole model, 8 B parameters in bf16, one stream: a token", ways.shape, figures)
-    bench.target("whole model: a captured step at least 80% of the bound", ways.shape, percent, percent >= 80)
-    bench.target("whole model: recomputation / sinkattn graph more than 22.2", ways.shape, faster, faster > 22.2)
-    ways.done()
+    bench.add_row("Whole model, 8 B parameters in bf16, one stream: a token", comparison.shape, figures)
+    bench.add_target("whole model: a captured step at least 80% of the bound", comparison.shape, percent, percent >= 80)
+    bench.add_target(
+        "whole model: recomputation / sinkattn graph more than 22.2", comparison.shape, speedup, speedup > 22.2
+    )
+    comparison.assert_outputs_match()
 
 
 def test_constancy(bench, device, rehearse, plain) -> None:
@@ -183,51 +187,53 @@ def test_constancy(bench, device, rehearse, plain) -> None:
     ids = random_ids(plain, early)
     streams = {tokens: Stream(model, sinkattn.SinkCache(model), ids) for tokens in (late, early)}
     streams[late].cache.layers[0].ring.seen.fill_(late)  # the counter that all layers share
-    ways = Ways(bench, device, f"window {window}")
+    comparison = Comparison(bench, device, f"window {window}")
     for tokens, stream in streams.items():
-        ways.add(f"token {tokens:,}", stream.step)
-    turns = ways.in_turns(rounds=12)
-    ratio = turns.ratio(f"token {late:,}", f"token {early:,}")
+        comparison.add(f"token {tokens:,}", stream.step)
+    timings = comparison.time_interleaved(rounds=12)
+    ratio = timings.ratio(f"token {late:,}", f"token {early:,}")
     figures = {
-        **{f"{name} ms": ways.time(turns, name, 1e-3) for name in ways.repeated},
+        **{f"{name} ms": comparison.median_step(timings, name, 1e-3) for name in comparison.methods},
         f"{late:,} / {early:,}": ratio,
         "cache MB": streams[late].cache.nbytes / 1e6,
     }
     title = "Constancy: a captured step early and late in a stream (the counter set forward, not all tokens decoded)"
-    bench.note(title, ways.shape, figures)
-    bench.target(f"constancy: token {late:,} / token {early:,} within 5%", ways.shape, ratio, abs(ratio - 1) <= 0.05)
+    bench.add_row(title, comparison.shape, figures)
+    bench.add_target(
+        f"constancy: token {late:,} / token {early:,} within 5%", comparison.shape, ratio, abs(ratio - 1) <= 0.05
+    )
 
 
 class Generation:
-    """Going on with a stream in transformers' own loop; a cache that grows is cut back."""
+    """Continue a stream with transformers' `generate`; a cache that grows is cropped afterwards."""
 
     def __init__(self, model: LlamaForCausalLM, cache: Cache, ids: Tensor) -> None:
         self.stream = Stream(model, cache, ids)
-        self.text = torch.cat((ids, self.stream.token), dim=1)
+        self.sequence = torch.cat((ids, self.stream.token), dim=1)
 
     def run(self) -> None:
-        options = {GENERATE_CACHE: self.stream.cache, "max_new_tokens": GENERATED, "do_sample": False}
-        text = self.stream.model.generate(self.text, **options)
-        assert text.shape[1] == self.text.shape[1] + GENERATED
+        options = {GENERATE_CACHE: self.stream.cache, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+        output = self.stream.model.generate(self.sequence, **options)
+        assert output.shape[1] == self.sequence.shape[1] + NEW_TOKENS
         if isinstance(self.stream.cache, DynamicCache):
-            self.stream.cache.crop(-GENERATED)
+            self.stream.cache.crop(-NEW_TOKENS)
         else:
-            self.text = text
+            self.sequence = output
 
 
 def test_generate(bench, device, plain, enabled) -> None:
-    tokens = context(enabled)
+    tokens = context_length(enabled)
     ids = random_ids(plain, tokens)
-    ways = Ways(bench, device, f"{tokens} tokens in sight")
+    comparison = Comparison(bench, device, f"{tokens} tokens in sight")
     ours = Generation(enabled, sinkattn.SinkCache(enabled), ids)
-    ways.add("sinkattn", ours.run, GENERATED, capture=False)
+    comparison.add("sinkattn", ours.run, NEW_TOKENS, capture=False)
     dense = Generation(plain, DynamicCache(), ids)
-    ways.try_to("dynamic-cache", lambda: ways.add("dynamic-cache", dense.run, GENERATED, capture=False))
-    turns = ways.in_turns(rounds=5)
-    ratio = turns.ratio("sinkattn", "dynamic-cache")
+    comparison.try_add("dynamic-cache", lambda: comparison.add("dynamic-cache", dense.run, NEW_TOKENS, capture=False))
+    timings = comparison.time_interleaved(rounds=5)
+    ratio = timings.ratio("sinkattn", "dynamic-cache")
     figures = {
-        **{f"{name} ms": ways.time(turns, name, 1e-3) for name in ("sinkattn", "dynamic-cache")},
+        **{f"{name} ms": comparison.median_step(timings, name, 1e-3) for name in ("sinkattn", "dynamic-cache")},
         "sinkattn / dynamic-cache": ratio,
     }
-    bench.note("Whole model, 8 B parameters in bf16, one stream: a token of generate", ways.shape, figures)
-    bench.target("generate: sinkattn / dynamic-cache at most 1.00", ways.shape, ratio, ratio <= 1)
+    bench.add_row("Whole model, 8 B parameters in bf16, one stream: a token of generate", comparison.shape, figures)
+    bench.add_target("generate: sinkattn / dynamic-cache at most 1.00", comparison.shape, ratio, ratio <= 1)

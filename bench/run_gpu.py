@@ -1,11 +1,11 @@
-"""All GPU benchmarks, within ten minutes: JSON, and the report as text beside it.
+"""Runs all GPU benchmarks within ten minutes, and writes JSON and the report as text.
 
     make bench-gpu                          # into bench/results/DEVICE-DATE.json and .txt
     make bench-gpu ARGS="--json FILE"
-    make bench-gpu ARGS="--rehearse"        # tiny shapes on the CPU, to see that everything works
+    make bench-gpu ARGS="--rehearse"        # tiny shapes on the CPU, to check that everything works
 
-Each part runs in a process of its own, most important first, so that none takes the others down. One that has used up
-its time is ended, and what it had found by then is kept: in the JSON, below "unfinished".
+Each part runs in its own process, so that a crash does not affect the others; the most important ones run first. A part
+that exceeds its time limit is killed, and its results until then are kept: in the JSON, under "unfinished".
 """
 
 import argparse
@@ -27,12 +27,12 @@ import torch
 from sinkattn import ops
 
 HERE = Path(__file__).parent
-TO_WRITE = 10
+SECONDS_TO_WRITE = 10  # for a part to write its results
 
 
 @dataclass
 class Part:
-    """Benchmarks that share a process, and the most seconds that they may take: about twice what they should."""
+    """Benchmarks that share a process, and their time limit in seconds: about twice what they should take."""
 
     targets: list[str]
     seconds: float
@@ -44,22 +44,22 @@ PARTS = {
     "chunk": Part(["gpu_attention.py::test_chunk", "gpu_attention.py::test_append"], 90),
     "compiled": Part(["gpu_compiled.py"], 240),
 }
-# In one process, which spares most of the time that a rehearsal takes.
+# One process for all, since starting processes takes most of the time of a rehearsal.
 REHEARSED = {"rehearsed": Part([target for part in PARTS.values() for target in part.targets], 600)}
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="run the GPU benchmarks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: bench/results/DEVICE-DATE.json")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for everything (default: %(default)s)")
-    parser.add_argument("--only", choices=PARTS, action="append", help="run this part alone; may be given again")
-    parser.add_argument("-k", metavar="EXPRESSION", help="run some benchmarks only, as pytest has it")
-    parser.add_argument("--rehearse", action="store_true", help="run on the CPU, on tiny shapes")
+    parser.add_argument("--minutes", type=float, default=9.5, help="time limit of all parts (default: %(default)s)")
+    parser.add_argument("--only", choices=PARTS, action="append", help="run only this part; may be repeated")
+    parser.add_argument("-k", metavar="EXPRESSION", help="run only benchmarks that match, as in pytest")
+    parser.add_argument("--rehearse", action="store_true", help="run on the CPU, with tiny shapes")
     return parser.parse_args()
 
 
 def check_device() -> str:
-    """Name of the GPU; ends the program where there is nothing to time."""
+    """Name of the GPU; exits if there is nothing to time."""
     if not torch.cuda.is_available():
         sys.exit("bench-gpu: torch sees no CUDA device here; ARGS=--rehearse tries the benchmarks out on the CPU")
     if ops.select_backend(torch.device("cuda")) == "reference":
@@ -68,15 +68,15 @@ def check_device() -> str:
 
 
 def run(name: str, part: Part, out: Path, end: float, args: argparse.Namespace) -> int | None:
-    """Exit status of a part; None if its time was up."""
+    """Run a part; returns its exit status, None if it exceeded its time limit."""
     record = f"{out}-{name}"
     remove(out, name)
     begin = time.time()
     until = min(end, begin + part.seconds)
     command = [sys.executable, "-m", "pytest", "-q", *(str(HERE / target) for target in part.targets)]
-    command += ["--record", record, f"--benchmark-json={record}.json", "--until", str(until - TO_WRITE)]
+    command += ["--record", record, f"--benchmark-json={record}.json", "--until", str(until - SECONDS_TO_WRITE)]
     command += ["--rehearse"] * args.rehearse + (["-k", args.k] if args.k else [])
-    # In a group of its own, to be ended with all its compiler processes.
+    # Its own process group, to kill its compiler processes too.
     process = subprocess.Popen(command, cwd=HERE.parent, preexec_fn=os.setpgrp)
     try:
         return process.wait(until - time.time())
@@ -91,7 +91,7 @@ def run(name: str, part: Part, out: Path, end: float, args: argparse.Namespace) 
 
 
 def files(out: Path, name: str) -> list[Path]:
-    """What a part leaves: JSON of pytest-benchmark if it ran to its end, results as they came, and the report."""
+    """Files that a part writes: JSON of pytest-benchmark when it finishes, results after each benchmark, the report."""
     return [Path(f"{out}-{name}.{kind}") for kind in ("json", "jsonl", "txt")]
 
 
@@ -101,7 +101,7 @@ def remove(out: Path, name: str) -> None:
 
 
 def join(out: Path, names: Iterable[str]) -> None:
-    """Make one JSON and one text of those of the parts."""
+    """Join the files of the parts into one JSON and one text."""
     whole: dict[str, Any] = {"benchmarks": [], "unfinished": []}
     texts = []
     for name in names:
@@ -119,7 +119,7 @@ def join(out: Path, names: Iterable[str]) -> None:
 
 
 def main() -> None:
-    args = arguments()
+    args = parse_arguments()
     end = time.time() + 60 * args.minutes
     device = "rehearsal" if args.rehearse else check_device()
     if args.json is not None:
@@ -128,14 +128,16 @@ def main() -> None:
         slug = re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
         folder = HERE.parent / "build" if args.rehearse else HERE / "results"
         out = folder / f"{slug}-{datetime.date.today()}"
-    # What is ended by others keeps what it found as well, and leaves nothing running.
+    # When it is terminated it also kills the running part and keeps the results.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench-gpu: ended"))
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     parts = REHEARSED if args.rehearse else {name: PARTS[name] for name in args.only or PARTS}
     try:
         results = {
-            name: run(name, part, out, end, args) for name, part in parts.items() if time.time() < end - TO_WRITE
+            name: run(name, part, out, end, args)
+            for name, part in parts.items()
+            if time.time() < end - SECONDS_TO_WRITE
         }
     finally:
         join(out, parts)
