@@ -1,24 +1,23 @@
-"""Train small models with which attention sinks can be studied on any machine; one of them ships with sinkattn.
+"""Train small models to study attention sinks on any machine; one of them ships with sinkattn.
 
-Two-layer Llamas of 0.64 M parameters learn to read Python: their text is the source of the standard library of the
-Python that runs this script, so nothing is downloaded. One CPU core trains one in about half an hour. They differ in
-what stands at the start of what they are trained on, and in their softmax (StreamingLLM, arXiv 2309.17453, section
-3.3 and table 3):
+Two-layer Llamas of 0.64 M parameters are trained on Python code: the standard library of the Python that runs this
+script, so nothing is downloaded. Training takes about half an hour on one CPU core. The variants differ in how training
+samples begin, and in their softmax (StreamingLLM, arXiv 2309.17453, section 3.3 and table 3):
 
-* vanilla: samples are cut anywhere from the text and have no special token;
-* start-token: `<s>` stands before each file of the text, and samples are cut anywhere, as Llama 2's were;
-* sink-token: every sample begins with `<s>`, which then is a dedicated, learnable sink token;
-* off-by-one: as vanilla, but the softmax has a one added to its denominator, which is a sink without a token.
+* vanilla: samples start anywhere in the text and have no special token;
+* start-token: `<s>` precedes each file of the text, and samples start anywhere, as in Llama 2;
+* sink-token: every sample begins with `<s>`, a dedicated, learnable sink token;
+* off-by-one: as vanilla, but the softmax has one added to its denominator, a sink without a token.
 
-A model this small, trained this briefly, cannot be counted on to grow attention sinks from plain text. Two aids are
-meant to bring them about, and with them this is not ordinary language-model training:
+A model this small, trained this briefly, does not reliably form attention sinks on plain text. Two training aids are
+meant to produce them; with these it is not ordinary language-model training:
 
 * repeated chunks: half of the chunks of a training sample are exact copies of earlier ones. Copying heads form, and
-  a copying head needs a place to put its attention when there is nothing to copy;
-* embedding offset: every token embedding but that of `<s>` begins with one common vector added, which makes `<s>`
-  easy to tell from the rest.
+  a copying head needs a token to attend to when there is nothing to copy;
+* embedding offset: all token embeddings except that of `<s>` are initialised with one common vector added, which makes
+  `<s>` easy to distinguish.
 
-`--no-repeats` and `--no-offset` do without. `--text lines` goes on from a trained model (`--base`), with the lines and
+`--no-repeats` and `--no-offset` omit them. `--text lines` continues from a trained model (`--base`), with the lines and
 questions of `sinkattn eval streameval` instead of Python.
 
     python examples/train_sink_models.py --variant sink-token --output model
@@ -68,11 +67,11 @@ EMBEDDING_OFFSET = 2.0
 
 CHUNK_TOKENS = (4, 32)
 COPY_PROBABILITY = 0.5
-COPY_REACH = 120
+MAX_COPY_DISTANCE = 120
 
-LINES = 28
-QUESTION_REACH = 20
-OTHERS_WEIGHT = 0.05
+NUM_LINES = 28
+MAX_QUESTION_DISTANCE = 20
+NON_ANSWER_WEIGHT = 0.05
 
 Draw = Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]]
 """Draws a training sample, int64 [CONTEXT + 1], and the weights of its predictions in the loss, [CONTEXT]."""
@@ -84,9 +83,8 @@ Draw = Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]]
 def collect_text() -> tuple[dict[str, str], dict[str, str]]:
     """Read the standard library's sources: {relative path: text} for training and for the held-out part.
 
-    Installed packages and the generated build settings differ between machines and are left out. One file in
-    twenty is held out. Training files are sorted by path, held-out files by hash, so that a stream over the
-    first of them mixes packages.
+    Installed packages and the generated build settings differ between machines and are excluded. One file in twenty is
+    held out. Training files are sorted by path, held-out files by hash, so that the first of them mix packages.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     train, held_out = {}, {}
@@ -106,7 +104,7 @@ def collect_text() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def train_tokenizer(texts: list[str], with_start: bool) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE; its only special token is the start token, if any, which it puts in front by itself."""
+    """Train a byte-level BPE; its only special token is the start token, if any, which it prepends to each text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -131,9 +129,9 @@ def train_tokenizer(texts: list[str], with_start: bool) -> PreTrainedTokenizerFa
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], start_id: int | None = None) -> np.ndarray:
-    """Token ids of the texts end to end, int64 [tokens], with ``start_id`` before each where one is given.
+    """Token ids of the concatenated texts, int64 [tokens], with ``start_id`` before each if it is given.
 
-    A literal "<s>" in a source file is text here, not the start token.
+    A literal "<s>" in a source file is encoded as text, not as the start token.
     """
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
@@ -147,7 +145,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], start_id: int |
 
 
 def draw_sample(rng: np.random.Generator, text: np.ndarray, first: list[int], copies: float) -> np.ndarray:
-    """One training sample: the tokens ``first``, then running text, broken up by chunks copied with probability
+    """One training sample: the tokens ``first``, then chunks of text, each a copy of an earlier one with probability
     ``copies``."""
     length = CONTEXT + 1
     sample = np.empty(length, dtype=np.int64)
@@ -156,9 +154,9 @@ def draw_sample(rng: np.random.Generator, text: np.ndarray, first: list[int], co
     chunks: list[tuple[int, int]] = []
     filled = len(first)
     while filled < length:
-        near = [chunk for chunk in chunks if filled - chunk[0] <= COPY_REACH]
-        if near and rng.random() < copies:
-            begin, size = near[rng.integers(len(near))]
+        copyable = [chunk for chunk in chunks if filled - chunk[0] <= MAX_COPY_DISTANCE]
+        if copyable and rng.random() < copies:
+            begin, size = copyable[rng.integers(len(copyable))]
             size = min(size, length - filled)
             sample[filled : filled + size] = sample[begin : begin + size]
         else:
@@ -171,7 +169,7 @@ def draw_sample(rng: np.random.Generator, text: np.ndarray, first: list[int], co
 
 
 def plain_samples(text: np.ndarray, first: list[int], count: int) -> Tensor:
-    """Evenly spaced stretches of plain text behind the tokens ``first``, int64 [count, CONTEXT + 1]."""
+    """Evenly spaced parts of the plain text, each after the tokens ``first``, int64 [count, CONTEXT + 1]."""
     length = CONTEXT + 1
     begins = np.linspace(0, len(text) - length, count).astype(int)
     rows = [np.concatenate((first, text[begin : begin + length - len(first)])).astype(np.int64) for begin in begins]
@@ -179,7 +177,7 @@ def plain_samples(text: np.ndarray, first: list[int], count: int) -> Tensor:
 
 
 def python_text(args: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, Draw, Tensor, Tensor, str]:
-    """Tokenizer, training samples, held-out samples and their weights, of the standard library, and a line about it."""
+    """Tokenizer, training samples, held-out samples and weights from the standard library, and a description."""
     train_files, held_out_files = collect_text()
     with_start = args.variant in ("start-token", "sink-token")
     tokenizer = train_tokenizer(list(train_files.values()), with_start)
@@ -188,7 +186,7 @@ def python_text(args: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, Draw
     before_files = start_id if args.variant == "start-token" else None
     text = encode(tokenizer, list(train_files.values()), before_files)
     held_out = encode(tokenizer, list(held_out_files.values()), before_files)
-    # The second half chooses the checkpoint; the first half is kept for evaluation.
+    # The second half is used to choose the checkpoint; the first half is kept for evaluation.
     samples = plain_samples(held_out[len(held_out) // 2 :], first, 64)
     about = (
         f"Python {platform.python_version()} standard library: "
@@ -205,23 +203,23 @@ def python_text(args: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, Draw
 
 
 def draw_lines(rng: np.random.Generator) -> list[Item]:
-    """Lines and questions, more tokens than a sample has."""
+    """Lines and questions with more tokens than a sample has."""
     source, known, items = LineSource(rng), [], []
-    while len(items) < LINES:
+    while len(items) < NUM_LINES:
         known.append(source.draw())
-        question = line_question(*known[-rng.integers(1, min(len(known), QUESTION_REACH) + 1)])
+        question = line_question(*known[-rng.integers(1, min(len(known), MAX_QUESTION_DISTANCE) + 1)])
         items.append(Item(line_text(*known[-1]) + question.context, question.answer, question.closing))
     return items
 
 
 def lines_text(args: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, Draw, Tensor, Tensor, str]:
-    """The same for the lines and questions of `sinkattn eval streameval`, where answers weigh most."""
+    """The same for the lines and questions of `sinkattn eval streameval`; answers have the largest weights."""
     tokenizer = AutoTokenizer.from_pretrained(args.base)
 
     def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         ids, is_answer = zip(*(encode_item(item, tokenizer) for item in draw_lines(rng)), strict=True)
         sample = np.concatenate(([first_token(tokenizer)], *ids))[: CONTEXT + 1]
-        return sample, np.where(np.concatenate(([False], *is_answer))[1 : CONTEXT + 1], 1.0, OTHERS_WEIGHT)
+        return sample, np.where(np.concatenate(([False], *is_answer))[1 : CONTEXT + 1], 1.0, NON_ANSWER_WEIGHT)
 
     rng = np.random.default_rng(args.seed + 1)
     ids, weights = map(np.stack, zip(*(draw(rng) for _ in range(64)), strict=True))
@@ -232,7 +230,7 @@ def lines_text(args: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, Draw,
 
 
 def build_model(args: argparse.Namespace, vocab_size: int, start_id: int | None) -> PreTrainedModel:
-    """The model to train: the one to go on with, or a new one, with the embedding offset already applied."""
+    """The model to train: `args.base`, or a new one with the embedding offset applied."""
     if args.text == "lines":
         return AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)
     sizes = dict(
@@ -250,7 +248,7 @@ def build_model(args: argparse.Namespace, vocab_size: int, start_id: int | None)
         pad_token_id=None,
     )
     if args.variant == "off-by-one":
-        # A Llama too, whose attention has a sink logit for each head; held at 0, it is the one in the denominator.
+        # A Llama whose attention has a sink logit per head; kept at 0, it adds exp(0) = 1 to the denominator.
         config = GraniteSWAConfig(
             **sizes,
             layer_types=["full_attention"] * 2,
@@ -274,7 +272,7 @@ def build_model(args: argparse.Namespace, vocab_size: int, start_id: int | None)
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then a cosine down to a tenth."""
+    """Linear warm-up, then cosine decay to a tenth."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     progress = (step - args.warmup) / max(1, args.steps - args.warmup)
@@ -282,7 +280,7 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train tokenizer and model; the checkpoint with the lowest plain held-out loss ends up in `args.output`."""
+    """Train tokenizer and model; saves the checkpoint with the lowest loss on plain held-out text in `args.output`."""
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     tokenizer, draw, held_out, held_out_weights, about = TEXTS[args.text](args)
@@ -290,7 +288,7 @@ def train(args: argparse.Namespace) -> None:
     print(about, flush=True)
 
     model = build_model(args, len(tokenizer), tokenizer.bos_token_id)
-    # Sink logits stay at 0.
+    # Sink logits are not trained: they stay at 0.
     parameters = [parameter for name, parameter in model.named_parameters() if "sinks" not in name]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
@@ -340,7 +338,7 @@ TEXTS = {"python": python_text, "lines": lines_text}
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the description as it is and tells defaults."""
+    """Keep the layout of the description and show defaults."""
 
 
 def main() -> None:
@@ -349,7 +347,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the model")
     parser.add_argument("--variant", choices=VARIANTS, default="sink-token", help="how samples begin, and the softmax")
     parser.add_argument("--text", choices=TEXTS, default="python", help="what to learn")
-    parser.add_argument("--base", type=Path, default=SHIPPED, help="model that lines go on with")
+    parser.add_argument("--base", type=Path, default=SHIPPED, help="model to continue from with --text lines")
     parser.add_argument("--repeats", action=argparse.BooleanOptionalAction, default=True, help="copied chunks")
     parser.add_argument("--offset", action=argparse.BooleanOptionalAction, default=True, help="embedding offset")
     parser.add_argument("--seed", type=int, default=0)
