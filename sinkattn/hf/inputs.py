@@ -1,4 +1,4 @@
-"""What a forward of an enabled model is given: which of its tokens are padding, and whether positions are right."""
+"""Inputs of an enabled model's forward: the mask and the positions of its new tokens, and the checks of both."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sinkattn.hf.cache.sink_cache import SinkCache
 
-# Tensors among the arguments of a model that say nothing which is not in the ids.
-OF_IDS = {
+# Tensor arguments of a model that carry no content besides the ids.
+ID_ARGUMENTS = {
     "input_ids",
     "attention_mask",
     "position_ids",
@@ -22,43 +22,45 @@ OF_IDS = {
 }
 
 
-def only_ids(kwargs: dict[str, Any]) -> bool:
-    """Whether a model or its `generate` is given ids alone, as opposed to pictures or embeddings, too."""
-    # Pictures come as tensors, or encoded, by name.
-    return not any(isinstance(x, (Tensor, Mapping)) and name not in OF_IDS for name, x in kwargs.items())
+def has_only_ids(kwargs: dict[str, Any]) -> bool:
+    """Whether these arguments of a model or its `generate` hold only ids, no images or embeddings."""
+    # Images are passed as tensors, or encoded as mappings.
+    return not any(isinstance(x, (Tensor, Mapping)) and name not in ID_ARGUMENTS for name, x in kwargs.items())
 
 
 def can_read_on_host(x: Tensor, tokens: int) -> bool:
-    """Whether to read a tensor: that would stop a GPU at every step, and end a graph that is traced."""
+    """False for a one-token step on a GPU (host sync) or under torch.compile (graph break)."""
     return tokens > 1 or (x.is_cpu and not torch.compiler.is_dynamo_compiling())
 
 
-def present_tokens(attention_mask: Tensor | None, cache: SinkCache, tokens: int) -> Tensor | None:
-    """Which of the new tokens are no padding, anywhere in their rows: bool ``[batch, tokens]``; None if all are.
+def new_token_mask(attention_mask: Tensor | None, cache: SinkCache, tokens: int) -> Tensor | None:
+    """Token mask of the new tokens: bool ``[batch, tokens]``; None only if none of them is padding.
+
+    Rows that have ended get padding.
 
     Args:
-        attention_mask: ``[batch, tokens]``, or for past tokens, too.
+        attention_mask: mask of the new tokens, or of the past columns and the new tokens.
 
     Raises:
-        ValueError: a mask that leaves out past tokens which a row has seen, or has others.
+        ValueError: the mask of past columns is not the one that they were fed with.
     """
-    present = None
+    token_mask = None
     if attention_mask is not None:
-        present = attention_mask[:, -tokens:] != 0
+        token_mask = attention_mask[:, -tokens:] != 0
         if can_read_on_host(attention_mask, tokens):
             cache.state.check_past_mask(attention_mask[:, :-tokens])
-            present = None if present.all() else present
+            token_mask = None if token_mask.all() else token_mask
     if cache.ended_rows is not None and tokens == 1:
-        going_on = ~cache.ended_rows.unsqueeze(1)
-        present = going_on if present is None else present & going_on
-    return present
+        not_ended = ~cache.ended_rows.unsqueeze(1)
+        token_mask = not_ended if token_mask is None else token_mask & not_ended
+    return token_mask
 
 
-def stream_positions(cache: SinkCache, present: Tensor | None, tokens: int, device: torch.device) -> Tensor:
-    """Stream positions of new tokens, int64 ``[1 or batch, tokens]``; those that are not ``present`` have any."""
+def stream_positions(cache: SinkCache, token_mask: Tensor | None, tokens: int, device: torch.device) -> Tensor:
+    """Stream positions of new tokens, int64 ``[1 or batch, tokens]``; those of padding are arbitrary."""
     seen = cache.seen
-    if present is not None:
-        ranks = (present.cumsum(dim=1) - 1).clamp(min=0)
+    if token_mask is not None:
+        ranks = (token_mask.cumsum(dim=1) - 1).clamp(min=0)
         return ranks if seen is None else ranks + seen.unsqueeze(1)
     ranks = torch.arange(tokens, device=device).unsqueeze(0)
     if seen is None:
@@ -66,8 +68,8 @@ def stream_positions(cache: SinkCache, present: Tensor | None, tokens: int, devi
     return ranks + (seen if cache.has_padding else seen[:1]).unsqueeze(1)
 
 
-def check_positions(position_ids: Any, positions: Tensor, present: Tensor | None = None) -> None:
-    """Refuse positions that are not ``positions``, ``[1 or batch, tokens]``, where tokens are ``present``."""
+def check_positions(position_ids: Any, positions: Tensor, token_mask: Tensor | None = None) -> None:
+    """Raise ValueError unless ``position_ids`` are ``positions``, ``[1 or batch, tokens]``, except at padding."""
     if position_ids is None:
         return
     tokens = positions.shape[1]
@@ -76,10 +78,11 @@ def check_positions(position_ids: Any, positions: Tensor, present: Tensor | None
     if not can_read_on_host(position_ids, tokens):
         return
     wrong = position_ids != positions
-    if present is not None:
-        wrong = wrong & present
+    if token_mask is not None:
+        wrong = wrong & token_mask
     if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"position_ids: expected those of the stream, from {positions[:, 0].tolist()} on, or None; a stream has no "
-            "gaps"
+            f"position_ids: expected consecutive positions from {positions[:, 0].tolist()} on, or None, "
+            f"got {int(position_ids.expand_as(wrong)[row, column])} at [{row}, {column}]"
         )

@@ -1,4 +1,4 @@
-"""SinkCache as transformers sees it: turns, rollback, beams, forks, interruptions, constant memory."""
+"""SinkCache through transformers' Cache interface: memory, rollback, reordering, forks, batches, failed forwards."""
 
 import copy
 
@@ -19,7 +19,7 @@ def feed(model, cache, ids: torch.Tensor) -> torch.Tensor:
 
 
 def replay(model, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of the last token of a stream fed token by token."""
+    """Logits of the last token of a new stream that is fed token by token."""
     cache = sinkattn.SinkCache(model)
     for i in range(ids.shape[1]):
         logits = feed(model, cache, ids[:, i : i + 1])
@@ -66,7 +66,7 @@ def test_rollback_and_replay():
 def test_without_headroom_nothing_can_be_taken_back():
     model = sinkattn.enable(build("llama"), S, W)
     cache = sinkattn.SinkCache(model)
-    cache.crop(-3)  # of an empty cache, as transformers may ask
+    cache.crop(-3)  # transformers may crop an empty cache
     feed(model, cache, random_ids(1, S + W + 1))
     assert not cache.is_croppable
     with pytest.raises(RuntimeError, match="headroom 0"):
@@ -75,7 +75,7 @@ def test_without_headroom_nothing_can_be_taken_back():
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_until_a_ring_is_full_everything_can_be_taken_back(family):
-    """The smallest one: a layer with a sliding window of its own may keep less than the others."""
+    """The smallest ring is the limit: a layer with a sliding window of its own may have fewer slots than the others."""
     model = sinkattn.enable(families.build(family), S, W)
     smallest = min(layer.layout.slots for layer in sinkattn.SinkCache(model).layers)
     ids, new = random_ids(2, smallest), random_ids(2, 60, seed=3)
@@ -142,7 +142,7 @@ def test_batches_are_checked():
 
 
 @pytest.mark.parametrize(
-    ("before", "tokens", "layer", "broken"),
+    ("before", "tokens", "layer", "needs_reset"),
     [
         (0, 60, 1, False),
         (100, 1, 1, False),
@@ -153,8 +153,8 @@ def test_batches_are_checked():
     ],
 )
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_interrupted_forward_leaves_a_stream_right_or_refused(before, tokens, layer, broken, error):
-    """Interrupted in layer 1, when layer 0 has appended, or in layer 0, before anything was appended."""
+def test_an_interrupted_forward_leaves_a_stream_right_or_refused(before, tokens, layer, needs_reset, error):
+    """Interrupted in layer 1, after layer 0 has written to its ring, or in layer 0, before anything is written."""
     model = sinkattn.enable(build("llama"), S, W, headroom=2)
     cache, ids = sinkattn.SinkCache(model), random_ids(1, 120)
     if before:
@@ -168,7 +168,7 @@ def test_an_interrupted_forward_leaves_a_stream_right_or_refused(before, tokens,
         feed(model, cache, random_ids(1, tokens, seed=7))
     handle.remove()
     assert cache.get_seq_length() == before
-    if broken:
+    if needs_reset:
         with pytest.raises(RuntimeError, match=r"interrupted .* call reset\(\)"):
             feed(model, cache, ids[:, before : before + 1])
         cache.reset()

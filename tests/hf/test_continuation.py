@@ -1,6 +1,6 @@
-"""generate that goes on with streams: every turn as if all tokens had been fed to a new stream.
+"""`generate` that continues streams: every turn gives the logits of a new stream that is fed all tokens.
 
-Conversations that were encoded anew and are not quite what was fed, hypotheses of beam search, rows that end before
+Conversations that are tokenized again and differ from what was fed, hypotheses of beam search, rows that end before
 others, embeddings, several continuations of one stream.
 """
 
@@ -38,14 +38,14 @@ def enabled(family: str, headroom: int = 0):
 
 @torch.no_grad()
 def fresh(model, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits after all tokens of a new stream; those of every row alone if there is padding."""
+    """Logits of the last token of a new stream fed in one call; with a mask, of each row by itself without padding."""
     if mask is None:
         return model(ids).logits[:, -1]
     return torch.cat([model(ids[i : i + 1, mask[i].bool()]).logits[:, -1] for i in range(len(ids))])
 
 
-class CachedRow:
-    """Counts the tokens that a decoder is fed, row by row."""
+class FedTokenCounter:
+    """Counts the tokens per row that a decoder is fed, padding included."""
 
     def __init__(self, model):
         self.tokens = 0
@@ -60,7 +60,7 @@ class CachedRow:
         return tokens
 
 
-def encoded_anew(reply: torch.Tensor, how: str) -> torch.Tensor:
+def tokenized_again(reply: torch.Tensor, how: str) -> torch.Tensor:
     other = random_ids(len(reply), 2, seed=9)
     return {
         "same": reply,
@@ -79,14 +79,14 @@ def encoded_anew(reply: torch.Tensor, how: str) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_conversation_encoded_anew(family, prompt, headroom, how):
     model = enabled(family, headroom)
-    fed = CachedRow(model)
+    fed = FedTokenCounter(model)
     cache, first, new = sinkattn.SinkCache(model), random_ids(2, prompt), random_ids(2, 15, seed=6)
     reply = model.generate(first, cache=cache, max_new_tokens=10, **GREEDY).sequences[:, prompt:]
     same = {"same": 9, "dropped": 0, "one more": 2, "others": 2, "the last": 8, "cut short": 4}[how]
     for turn, after in enumerate((new, new[:, :0])):
-        whole = torch.cat((first, encoded_anew(reply, how), after), dim=1)
+        whole = torch.cat((first, tokenized_again(reply, how), after), dim=1)
         if turn == 1 and how != "cut short":
-            break  # nothing new
+            break  # no new ids to feed
         fed.take()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -97,24 +97,24 @@ def test_a_conversation_encoded_anew(family, prompt, headroom, how):
         torch.testing.assert_close(output.logits[0], fresh(model, whole), rtol=1e-4, atol=1e-4)
         assert fork.get_seq_length() == whole.shape[1] + 4
         assert fork.seen.tolist() == [whole.shape[1] + 4] * 2
-        if family == "llama":  # others go back further, as far as the ids that they keep say
-            anew = prompt == 150 and headroom == 0 and how != "same"
-            kept = 0 if anew else min(prompt + same, whole.shape[1] - 1)
+        if family == "llama":  # re-encoding can roll back further without headroom
+            prefilled_again = prompt == 150 and headroom == 0 and how != "same"
+            kept = 0 if prefilled_again else min(prompt + same, whole.shape[1] - 1)
             assert fed.take() - fresh_tokens(whole) == whole.shape[1] - kept + 4
-            messages = [str(each.message) for each in caught if "fed anew" in str(each.message)]
-            assert bool(messages) == anew
-            if anew:
-                assert f"headroom={9 - same + turn}) would have spared that" in messages[0]
+            messages = [str(each.message) for each in caught if "prefilled again" in str(each.message)]
+            assert bool(messages) == prefilled_again
+            if prefilled_again:
+                assert f"headroom={9 - same + turn}) would avoid this" in messages[0]
 
 
 def fresh_tokens(whole: torch.Tensor) -> int:
-    """Tokens that `fresh` feeds."""
+    """Tokens per row that `fresh` feeds."""
     return whole.shape[1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_whose_end_the_template_drops(family):
-    """Templates of models that think put a token into the prompt that is not there when the reply has come."""
+    """Chat templates of reasoning models end the prompt with tokens that they drop once the reply is there."""
     model = enabled(family)
     cache, first, new = sinkattn.SinkCache(model), random_ids(1, 18), random_ids(1, 9, seed=6)
     reply = model.generate(first, cache=cache, max_new_tokens=4, **GREEDY).sequences[:, 18:]
@@ -125,7 +125,7 @@ def test_a_prompt_whose_end_the_template_drops(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_new_ids_may_begin_as_the_stream_did(family):
-    """What a template puts before each message is no reason to take it for the whole conversation."""
+    """A prefix that a chat template puts before each message does not make new ids the whole conversation."""
     model = enabled(family)
     for prompt, common in ((20, 6), (40, 15), (5, 2), (15, 8), (3, 2), (2, 2), (1, 1)):
         cache, first = sinkattn.SinkCache(model), random_ids(1, prompt)
@@ -146,21 +146,21 @@ def test_ids_that_may_mean_either_are_refused(family):
     text = model.generate(first, cache=cache, max_new_tokens=30, do_sample=False)
     edited = random_ids(2, 90, seed=4)
     edited[0, :18], edited[1, :20] = first[0, :18], first[1, :20]
-    differs = rf"token 18 of row 0 is {edited[0, 18]}, and that of the stream {first[0, 18]}; if they are meant to come"
-    for wrong, message in ((edited, differs), (first, "row 0 is the first 40 tokens of the stream again")):
-        with pytest.raises(ValueError, match=rf"input_ids: expected new ids, .*\(69 tokens\) and more; {message}"):
+    differs = rf"token 18 of row 0 is {edited[0, 18]}, but in the stream it is {first[0, 18]}; to append these ids"
+    for wrong, message in ((edited, differs), (first, "row 0 repeats the first 40 tokens of the stream")):
+        with pytest.raises(ValueError, match=rf"input_ids: expected only new ids, .*\(69 tokens\) and more; {message}"):
             model.generate(wrong, cache=cache, max_new_tokens=5)
     mixed = torch.cat((text, random_ids(2, 9, seed=5)), dim=1)
     mixed[1] = random_ids(1, mixed.shape[1], seed=6)
-    with pytest.raises(ValueError, match=r"token 0 of row 1 is \d+, and that of the stream"):
+    with pytest.raises(ValueError, match=r"token 0 of row 1 is \d+, but in the stream it is"):
         model.generate(mixed, cache=cache, max_new_tokens=5)
     assert cache.get_seq_length() == 69
-    # As the message says: they come again.
+    # As the message says: append them.
     again = torch.ones(2, 69 + 40, dtype=torch.int64)
     output = model.generate(first, cache=copy.deepcopy(cache), attention_mask=again, max_new_tokens=2, **GREEDY)
     want = fresh(model, torch.cat((text[:, :-1], first), dim=1))
     torch.testing.assert_close(output.logits[0], want, rtol=1e-4, atol=1e-4)
-    # Or they replace the stream.
+    # Or replace the stream.
     cache.reset()
     output = model.generate(edited, cache=cache, max_new_tokens=2, **GREEDY)
     torch.testing.assert_close(output.logits[0], fresh(model, edited), rtol=1e-4, atol=1e-4)
@@ -171,10 +171,10 @@ def test_a_reset_cache_remembers_no_ids(family):
     model = enabled(family)
     cache, ids = sinkattn.SinkCache(model), random_ids(1, 40)
     model.generate(ids, cache=cache, max_new_tokens=5, do_sample=False)
-    assert cache.state.history.recent is not None
+    assert cache.state.history.recent_ids is not None
     cache.reset()
-    assert cache.state.history.recent is None
-    assert cache.state.history.first is None
+    assert cache.state.history.recent_ids is None
+    assert cache.state.history.prefix_ids is None
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
@@ -192,7 +192,7 @@ def test_a_copy_remembers_its_ids(family, copied):
 @pytest.mark.parametrize(("beams", "returned"), [(3, 1), (3, 2), (3, 3)])
 @pytest.mark.parametrize(("prompt", "headroom"), [(12, 0), (60, 0), (60, 12)], ids=["fits", "evicted", "headroom"])
 def test_rows_follow_what_beam_search_returns(family, beams, returned, prompt, headroom):
-    """With all ids always; with new ones, and with the model called by hand, where tokens can be taken back."""
+    """The next turn may pass all ids. Only new ids, and direct calls, need rows that could be rolled back."""
     model = enabled(family, headroom)
     model.generation_config.pad_token_id = 0
     for seed in range(6):
@@ -227,7 +227,7 @@ def test_rows_follow_what_beam_search_returns(family, beams, returned, prompt, h
 
 
 def ends(text: torch.Tensor, prompt: int, eos: int | None) -> torch.Tensor:
-    """Columns of each row up to its end token, which belongs to it."""
+    """Columns of each row up to its end-of-sequence token, included."""
     rows = [row.tolist() for row in text[:, prompt:]]
     return torch.tensor([prompt + (row.index(eos) + 1 if eos in row else len(row)) for row in rows])
 
@@ -250,7 +250,7 @@ def test_one_prefix_and_several_continuations(family):
         got = model(new[[1, 3]], **{name: some}).logits[:, -1]
         torch.testing.assert_close(got, torch.cat([want[1], want[3]]), rtol=1e-4, atol=1e-4)
         assert several.seen.tolist() == [56] * 4
-        # Rows that have gone different ways.
+        # Rows whose streams differ.
         mixed = torch.cat([torch.cat((prefix, new[row : row + 1]), dim=1) for row in (3, 3, 0)])
         several.batch_select_indices(torch.tensor([False, True, True, True]))
         several.batch_select_indices(torch.tensor([2, 2, 0]))
@@ -271,7 +271,7 @@ def test_one_prefix_and_several_continuations(family):
 def test_rows_that_cannot_be_taken_are_refused(family):
     model = enabled(family)
     cache = sinkattn.SinkCache(model, max_batch_size=3)
-    cache.batch_repeat_interleave(2)  # of nothing
+    cache.batch_repeat_interleave(2)  # of an empty cache
     with torch.no_grad():
         model(random_ids(2, 9), **{forward_cache(model): cache})
     for indices in ([2], [-3], [], [[0]], [0.0]):
@@ -287,7 +287,7 @@ def test_rows_that_cannot_be_taken_are_refused(family):
 
 
 class StopAt(StoppingCriteria):
-    """Ends rows at a token. Counts how often it is asked, once for every token."""
+    """Ends rows at a token, and counts its calls: one per generated token."""
 
     def __init__(self, token: int):
         self.token, self.calls = token, 0
@@ -302,7 +302,7 @@ class StopAt(StoppingCriteria):
 @pytest.mark.parametrize("by", ["eos", "criterion"])
 @pytest.mark.parametrize("pad", [0, None], ids=["pad", "pad is eos"])
 def test_a_row_that_ends_before_others_is_fed_no_padding(family, mask, by, pad):
-    """Three turns of a batch with all ids, and with new ones; each row as it is alone."""
+    """Three turns of a batch, with all ids and with only new ones; each row equals the same row by itself."""
     model = enabled(family, headroom=4)
     ids = random_ids(2, 10, seed=61)
     alone = [greedy(model, ids[i : i + 1], 8)[0, 10:].tolist() for i in range(2)]
@@ -340,7 +340,7 @@ def test_a_row_that_ends_before_others_is_fed_no_padding(family, mask, by, pad):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_encoded_anew_with_padding_elsewhere(family):
-    """A tokenizer pads on the left, by another width in every turn; and a part of a reply is dropped."""
+    """Padding on the left of a different width in each turn, and a reply of which a part is dropped."""
     model = enabled(family, headroom=8)
     lengths = (6, 13)
     rows = [random_ids(1, length, seed=length)[0] for length in lengths]
@@ -352,7 +352,7 @@ def test_rows_encoded_anew_with_padding_elsewhere(family):
     for turn in range(3):
         rows = [torch.cat((row, random_ids(1, 4 + 20 * i, seed=turn)[0])) for i, row in enumerate(rows)]
         ids, mask = left_padded(rows)
-        fed = CachedRow(model)
+        fed = FedTokenCounter(model)
         output = model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=6, **GREEDY)
         assert family == "gpt2" or fed.take() <= 4 + 20 + 5 + 5
         torch.testing.assert_close(output.logits[0], fresh(model, ids, mask), rtol=1e-4, atol=1e-4)
@@ -384,8 +384,8 @@ def test_embeddings_are_new_tokens(first):
             given = {"inputs_embeds": embed(torch.cat((reply[:, -1:], new), dim=1)).detach()}
         model(inputs_embeds=given["inputs_embeds"], cache=cache)
     if first == "ids":
-        # Nobody knows what they were, so all ids of the stream can be checked no more.
-        with pytest.raises(ValueError, match=r"token 47 of row 0 is .* that of the stream an embedding"):
+        # The ids of embeddings are unknown, so all ids of the stream cannot be matched any more.
+        with pytest.raises(ValueError, match=r"token 47 of row 0 is .*, but in the stream it is an embedding"):
             model.generate(torch.cat((text, ids), dim=1), cache=cache, max_new_tokens=2)
 
 
@@ -400,7 +400,7 @@ def test_a_turn_makes_nothing_of_the_length_of_the_stream():
         model(ids, cache=cache)
     model.register_forward_pre_hook(note, with_kwargs=True)
     output = model.generate(random_ids(1, 9, seed=2), cache=cache, max_new_tokens=20, **GREEDY)
-    assert max(widths) <= 9 + 19  # until transformers 5.22 a mask of the turn is made
+    assert max(widths) <= 9 + 19  # until transformers 5.22, a mask of this turn is passed
     want = fresh(model, torch.cat((ids, random_ids(1, 9, seed=2)), dim=1))
     torch.testing.assert_close(output.logits[0], want, rtol=1e-4, atol=1e-4)
 
@@ -412,10 +412,10 @@ def test_of_a_mask_over_the_past_what_is_in_sight_is_read():
     model(random_ids(1, 100), cache=cache)
     mask = torch.ones(1, 101, dtype=torch.int64)
     mask[0, 99] = 0
-    with pytest.raises(ValueError, match="attention_mask: expected 1 in row 0 at token 99 of the past, as it was fed"):
+    with pytest.raises(ValueError, match="attention_mask: expected 1 in row 0, column 99, as when that column was fed"):
         model(random_ids(1, 1), cache=cache, attention_mask=mask)
     mask[0, 99] = 1
-    mask[0, 50] = 0  # long gone
+    mask[0, 50] = 0  # no longer recorded
     model(random_ids(1, 1), cache=cache, attention_mask=mask)
 
 
@@ -437,7 +437,7 @@ def test_columns_with_padding_can_be_taken_back():
 
 @torch.no_grad()
 def test_ones_that_nobody_has_read_are_no_padding(monkeypatch):
-    """A GPU is not asked in a decode step whether its mask leaves something out."""
+    """A mask that is not read on the host, as in a decode step on a GPU, adds no padding if it is all ones."""
     model = enabled("llama", headroom=3)
     cache, ids = sinkattn.SinkCache(model), random_ids(2, 60)
     model(ids[:, :57], cache=cache)
@@ -495,7 +495,7 @@ PICTURES = {"image_token_id": 96, "image_seq_length": 4}
 
 @torch.no_grad()
 def test_pictures_in_later_turns():
-    """A second one with all ids or the new ones, never mixed up; and nothing with a picture in it is fed anew."""
+    """A second image with all ids or only new ones; a prompt with images is never prefilled again."""
     model = llava()
     plain = copy.deepcopy(model)
     sinkattn.enable(model, S, 60)
@@ -514,7 +514,9 @@ def test_pictures_in_later_turns():
         model.generate(whole, pixel_values=torch.cat((first, second)), cache=copy.deepcopy(cache), **options)
     edited = torch.cat((whole[:, :16], whole[:, 17:]), dim=1)
     for pictures in ({"pixel_values": second}, {}):
-        with pytest.raises(ValueError, match=r"token 16 of row 0 .* with other inputs than ids nothing is fed anew"):
+        with pytest.raises(
+            ValueError, match=r"token 16 of row 0 .* cannot be prefilled again with other inputs than ids"
+        ):
             model.generate(edited, cache=cache, **pictures, **options)
     assert cache.get_seq_length() == 19
 
@@ -524,13 +526,13 @@ def test_other_inputs_are_not_fed_anew():
     cache, ids = sinkattn.SinkCache(model), random_ids(1, 20)
     text = model.generate(ids, cache=cache, max_new_tokens=5, do_sample=False)
     text[0, 22] = (text[0, 22] + 1) % 97
-    with pytest.raises(ValueError, match=r"token 22 of row 0 .* with other inputs than ids nothing is fed anew"):
+    with pytest.raises(ValueError, match=r"token 22 of row 0 .* cannot be prefilled again with other inputs than ids"):
         model.generate(text, cache=cache, max_new_tokens=2, logits_bias=torch.zeros(3))
     assert cache.get_seq_length() == 24
 
 
 def test_hybrids_say_that_a_row_has_ended():
-    """Their states cannot leave padding out."""
+    """Their states cannot skip padding."""
     model = sinkattn.enable(families.build("lfm2"), S, 12)
     model.generation_config.eos_token_id = None
     ids = random_ids(2, 10, seed=61)
@@ -553,16 +555,13 @@ def test_what_feeds_all_that_it_is_given_wants_new_ids_alone(monkeypatch):
     whole = torch.cat((text, random_ids(1, 9, seed=3)), dim=1)
     monkeypatch.setattr(sinkattn.hf.generation.generate, "CHUNKS_HOLD_THE_PAST", True)
     for option in ("prefill_chunk_size", "prompt_lookup_num_tokens"):
-        with pytest.raises(ValueError, match="input_ids: expected the new ids alone, for p"):
+        with pytest.raises(ValueError, match="input_ids: expected only new ids, because p"):
             model.generate(whole, cache=cache, max_new_tokens=2, **{option: 4})
     assert cache.get_seq_length() == 44
 
 
-# Found by review
-
-
 def one_row_ends(model, cache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A batch in which row 0 ends early: all ids and 5 new ones, which of them are no padding, and new ids alone."""
+    """A batch whose row 0 ends early: all ids and 5 new ones, the mask of both, and only the new ids."""
     ids = random_ids(2, 10, seed=61)
     alone = [greedy(model, ids[i : i + 1], 8)[0, 10:].tolist() for i in range(2)]
     end = next(token for token in alone[0][:5] if token not in alone[1])
@@ -576,7 +575,7 @@ def one_row_ends(model, cache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", ["a row ends at once", "nobody ends", "long replies"])
 def test_new_ids_beside_a_row_that_is_mostly_padding(family, shape):
-    """The first columns and those in sight hold nothing but padding of a row: its tokens are known all the same."""
+    """All recorded columns of one row are padding, but its tokens are recorded."""
     model = enabled(family)
     lengths, reply = {
         "a row ends at once": ((6, 80), 50),
@@ -615,8 +614,8 @@ def test_states_do_not_go_back(family, headroom):
         cache = sinkattn.SinkCache(model)
         text = model.generate(random_ids(2, prompt), cache=cache, max_new_tokens=8, do_sample=False)
         whole = torch.cat((text[:, :-4], random_ids(2, 6, seed=5)), dim=1)
-        whole[0, -7] = text[0, -4]  # rows that differ at different places
-        with pytest.warns(RuntimeWarning, match="are fed anew, for they differ from those of the stream$"):
+        whole[0, -7] = text[0, -4]  # the rows differ at different columns
+        with pytest.warns(RuntimeWarning, match="are prefilled again, because they differ from those of the stream$"):
             output = model.generate(whole, cache=cache, max_new_tokens=3, **GREEDY)
         torch.testing.assert_close(output.logits[0], fresh(model, whole), rtol=1e-4, atol=1e-4)
 
@@ -661,7 +660,7 @@ def test_another_row_than_the_one_that_ended_is_edited(family, mask):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("how", ["edited", "dropped"])
 def test_a_row_that_ended_long_ago_is_edited(family, how):
-    """Its columns in sight are all padding, and its tokens are still in the ring."""
+    """All of its recorded columns are padding, but its tokens are still in the ring."""
     model = enabled(family)
     ids, ends = random_ids(2, 70), 76
 
@@ -700,11 +699,11 @@ def test_tokens_of_a_hypothesis_that_are_like_padding_are_tokens(eos):
 
 
 class OwnEos(EosTokenCriteria):
-    """A class of the user's: nothing of transformers' own takes its place."""
+    """Another class than transformers' own, so it does not replace the default criterion."""
 
 
 class HasEos(StopAt):
-    """transformers pads rows if some criterion has such an attribute."""
+    """transformers pads ended rows if a criterion has this attribute."""
 
     @property
     def eos_token_id(self):
@@ -727,7 +726,7 @@ def test_criteria_of_the_users(criterion):
 
 
 def test_time_runs_out_for_all_rows_at_once():
-    """The criterion is asked once for each token: a second answer might be another."""
+    """The criterion is called once per token, as a second call may give another result."""
     model = enabled("llama")
     clock = MaxTimeCriteria(1e9)
     asked = []
@@ -741,16 +740,16 @@ def test_time_runs_out_for_all_rows_at_once():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_call_again(family):
-    """Refused, unless the first was interrupted: then it is a second try."""
+    """Refused, unless the first call was interrupted: then it is a retry."""
     model, ids = enabled(family), random_ids(1, 10)
     cache = sinkattn.SinkCache(model)
     model.generate(ids, cache=cache, max_new_tokens=3, do_sample=False)
-    with pytest.raises(ValueError, match="row 0 is the first 10 tokens of the stream again"):
+    with pytest.raises(ValueError, match="row 0 repeats the first 10 tokens of the stream"):
         model.generate(ids, cache=cache, max_new_tokens=3, do_sample=False)
-    # One that transformers refuses has not begun.
+    # A call that transformers refuses is not an interrupted one.
     with pytest.raises(ValueError, match="typo"):
         model.generate(random_ids(1, 5, seed=3), cache=cache, typo=1)
-    with pytest.raises(ValueError, match="row 0 is the first 10 tokens of the stream again"):
+    with pytest.raises(ValueError, match="row 0 repeats the first 10 tokens of the stream"):
         model.generate(ids, cache=cache, max_new_tokens=3, do_sample=False)
 
     class Interrupt(TextStreamer):
@@ -777,7 +776,7 @@ def test_the_same_call_again(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("edit", [0, 5, 15, "shorter", "longer"])
 def test_a_conversation_whose_beginning_was_edited(family, edit):
-    """A system prompt with the date, say: what comes after it is known again, wherever it stands."""
+    """A system prompt with the date, for example: the tokens after it are found, even at other token numbers."""
     model = enabled(family)
     cache, ids = sinkattn.SinkCache(model), random_ids(1, 40)
     text = model.generate(ids, cache=cache, max_new_tokens=8, do_sample=False)

@@ -1,4 +1,4 @@
-"""generate on an enabled model, without a cache passed and with one kept."""
+"""`generate` of an enabled model, with and without a cache passed, against a plain decoding loop."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ S, W = 4, 28
 
 
 def greedy(model, ids: torch.Tensor, count: int) -> torch.Tensor:
-    """Greedy decoding, one token after the other, by the plain loop."""
+    """Greedy decoding in a plain loop over the model."""
     cache, inputs = sinkattn.SinkCache(model), ids
     with torch.no_grad():
         for _ in range(count):
@@ -69,7 +69,7 @@ def test_turns_on_one_cache_equal_one_long_run():
     for turn in range(3):
         text = model.generate(text, cache=cache, max_new_tokens=30, do_sample=False)
         text = torch.cat((text, random_ids(1, 15, seed=turn + 1)), dim=1)
-        assert cache.get_seq_length() == text.shape[1] - 16  # the last token of a turn has not been fed yet
+        assert cache.get_seq_length() == text.shape[1] - 16  # the last token of a turn is not fed yet
     want = text[:, :40]
     for turn in range(3):
         want = torch.cat((greedy(model, want, 30), random_ids(1, 15, seed=turn + 1)), dim=1)
@@ -90,7 +90,7 @@ def test_beam_search_equals_the_unpatched_model_on_short_inputs():
 
 
 def test_streamers_and_stopping_criteria_work():
-    class Collect(TextStreamer):
+    class TokenCollector(TextStreamer):
         def __init__(self):
             self.tokens = []
 
@@ -100,13 +100,13 @@ def test_streamers_and_stopping_criteria_work():
         def end(self):
             self.tokens.append("end")
 
-    class StopAt(StoppingCriteria):
+    class StopAtLength(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
             return torch.full((len(input_ids),), input_ids.shape[1] >= 90)
 
     model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 50)
-    streamer = Collect()
-    stop = StoppingCriteriaList([StopAt()])
+    streamer = TokenCollector()
+    stop = StoppingCriteriaList([StopAtLength()])
     out = model.generate(ids, streamer=streamer, stopping_criteria=stop, do_sample=False, max_new_tokens=100)
     assert out.shape == (1, 90)
     assert streamer.tokens == [*out[0].tolist(), "end"]

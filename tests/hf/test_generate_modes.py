@@ -1,4 +1,4 @@
-"""Every way of generating, across several turns of the ring, against a plain loop over the model."""
+"""Every decoding mode of `generate`, for several wraps of the ring, against a plain loop over the model."""
 
 import copy
 import threading
@@ -24,12 +24,12 @@ from transformers import (
 import sinkattn
 from sinkattn.hf.load import load
 
-NEW = 100  # more than three turns of the ring
+NEW = 100  # new tokens: the ring wraps around more than three times
 
 
 @torch.no_grad()
 def last_logits(model, ids: torch.Tensor) -> torch.Tensor:
-    """Logits after a whole stream, from nothing."""
+    """Logits of the last token of a new stream, fed in one call."""
     return model(ids).logits[:, -1]
 
 
@@ -64,16 +64,16 @@ def test_assisted_decoding_equals_greedy(assistant_streams):
 
 
 def test_assistance_in_a_second_turn():
-    """Prompt lookup goes on from new ids alone; whole streams, which transformers would feed again, are refused."""
+    """Prompt lookup takes only new ids: transformers would feed all ids of the stream again, so they are refused."""
     model, prompt = sinkattn.enable(build("llama"), S, W, headroom=6), random_ids(1, 10).repeat(1, 4)
     cache, options = sinkattn.SinkCache(model), {"max_new_tokens": 40, "do_sample": False}
     text = model.generate(prompt, cache=cache, prompt_lookup_num_tokens=6, **options)
     whole = torch.cat((text, random_ids(1, 9, seed=3)), dim=1)
-    with pytest.raises(ValueError, match="input_ids: expected the new ids alone"):
+    with pytest.raises(ValueError, match="input_ids: expected only new ids, because"):
         model.generate(whole, cache=cache, prompt_lookup_num_tokens=6, **options)
     assistant = build("llama", num_hidden_layers=1)
     assistant.generation_config.num_assistant_tokens = 5
-    with pytest.raises(ValueError, match="assistant_model: expected a new stream"):
+    with pytest.raises(ValueError, match="assistant_model: expected an empty cache"):
         model.generate(whole, cache=cache, assistant_model=assistant, **options)
     new = whole[:, cache.get_seq_length() :]
     got = model.generate(new, cache=cache, prompt_lookup_num_tokens=6, **options)
@@ -93,7 +93,7 @@ def test_inputs_that_cannot_be_meant_are_refused():
         with pytest.raises(ValueError, match=r"attention_mask: expected \[2, 20\], or \[2, 69\] with the past"):
             model.generate(ids, cache=cache, attention_mask=wrong, max_new_tokens=5)
     positions = torch.arange(49, 69).expand(2, 20)
-    with pytest.raises(ValueError, match=r"position_ids: expected those of the stream, from \[49, 49\] on"):
+    with pytest.raises(ValueError, match=r"position_ids: expected consecutive positions from \[49, 49\] on"):
         model.generate(ids, cache=cache, attention_mask=again, position_ids=positions + 1, max_new_tokens=5)
     model.generate(ids, cache=cache, attention_mask=again, position_ids=positions, max_new_tokens=5)
 
@@ -111,7 +111,7 @@ def test_generated_padding_ids_are_no_padding_in_the_next_turn():
 
 @pytest.mark.parametrize("family", ["gemma3n_text-shared", "gemma4_text-shared"])
 def test_prompts_of_models_that_share_keys(family):
-    """They leave out all but the last query of a prompt in the layers that share."""
+    """In the layers that share keys, these models compute only the last query of a prompt."""
     model, ids = sinkattn.enable(families.build(family), S, W), random_ids(2, 40)
     assert torch.equal(model.generate(ids, max_new_tokens=40, do_sample=False), greedy(model, ids, 40))
 
@@ -121,12 +121,12 @@ def test_threads_are_not_disturbed_by_one_that_compiles():
     model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 60)
     want, stop = model(ids).logits, threading.Event()
 
-    def compile_on_and_on():
+    def compile_repeatedly():
         while not stop.is_set():
             torch.compiler.reset()
             torch.compile(lambda x: (x * 2).relu() + x.sum(), backend="eager")(torch.ones(3))
 
-    worker = threading.Thread(target=compile_on_and_on)
+    worker = threading.Thread(target=compile_repeatedly)
     worker.start()
     try:
         for _ in range(60):
@@ -190,7 +190,7 @@ def test_the_kind_of_cache_that_a_checkpoint_prefers_gives_way(implementation):
 
 
 def letters(longest: int, size: int) -> PreTrainedTokenizerFast:
-    """Tokens are letters, or pairs of letters as well; the rest of the vocabulary is never used."""
+    """Tokenizer of letters, and of pairs of letters if ``longest`` is 2; the rest of the vocabulary is not used."""
     single = ascii_lowercase[:16]
     pairs = list(product(single, single)) if longest == 2 else []
     vocabulary = ["?", *single, *map("".join, pairs)]
@@ -201,7 +201,7 @@ def letters(longest: int, size: int) -> PreTrainedTokenizerFast:
 
 
 def test_assistants_with_another_tokenizer():
-    """Greedy ones propose text, of any number of tokens; when sampling, they propose tokens."""
+    """With greedy decoding they propose text, of any number of tokens; with sampling they propose tokens."""
     model, prompt = sinkattn.enable(build("llama"), S, W, headroom=5), random_ids(1, 40) % 16 + 1
     assistant = build("llama", num_hidden_layers=1, vocab_size=300)
     assistant.generation_config.num_assistant_tokens = 5
@@ -221,15 +221,17 @@ def test_assistants_with_another_tokenizer():
     assert model.generate(prompt, do_sample=True, **options).shape == (1, 40 + NEW)
 
 
-class OnlyEven(LogitsProcessor):
-    """A grammar of sorts: after an even token, an odd one, and the other way round."""
+class AlternateParity(LogitsProcessor):
+    """Stands for a grammar: allows odd tokens after even ones, and even tokens after odd ones."""
 
     def __call__(self, input_ids, scores):
         token = torch.arange(scores.shape[1])
         return scores.masked_fill((token + input_ids[:, -1:]) % 2 == 0, -torch.inf)
 
 
-@pytest.mark.parametrize("processor", [OnlyEven(), RepetitionPenaltyLogitsProcessor(1.3)], ids=["grammar", "penalty"])
+@pytest.mark.parametrize(
+    "processor", [AlternateParity(), RepetitionPenaltyLogitsProcessor(1.3)], ids=["grammar", "penalty"]
+)
 def test_logits_processors_equal_the_plain_loop(processor):
     model, ids = sinkattn.enable(build("llama"), S, W), random_ids(2, 30)
     got = model.generate(ids, max_new_tokens=NEW, do_sample=False, logits_processor=LogitsProcessorList([processor]))
@@ -251,7 +253,7 @@ def test_several_sequences_per_prompt_equal_the_plain_loop():
 
 
 def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows ``[1, n]`` of different lengths in one batch, with padding on one side or in between."""
+    """Ids and mask of a batch of rows ``[1, n]``, with padding on the left, on the right or within."""
     width = max(row.shape[1] for row in rows)
     ids, mask = torch.zeros(2, len(rows), width, dtype=torch.int64)
     for i, row in enumerate(rows):
@@ -300,17 +302,17 @@ def test_masks_that_contradict_the_stream_are_refused():
     cache = sinkattn.SinkCache(model)
     model(ids, attention_mask=mask, cache=cache)
     longer = torch.ones(2, 11, dtype=torch.int64)
-    with pytest.raises(ValueError, match="attention_mask: expected 0 in row 1 at token 0 of the past, as it was fed"):
+    with pytest.raises(ValueError, match="attention_mask: expected 0 in row 1, column 0, as when that column was fed"):
         model(ids[:, :1], attention_mask=longer, cache=cache)
     longer[1, :3] = 0
-    with pytest.raises(ValueError, match=r"position_ids: expected those of the stream, from \[10, 7\] on"):
+    with pytest.raises(ValueError, match=r"position_ids: expected consecutive positions from \[10, 7\] on"):
         model(ids[:, :1], attention_mask=longer, position_ids=torch.tensor([[10], [10]]), cache=cache)
     model(ids[:, :1], attention_mask=longer, position_ids=torch.tensor([[10], [7]]), cache=cache)
 
 
 @torch.no_grad()
 def test_turns_with_nothing_but_the_new_ids():
-    """Shorter and longer than what the cache has seen; all ids of the stream still work, too."""
+    """Prompts shorter and longer than the stream so far; all ids of the stream work after them, too."""
     model = sinkattn.enable(build("llama"), S, W)
     cache, text = sinkattn.SinkCache(model), torch.zeros(1, 0, dtype=torch.int64)
     for turn, length in enumerate((3, 50, 10, 200)):
@@ -318,7 +320,7 @@ def test_turns_with_nothing_but_the_new_ids():
         got = model.generate(new, cache=cache, max_new_tokens=30, do_sample=False)
         text = greedy(model, torch.cat((text, new), dim=1), 30)
         assert torch.equal(got, text[:, -length - 30 :])
-        # The last token of a turn has not been fed yet: it begins the next.
+        # The last token of a turn is not fed yet: it begins the next turn.
         model(got[:, -1:], cache=cache)
     whole = torch.cat((text, random_ids(1, 5, seed=9)), dim=1)
     got = model.generate(whole, cache=cache, max_new_tokens=30, do_sample=False)
@@ -327,7 +329,7 @@ def test_turns_with_nothing_but_the_new_ids():
 
 @torch.no_grad()
 def test_what_a_stream_began_with_is_what_counts():
-    """Fed token by token, or with candidates that were taken back; new ids may begin with the same token."""
+    """After a prefix fed token by token, each with candidates rolled back; the new ids begin with the same token."""
     model = sinkattn.enable(build("llama"), S, W, headroom=4)
     first, new = random_ids(1, 20), random_ids(1, 40, seed=1)
     new[0, 0] = first[0, 0]
@@ -340,7 +342,7 @@ def test_what_a_stream_began_with_is_what_counts():
             cache.crop(-2)
         got = model.generate(ids, cache=cache, max_new_tokens=30, do_sample=False)
         assert torch.equal(got[:, -30:], want[:, -30:])
-    # Of embeddings nobody has ids: what comes later is new.
+    # The ids of embeddings are unknown, so later ids are new.
     cache = sinkattn.SinkCache(model)
     model(inputs_embeds=model.get_input_embeddings()(first), cache=cache)
     got = model.generate(new, cache=cache, max_new_tokens=30, do_sample=False)
@@ -362,7 +364,7 @@ def test_turns_of_padded_rows():
 @torch.no_grad()
 @pytest.mark.parametrize(("prompt", "mask"), [(0, None), (5, None), (5, "new"), (5, "all")])
 def test_the_decode_step_compiles_whole(prompt, mask):
-    """With a new cache, too, whose memory is taken within the graph."""
+    """With a new cache, too, whose memory is allocated in the graph."""
     model, ids = sinkattn.enable(build("llama"), S, W), random_ids(2, 200)
     want, cache = model(ids).logits, sinkattn.SinkCache(model)
     if prompt:
@@ -381,7 +383,7 @@ def test_the_decode_step_compiles_whole(prompt, mask):
     masks = [None if mask is None else torch.ones(2, width) for width in widths]
     got = [step(ids[:, i : i + 1], cache, masks[i]) for i in range(prompt, 200)]
     torch.testing.assert_close(torch.cat(got, dim=1), want[:, prompt:])
-    assert len(graphs) <= 2  # the second with the number of tokens seen as a variable
+    assert len(graphs) <= 2  # the second one has the number of columns as a symbolic integer
     assert cache.get_seq_length() == 200
 
 
@@ -409,21 +411,21 @@ def test_pipeline_and_streamer_give_the_same_text():
 
 @pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
 def test_multi_token_prediction_equals_greedy(family, monkeypatch):
-    """Greedy output does not depend on the weights of the draft, which are made up here."""
+    """Greedy output does not depend on the draft's weights, which are random here."""
     modeling_layers = pytest.importorskip("transformers.modeling_layers")
-    draft = getattr(modeling_layers, "MtpModel", None) or pytest.skip("this transformers has no model for drafts")
+    draft = getattr(modeling_layers, "MtpModel", None) or pytest.skip("this version of transformers has no MtpModel")
 
-    def made_up(cls, main_model, **options):
+    def random_draft(cls, main_model, **options):
         model = cls(main_model, main_model.config.num_mtp_layers).to(torch.float32).eval()
         for parameter in model.layers.parameters():
             parameter.data.normal_(std=0.1)
         return model
 
-    monkeypatch.setattr(draft, "from_pretrained", classmethod(made_up))
+    monkeypatch.setattr(draft, "from_pretrained", classmethod(random_draft))
     model, ids = families.build(family, num_mtp_layers=1), random_ids(1, 12)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False}
     sinkattn.enable(model, S, W)
-    with pytest.raises(ValueError, match="headroom: expected 1 or more, as assisted decoding takes back so many"):
+    with pytest.raises(ValueError, match="headroom: expected 1 or more, as assisted decoding rolls back so many"):
         model.generate(ids, use_mtp=True, **options)
     sinkattn.disable(model)
     sinkattn.enable(model, S, W, headroom=1)

@@ -339,9 +339,9 @@ def test_how_far_back_a_stream_can_go(gpt2):
     cache = sinkattn.SinkCache(model)
     feed_rows(model, cache, [row[:, : min(length, 30)] for row, length in zip(rows, LENGTHS, strict=True)])
     with pytest.raises(RuntimeError, match=r"can go back 9 tokens more \(headroom 4\), got 10 in row 2"):
-        cache.roll_back(torch.tensor([0, 3, 10, 0]))
+        cache.rollback(torch.tensor([0, 3, 10, 0]))
     assert cache.seen.tolist() == [3, 20, 30, 30]
-    cache.roll_back(torch.tensor([0, 3, 9, 0]))
+    cache.rollback(torch.tensor([0, 3, 9, 0]))
     assert cache.seen.tolist() == [3, 17, 21, 30]
     got = feed_rows(model, cache, [row[:, n:] for row, n in zip(rows, (3, 17, 21, 30), strict=True)])
     for row, n in enumerate((3, 17, 21, 30)):
@@ -353,7 +353,7 @@ def test_columns_are_remembered_as_far_back_as_streams_can_go(gpt2):
     cache, nothing = sinkattn.SinkCache(model), torch.zeros(2, 30, dtype=torch.int64)
     feed_rows(model, cache, some_rows((4, 8)))
     feed(model, cache, nothing, nothing)
-    with pytest.raises(RuntimeError, match="not known any more where there was padding 31 tokens back"):
+    with pytest.raises(RuntimeError, match="can roll back 19 columns of a batch with padding, got 31"):
         cache.crop(-31)
     assert (cache.seen.tolist(), cache.get_seq_length()) == ([4, 8], 38)
     most = most_ids(cache.layout)
@@ -453,11 +453,11 @@ def test_masks_that_contradict_the_stream_are_refused(gpt2):
     cache, (ids, mask) = sinkattn.SinkCache(model), padded(some_rows((10, 7)), "left")
     feed(model, cache, ids, mask)
     with pytest.raises(
-        ValueError, match="attention_mask: expected 0 in row 1 at token 0 of the past, as it was fed, got 1"
+        ValueError, match="attention_mask: expected 0 in row 1, column 0, as when that column was fed, got 1"
     ):
         feed(model, cache, ids[:, -1:], torch.ones(2, 11))
     longer = torch.cat((mask, mask[:, -1:]), dim=1)
-    with pytest.raises(ValueError, match=r"position_ids: expected those of the stream, from \[10, 7\] on"):
+    with pytest.raises(ValueError, match=r"position_ids: expected consecutive positions from \[10, 7\] on"):
         model(ids[:, -1:], attention_mask=longer, position_ids=torch.tensor([[10], [10]]), cache=cache)
     assert cache.seen.tolist() == [10, 7]
     model(ids[:, -1:], attention_mask=longer, position_ids=torch.tensor([[10], [7]]), cache=cache)

@@ -385,7 +385,7 @@ def test_calls_that_would_be_wrong_are_refused(streaming):
         (
             {"position_ids": torch.arange(5, 15)[None]},
             ValueError,
-            "position_ids: expected those of the stream",
+            "position_ids: expected consecutive positions",
         ),
         ({"inputs_embeds": embeddings}, ValueError, "inputs_embeds: .* takes input_ids alone"),
         ({"token_type_ids": ids}, ValueError, "token_type_ids: .* takes input_ids alone"),

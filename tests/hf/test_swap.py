@@ -269,7 +269,7 @@ def test_calls_that_would_be_wrong_are_refused():
         (
             {"position_ids": torch.arange(5, 15)[None]},
             ValueError,
-            "position_ids: expected those of the stream, from \\[0\\] on",
+            "position_ids: expected consecutive positions from \\[0\\] on",
         ),
         ({"position_ids": torch.zeros(3, 2, 10)}, ValueError, r"position_ids: expected \[batch, 10\]"),
     ]:
@@ -318,7 +318,7 @@ def test_a_mask_over_the_past_is_read():
     model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 8)
     cache = sinkattn.SinkCache(model)
     model(ids[:, :6], cache=cache)
-    with pytest.raises(ValueError, match="attention_mask: expected 1 in row 0 at token 2 of the past"):
+    with pytest.raises(ValueError, match="attention_mask: expected 1 in row 0, column 2, as when that column was fed"):
         model(ids[:, 6:7], cache=cache, attention_mask=torch.tensor([[1, 1, 0, 0, 0, 1, 1]]))
     model(ids[:, 6:7], cache=cache, attention_mask=torch.ones(1, 7), position_ids=torch.tensor([[6]]))
     assert cache.get_seq_length() == 7

@@ -1,35 +1,32 @@
-"""Which ids the streams of a cache were fed: the first and the most recent tokens of each, in constant memory."""
+"""Records the ids that a cache was fed: a prefix and the most recent ids of each stream, in constant memory."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Tokens at the start of a stream that are kept for ever.
-FIRST = 64
+# Tokens at the start of each stream whose ids are never dropped.
+MAX_PREFIX_IDS = 64
 
-
-# In place of the id of a token that came as an embedding, and of padding that has none.
-UNKNOWN = torch.iinfo(torch.int64).min
-
-
-UNKNOWN_PADDING = UNKNOWN + 1
+# Recorded for a token that came as an embedding, and for padding without an id of its own.
+UNKNOWN_ID = torch.iinfo(torch.int64).min
+UNKNOWN_PADDING_ID = UNKNOWN_ID + 1
 
 
 class IdHistory:
-    """Ids of the tokens of each stream, and of the columns of the batch: what a place of ``input_ids`` brought.
+    """Ids by token number, per stream, and ids by column, per row.
 
-    Both are the same while no row had padding. A column says where a row had padding: there it holds ``~id``, a
-    negative number, for the ``id`` that the row was fed in vain.
+    Columns are recorded separately only once a row has padding; until then token and column numbers are equal. A column
+    that was padding for a row holds ``~id``, which is negative, for the ``id`` in its place.
 
     Args:
-        capacity: most recent tokens and columns to keep.
+        capacity: number of recent tokens and columns to keep.
 
     Attributes:
-        first: int64 ``[batch, FIRST + 1]`` the first tokens; None before anything was fed.
-        recent: int64 ``[batch, capacity + 1]``, token n in place ``n % capacity``. The last place of both is for what
-            is to be written nowhere.
-        columns: int64 ``[batch, capacity]``, column c in place ``c % capacity``; None while no row had padding.
+        prefix_ids: int64 ``[batch, MAX_PREFIX_IDS + 1]``, ids of the first tokens; None before anything was fed.
+        recent_ids: int64 ``[batch, capacity + 1]``, token n at index ``n % capacity``. The last index of this and of
+            ``prefix_ids`` is a dummy that masked writes go to.
+        column_ids: int64 ``[batch, capacity]``, column c at index ``c % capacity``; None while no row had padding.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -38,161 +35,173 @@ class IdHistory:
 
     def clear(self) -> None:
         """Forget everything."""
-        self.first: Tensor | None = None
-        self.recent: Tensor | None = None
-        self.columns: Tensor | None = None
-        self._end = 0  # the furthest column that was written
-        self._ends: Tensor | None = None  # and token, of each row, if that is another
+        self.prefix_ids: Tensor | None = None
+        self.recent_ids: Tensor | None = None
+        self.column_ids: Tensor | None = None
+        self._peak_columns = 0
+        """Largest number of columns recorded so far; a rollback does not lower it."""
+        self._peak_tokens: Tensor | None = None
+        """The same for the tokens of each row, int64 ``[batch]``; None while it equals ``_peak_columns``."""
 
     @property
-    def padded(self) -> bool:
-        """Whether tokens and columns of some row may have different numbers."""
-        return self.columns is not None
+    def has_padding(self) -> bool:
+        """Whether token and column numbers may differ in some row."""
+        return self.column_ids is not None
 
     @property
-    def oldest(self) -> int:
-        """The oldest column that is kept."""
-        return max(0, self._end - self.capacity)
+    def oldest_column(self) -> int:
+        """First column that is still recorded."""
+        return max(0, self._peak_columns - self.capacity)
 
     def record(
         self,
         begin: int,
         seen: Tensor,
         ids: Tensor,
-        present: Tensor | None = None,
+        token_mask: Tensor | None = None,
         *,
-        before: Tensor | None = None,
-        index: Tensor | None = None,
+        already_fed: Tensor | None = None,
+        column_index: Tensor | None = None,
     ) -> None:
-        """Note what columns from ``begin`` on brought.
+        """Record the ids of new columns.
 
         Args:
-            begin: number of the first.
-            seen: int64 ``[batch]`` tokens that rows had before.
-            ids: int64 ``[batch, tokens]``, ``UNKNOWN`` where nobody has them.
-            present: bool ``[batch, tokens]`` which are no padding; all if None.
-            before: bool ``[batch, tokens]`` which of the others are tokens that the row has had already.
-            index: int64 ``[tokens]`` numbers of the columns on the device, up to ``capacity``: in a graph that is
-                traced, a number on the host would have to be read, or the graph made anew. Without padding.
+            begin: first of these columns.
+            seen: int64 ``[batch]``, tokens of each row before them.
+            ids: int64 ``[batch, tokens]``, `UNKNOWN_ID` where unknown.
+            token_mask: bool ``[batch, tokens]``, the tokens that are new to the row's stream; all of them if None.
+            already_fed: bool ``[batch, tokens]``, the tokens outside ``token_mask`` that the stream already has. The
+                rest of the columns is padding.
+            column_index: int64 ``[tokens]``, the column numbers on the device, at most ``capacity`` of them. Used under
+                torch.compile, which would guard on ``begin`` and recompile; ignored once there is padding.
         """
         tokens = ids.shape[1]
-        if self.first is None:
-            # Not inference tensors, even if made under torch.inference_mode(): a stream may go on outside of it.
+        if self.prefix_ids is None:
+            # Not inference tensors, even under torch.inference_mode(): later forwards may run outside of it.
             with torch.inference_mode(False):
-                self.first, self.recent = (
+                self.prefix_ids, self.recent_ids = (
                     torch.zeros(len(ids), size + 1, dtype=torch.int64, device=ids.device)
-                    for size in (FIRST, self.capacity)
+                    for size in (MAX_PREFIX_IDS, self.capacity)
                 )
-        if present is None and not self.padded:
-            if index is not None:
-                self.first.index_copy_(1, index.clamp(max=FIRST), ids)
-                self.recent.index_copy_(1, index % self.capacity, ids)
+        if token_mask is None and not self.has_padding:
+            if column_index is not None:
+                self.prefix_ids.index_copy_(1, column_index.clamp(max=MAX_PREFIX_IDS), ids)
+                self.recent_ids.index_copy_(1, column_index % self.capacity, ids)
             else:
-                if begin < FIRST:
-                    self.first[:, begin : min(begin + tokens, FIRST)] = ids[:, : FIRST - begin]
-                self._write(self.recent, begin, ids)
+                if begin < MAX_PREFIX_IDS:
+                    self.prefix_ids[:, begin : min(begin + tokens, MAX_PREFIX_IDS)] = ids[:, : MAX_PREFIX_IDS - begin]
+                self._write_ring(self.recent_ids, begin, ids)
         else:
-            if present is None:
-                present = torch.ones_like(ids, dtype=torch.bool)
-            self._record_tokens(seen, ids, present)
-            self.record_columns(begin, ids, present if before is None else present | before)
-        self._end = max(self._end, begin + tokens)
+            if token_mask is None:
+                token_mask = torch.ones_like(ids, dtype=torch.bool)
+            self._record_tokens(seen, ids, token_mask)
+            self.record_columns(begin, ids, token_mask if already_fed is None else token_mask | already_fed)
+        self._peak_columns = max(self._peak_columns, begin + tokens)
 
-    def _record_tokens(self, seen: Tensor, ids: Tensor, present: Tensor) -> None:
-        self._tell_apart()
-        rank = present.cumsum(dim=1) - 1
-        number, count = seen.unsqueeze(1) + rank, present.sum(dim=1)
-        kept = present & (rank >= count.unsqueeze(1) - self.capacity)
-        self.recent.scatter_(1, torch.where(kept, number % self.capacity, self.capacity), ids)
-        self.first.scatter_(1, torch.where(present & (number < FIRST), number, FIRST), ids)
-        self._ends = torch.maximum(self._ends, seen + count)
+    def _record_tokens(self, seen: Tensor, ids: Tensor, token_mask: Tensor) -> None:
+        self._separate_columns()
+        rank = token_mask.cumsum(dim=1) - 1
+        number, count = seen.unsqueeze(1) + rank, token_mask.sum(dim=1)
+        is_recent = token_mask & (rank >= count.unsqueeze(1) - self.capacity)
+        is_prefix = token_mask & (number < MAX_PREFIX_IDS)
+        self.recent_ids.scatter_(1, torch.where(is_recent, number % self.capacity, self.capacity), ids)
+        self.prefix_ids.scatter_(1, torch.where(is_prefix, number, MAX_PREFIX_IDS), ids)
+        self._peak_tokens = torch.maximum(self._peak_tokens, seen + count)
 
-    def _tell_apart(self) -> None:
-        # From now on tokens and columns may have different numbers.
-        if self.columns is None:
+    def _separate_columns(self) -> None:
+        """Record columns apart from tokens from now on."""
+        if self.column_ids is None:
             with torch.inference_mode(False):
-                self.columns = self.recent[:, : self.capacity].clone()
-                self._ends = torch.full((len(self.first),), self._end, device=self.first.device)
+                self.column_ids = self.recent_ids[:, : self.capacity].clone()
+                self._peak_tokens = torch.full(
+                    (len(self.prefix_ids),), self._peak_columns, device=self.prefix_ids.device
+                )
 
-    def record_columns(self, begin: int, ids: Tensor, present: Tensor) -> None:
-        """Note where columns from ``begin`` on have padding, if their tokens are known already."""
-        self._tell_apart()
-        padding = torch.where(ids < 0, UNKNOWN_PADDING, ~ids)  # whatever stands there
-        self._write(self.columns, begin, torch.where(present, ids, padding))
-        self._end = max(self._end, begin + ids.shape[1])
+    def record_columns(self, begin: int, ids: Tensor, token_mask: Tensor) -> None:
+        """Record only the columns from ``begin`` on; their tokens must be recorded already.
 
-    def renumber_columns(self, ids: Tensor, present: Tensor) -> None:
-        """Number columns anew: the tokens of the streams are those that are ``present`` here, ``[batch, columns]``."""
-        if self.padded or not present.all():
-            self._tell_apart()
-            self._end = 0
-            self.record_columns(0, ids, present)
+        ids int64, token_mask bool ``[batch, columns]``, False for padding.
+        """
+        self._separate_columns()
+        padding = torch.where(ids < 0, UNKNOWN_PADDING_ID, ~ids)
+        self._write_ring(self.column_ids, begin, torch.where(token_mask, ids, padding))
+        self._peak_columns = max(self._peak_columns, begin + ids.shape[1])
 
-    def _write(self, to: Tensor, begin: int, ids: Tensor) -> None:
+    def renumber_columns(self, ids: Tensor, token_mask: Tensor) -> None:
+        """Replace the recorded columns by these, int64 and bool ``[batch, columns]``, which hold the same tokens."""
+        if self.has_padding or not token_mask.all():
+            self._separate_columns()
+            self._peak_columns = 0
+            self.record_columns(0, ids, token_mask)
+
+    def _write_ring(self, ring: Tensor, begin: int, ids: Tensor) -> None:
         tokens = ids.shape[1]
         if tokens > self.capacity:
             begin, tokens, ids = begin + tokens - self.capacity, self.capacity, ids[:, -self.capacity :]
-        place = begin % self.capacity
-        if place + tokens <= self.capacity:
-            to.narrow(1, place, tokens).copy_(ids)
+        index = begin % self.capacity
+        if index + tokens <= self.capacity:
+            ring.narrow(1, index, tokens).copy_(ids)
         else:
-            until_end = self.capacity - place
-            to[:, place : self.capacity] = ids[:, :until_end]
-            to[:, : tokens - until_end] = ids[:, until_end:]
+            until_end = self.capacity - index
+            ring[:, index : self.capacity] = ids[:, :until_end]
+            ring[:, : tokens - until_end] = ids[:, until_end:]
 
     def known_tokens(self, seen: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """Which tokens of rows that have ``seen`` so many are known, and their ids: int64 ``[n]`` each, on the CPU."""
-        first, recent = self.first.cpu(), self.recent.cpu()
-        ends = [self._end] * len(seen) if self._ends is None else self._ends.tolist()
+        """Numbers and ids of the recorded tokens of each row, int64 ``[n]`` each, on the CPU.
+
+        seen: tokens of each row.
+        """
+        prefix, recent = self.prefix_ids.cpu(), self.recent_ids.cpu()
+        peaks = [self._peak_columns] * len(seen) if self._peak_tokens is None else self._peak_tokens.tolist()
         rows = []
-        for row, (count, end) in enumerate(zip(seen, ends, strict=True)):
-            begin = min(FIRST, count)
-            numbers = torch.arange(max(begin, end - self.capacity), max(begin, count))
-            ids = torch.cat((first[row, :begin], recent[row, numbers % self.capacity]))
-            rows.append((torch.cat((torch.arange(begin), numbers)), ids))
+        for row, (count, peak) in enumerate(zip(seen, peaks, strict=True)):
+            prefix_end = min(MAX_PREFIX_IDS, count)
+            numbers = torch.arange(max(prefix_end, peak - self.capacity), max(prefix_end, count))
+            ids = torch.cat((prefix[row, :prefix_end], recent[row, numbers % self.capacity]))
+            rows.append((torch.cat((torch.arange(prefix_end), numbers)), ids))
         return rows
 
     def known_columns(self, end: int) -> Tensor:
-        """What columns `oldest` to ``end`` of a padded batch brought: int64 ``[batch, n]``, on the CPU."""
-        return self.columns.cpu()[:, torch.arange(self.oldest, max(self.oldest, end)) % self.capacity]
+        """Ids of the columns from `oldest_column` to ``end`` of a batch with padding: int64 ``[batch, n]``, on CPU."""
+        return self.column_ids.cpu()[:, torch.arange(self.oldest_column, max(self.oldest_column, end)) % self.capacity]
 
-    def present(self, begin: int, end: int) -> Tensor | None:
-        """Which rows had a token in columns ``begin`` to ``end``: bool ``[batch, end - begin]``.
+    def token_mask(self, begin: int, end: int) -> Tensor | None:
+        """Token mask of the columns from ``begin`` to ``end``: bool ``[batch, end - begin]``.
 
-        None if not all of them are kept any more.
+        None if some of them are no longer recorded.
         """
-        if begin < self.oldest:
+        if begin < self.oldest_column:
             return None
-        if not self.padded:
-            return torch.ones(len(self.first), end - begin, dtype=torch.bool, device=self.first.device)
-        columns = torch.arange(begin, end, device=self.columns.device)
-        return is_token(self.columns[:, columns % self.capacity])
+        if not self.has_padding:
+            return torch.ones(len(self.prefix_ids), end - begin, dtype=torch.bool, device=self.prefix_ids.device)
+        columns = torch.arange(begin, end, device=self.column_ids.device)
+        return is_token(self.column_ids[:, columns % self.capacity])
 
     def take_rows(self, index: Tensor) -> None:
-        """Row i becomes what row ``index[i]`` was; there may be another number of rows then."""
-        if self.first is not None:
-            index = index.to(self.first.device)
+        """Row i becomes what row ``index[i]`` was; the number of rows may change."""
+        if self.prefix_ids is not None:
+            index = index.to(self.prefix_ids.device)
             with torch.inference_mode(False):
-                self.first, self.recent = self.first[index], self.recent[index]
-                if self.padded:
-                    self.columns, self._ends = self.columns[index], self._ends[index]
+                self.prefix_ids, self.recent_ids = self.prefix_ids[index], self.recent_ids[index]
+                if self.has_padding:
+                    self.column_ids, self._peak_tokens = self.column_ids[index], self._peak_tokens[index]
 
 
-def is_token(ids: Tensor) -> Tensor:
-    """Which columns hold tokens, as opposed to padding: bool of the same shape."""
-    return (ids >= 0) | (ids == UNKNOWN)
+def is_token(column_ids: Tensor) -> Tensor:
+    """Whether recorded columns hold tokens, not padding: bool of the same shape."""
+    return (column_ids >= 0) | (column_ids == UNKNOWN_ID)
 
 
-def common_tokens(numbers: Tensor, known: Tensor, seen: int, ids: Tensor) -> int:
-    """How many of the first tokens of a stream are those of ``ids``.
+def common_prefix_length(numbers: Tensor, known_ids: Tensor, seen: int, ids: Tensor) -> int:
+    """Length of the prefix that a stream and ``ids`` have in common.
 
-    Those that are not known are taken for the same.
+    Tokens that are not recorded are assumed to be equal. `UNKNOWN_ID` differs from every id.
 
     Args:
-        numbers, known: int64 ``[n]`` which tokens of the stream are known, ascending, and their ids.
+        numbers, known_ids: int64 ``[n]``, numbers, ascending, and ids of the recorded tokens of the stream.
         seen: tokens of the stream.
         ids: int64 ``[tokens]``.
     """
     within = numbers < len(ids)
-    different = (ids[numbers[within]] != known[within]).nonzero()
+    different = (ids[numbers[within]] != known_ids[within]).nonzero()
     return int(numbers[within][different[0, 0]]) if len(different) else min(seen, len(ids))

@@ -1,4 +1,4 @@
-"""Layers of a `SinkCache`: one ring for each attention layer."""
+"""Layers of a `SinkCache`: one ring per attention layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sinkattn.ring_cache import RingKVCache
 
 
 class SinkLayer(CacheLayerMixin):
-    """Ring of one attention layer, by the layout that its layer has. Holds no memory until its layer first runs."""
+    """Ring of one attention layer. Its memory is allocated when the layer first runs."""
 
     is_sliding = False
     is_compileable = False
@@ -26,11 +26,11 @@ class SinkLayer(CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether tokens can be taken back however long the stream is."""
+        """Whether tokens can be rolled back at any length of the stream."""
         return self.layout.headroom > 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the ring for keys and values like these."""
+        """Allocate the ring, with shape, dtype and device of these keys and values."""
         batch, kv_heads, _, head_dim = key_states.shape
         self.ring = RingKVCache(
             batch,
@@ -40,44 +40,44 @@ class SinkLayer(CacheLayerMixin):
             dtype=value_states.dtype,
             device=key_states.device,
             layout=self.layout,
-            share_seen_with=self.state.ring,
+            share_seen_with=self.state.counter_ring,
         )
-        if self.state.ring is None:
-            self.state.ring = self.ring
+        if self.state.counter_ring is None:
+            self.state.counter_ring = self.ring
         self.keys, self.values = self.ring.keys, self.ring.values
         self.batch_size = batch
         self.is_initialized = True
 
-    def drop(self) -> None:
-        """Give the memory back."""
+    def free(self) -> None:
+        """Release the memory of the ring."""
         self.ring = self.keys = self.values = None
         self.is_initialized = False
         self.__dict__.pop("batch_size", None)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Hand the new keys and values through: the attention function appends them to the ring itself."""
+        """Return the new keys and values unchanged: the attention function appends them to the ring."""
         if self.state.num_new_tokens is None:
             raise RuntimeError("cache: a SinkCache works only in the model that sinkattn.enable prepared")
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(key length, key offset) of a mask, which is never made: the ring knows what is visible."""
+        """Key length and key offset of a mask. No mask is made from them: visibility follows from the ring."""
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens ever seen, not slots in use: what `generate` cuts its inputs by.
+        """Columns fed so far, not slots in use: `generate` slices its inputs by this number.
 
-        Within a forward, where models make things of that size, no more than the new ones can see; within `generate`,
-        those that it knows of.
+        Within `generate`, only columns of its own ids. Within a forward, at most ``num_sinks + window - 1``, because
+        models allocate tensors of this length.
         """
         state = self.state
-        seen, layout = state.tokens_seen, state.layout
+        seen, layout = state.num_columns, state.layout
         if state.num_new_tokens is not None:
             return min(seen, layout.num_sinks + layout.window - 1)
-        return seen - (state.generate_start or 0)
+        return seen - (state.generate_offset or 0)
 
     def get_max_length(self) -> int:
-        """Return -1: a stream has no maximum length."""
+        """-1: a stream has no maximum length."""
         return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -86,22 +86,22 @@ class SinkLayer(CacheLayerMixin):
             self.ring.reorder(beam_idx.to(self.ring.seen.device, torch.int64))
 
     def take_rows(self, index: Tensor) -> None:
-        """Row i becomes what row ``index[i]`` was; there may be another number of rows then."""
+        """Row i becomes what row ``index[i]`` was; the number of rows may change."""
         if self.ring is not None:
             self.ring.take_rows(index)
-            if self.state.ring is not self.ring:
-                self.ring.share_seen(self.state.ring)
+            if self.state.counter_ring is not self.ring:
+                self.ring.share_seen(self.state.counter_ring)
             self.keys, self.values = self.ring.keys, self.ring.values
             self.batch_size = len(index)
 
     def reset(self) -> None:
-        """Start all streams anew, in the same memory."""
+        """Start new streams in the same memory."""
         if self.ring is not None:
             self.ring.reset()
 
 
 class StatefulSinkLayer(SinkLayer, LinearAttentionAndFullAttentionLayer):
-    """Ring of a layer that has a convolution or a recurrent state beside its attention (Falcon-H1)."""
+    """Ring and states of a layer with attention and a convolutional or recurrent state (Falcon-H1)."""
 
     def __init__(self, state: SharedCacheState, layout: RingLayout, number_of_states: int) -> None:
         SinkLayer.__init__(self, state, layout)
@@ -109,11 +109,11 @@ class StatefulSinkLayer(SinkLayer, LinearAttentionAndFullAttentionLayer):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether tokens can be taken back however long the stream is."""
+        """Whether tokens can be rolled back at any length of the stream."""
         return SinkLayer.is_croppable.fget(self) and LinearAttentionLayer.is_croppable.fget(self)
 
     def lazy_initialization(self, *args, **kwargs) -> None:
-        """For keys and values, as arguments by place, or for states, as arguments by name."""
+        """Positional arguments allocate the ring, keyword arguments the states."""
         (SinkLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -122,6 +122,6 @@ class StatefulSinkLayer(SinkLayer, LinearAttentionAndFullAttentionLayer):
         LinearAttentionLayer.reorder_cache(self, beam_idx)
 
     def reset(self) -> None:
-        """Start all streams anew, in the same memory."""
+        """Start new streams in the same memory."""
         SinkLayer.reset(self)
         LinearAttentionLayer.reset(self)

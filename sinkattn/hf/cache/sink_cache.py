@@ -1,4 +1,4 @@
-"""The cache that an enabled model writes to: one ring per attention layer behind transformers' `Cache` interface."""
+"""The cache of an enabled model: one ring per attention layer behind transformers' `Cache` interface."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class SinkCache(Cache):
     """Constant-memory cache of an enabled model; pass it as ``cache`` (until transformers
     5.23: ``past_key_values``) and keep it between turns.
 
-    Each layer keeps its sink tokens and a ring of recent ones, in place. `generate` on an enabled model makes one
-    by itself; make your own to go on with a stream later. ``copy.deepcopy`` forks it.
+    Each layer holds its sink tokens and a ring of recent tokens. `generate` of an enabled model creates a cache if none
+    is passed; create your own to continue the stream later. ``copy.deepcopy`` forks it.
 
     Args:
         model: a model that `sinkattn.enable` has prepared.
-        max_batch_size: refuse larger batches. Memory is taken when the first batch comes, for that batch.
+        max_batch_size: refuse larger batches. Memory is allocated in the first forward, for its batch size.
 
     Raises:
         ValueError: if the model is not enabled, or max_batch_size is below 1.
     """
 
     def __new__(cls, model: PreTrainedModel | None = None, *args, **kwargs) -> SinkCache:
-        """Make the kind of cache that the model streams with."""
-        patch = None if model is None else get_patch(model)  # None: a copy, or one that is unpickled
+        """Create the class of cache that the model's patch names."""
+        patch = None if model is None else get_patch(model)  # None when copied or unpickled
         return super().__new__(cls if patch is None else patch.cache_class)
 
     def __init__(self, model: PreTrainedModel, max_batch_size: int | None = None) -> None:
@@ -49,18 +49,18 @@ class SinkCache(Cache):
         super().__init__(layers=patch.cache_layers(self.state))
 
     def __copy__(self) -> SinkCache:
-        """Refused: two caches over one memory would overwrite each other."""
+        """Refused: two caches that share memory would overwrite each other."""
         raise TypeError("a SinkCache cannot be copied shallowly; copy.deepcopy makes an independent fork")
 
     @property
     def layout(self) -> RingLayout:
-        """Slot arithmetic of the rings of all layers but those with a sliding window of their own."""
+        """Ring layout of all layers except those that keep a sliding window of their own."""
         return self.state.layout
 
     @property
     def tokens_seen(self) -> int:
-        """Tokens that every row has seen, padding included."""
-        return self.state.tokens_seen
+        """Tokens fed to each row, padding included: the number of columns, equal for all rows."""
+        return self.state.num_columns
 
     @property
     def nbytes(self) -> int:
@@ -69,27 +69,27 @@ class SinkCache(Cache):
 
     @property
     def seen(self) -> Tensor | None:
-        """Tokens that each row has seen, without padding: int64 ``[batch]``, on the device; None before the first."""
-        return None if self.state.ring is None else self.state.ring.seen
+        """Tokens of each stream, without padding: int64 ``[batch]``, on the device; None before the first forward."""
+        return None if self.state.counter_ring is None else self.state.counter_ring.seen
 
     @property
     def has_padding(self) -> bool:
-        """Whether some rows may have seen fewer tokens than others."""
-        return self.state.history.padded
+        """Whether rows may have different numbers of tokens."""
+        return self.state.history.has_padding
 
     @property
-    def counts_from_generate(self) -> bool:
-        """Whether `generate` counts positions from where it began, and not from where the streams did."""
-        return self.state.generate_start is not None
+    def counts_from_prompt(self) -> bool:
+        """Whether `generate` numbers positions from the start of its prompt, not from the start of the streams."""
+        return self.state.generate_offset is not None
 
     @property
     def ended_rows(self) -> Tensor | None:
-        """Rows that `generate` feeds padding from now on, because they have ended: bool ``[batch]``; None if none."""
+        """Rows that have ended and get padding from `generate`: bool ``[batch]``; None if there are none."""
         return self.state.ended_rows
 
     @property
     def has_states(self) -> bool:
-        """Whether some layers keep a state that is no ring."""
+        """Whether some layers keep a convolutional or recurrent state."""
         return bool(self._state_layers)
 
     @property
@@ -100,107 +100,114 @@ class SinkCache(Cache):
     def _state_layers(self) -> list[LinearAttentionCacheLayerMixin]:
         return [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
 
-    def note_inputs(self, ids: Tensor | None, *, alone: bool) -> None:
-        """Note the ids that a whole model is given, for its decoder may be given embeddings; and whether it is more."""
+    def note_inputs(self, ids: Tensor | None, *, only_ids: bool) -> None:
+        """Note the ids passed to the whole model, whose decoder may get embeddings, and whether it got only ids."""
         self.state.model_ids = ids
-        self.state.only_ids &= alone
+        self.state.only_ids &= only_ids
 
-    def check_padding(self, present: Tensor) -> None:
-        """Raise ValueError for padding in a model that cannot leave it out; present: bool ``[batch, tokens]``."""
-        if self.has_states and not present.all():
+    def check_padding(self, token_mask: Tensor) -> None:
+        """Raise ValueError for padding in a model with states; token_mask: bool ``[batch, tokens]``."""
+        if self.has_states and not token_mask.all():
             raise ValueError(
-                "attention_mask: padding is not supported in models with layers that keep a state, expected ones; run "
-                "rows of equal length, or one by one"
+                "attention_mask: expected only ones, as padding would change the convolutional or recurrent states of "
+                "this model; run rows of equal length, or one by one"
             )
 
     @property
-    def usable(self) -> bool:
-        """Whether the streams can go on."""
+    def is_usable(self) -> bool:
+        """Whether the streams can continue."""
         return self.state.unusable_reason is None
 
     def check_usable(self) -> None:
-        """Raise RuntimeError if the streams cannot go on."""
-        if not self.usable:
+        """Raise RuntimeError if the streams cannot continue."""
+        if not self.is_usable:
             raise RuntimeError(f"cache: {self.state.unusable_reason}")
 
-    def carry_out_plan(self) -> None:
-        """Do what `generate` has planned to do before its first forward."""
+    def apply_pending_update(self) -> None:
+        """Bring the cache to where the running `generate` continues it, in its first forward."""
         state = self.state
-        if state.pending_plan is not None:
-            plan, state.pending_plan, counted = state.pending_plan, None, self.get_seq_length()
-            plan()
-            state.interrupted = True  # until generate comes to its end
-            if state.generate_start is not None:
-                state.generate_start = state.tokens_seen - counted
+        if state.pending_update is not None:
+            update, state.pending_update, length = state.pending_update, None, self.get_seq_length()
+            update()
+            state.generate_interrupted = True  # until generate finishes
+            if state.generate_offset is not None:
+                state.generate_offset = state.num_columns - length  # the update must not change get_seq_length
 
     def begin_forward(self, batch: int, tokens: int, ids: Tensor | None) -> None:
-        """Open a forward of ``tokens`` new tokens per row; raises, with nothing changed, if it cannot be taken."""
+        """Start a forward of ``tokens`` new tokens per row; raises, with nothing changed, if the cache refuses it."""
         state = self.state
         if state.num_new_tokens is not None:
             raise RuntimeError("cache: is in the middle of a forward already, in this thread or another")
-        if (seen := self.seen) is not None and len(seen) != batch and state.tokens_seen:
+        if (seen := self.seen) is not None and len(seen) != batch and state.num_columns:
             raise ValueError(f"cache: holds {len(seen)} streams, got a batch of {batch}")
         if self._max_batch_size is not None and batch > self._max_batch_size:
             raise ValueError(f"cache: max_batch_size is {self._max_batch_size}, got a batch of {batch}")
         self.check_usable()
-        noted, state.model_ids = state.model_ids, None
-        if ids is None and noted is not None and noted.shape == (batch, tokens):
-            ids = noted
+        model_ids, state.model_ids = state.model_ids, None
+        if ids is None and model_ids is not None and model_ids.shape == (batch, tokens):
+            ids = model_ids
         if seen is not None and len(seen) != batch:
-            self._give_memory_back()  # of other streams, before reset()
+            self._free_memory()  # allocated for another batch size before a reset()
         state.num_new_tokens, state.forward_ids = tokens, ids
 
-    def finish_forward(self, present: Tensor | None) -> None:
-        """Close the forward: its tokens are in all rings, and count; those ``present``, bool ``[batch, tokens]``."""
-        ring, tokens = self.state.ring, self.state.num_new_tokens
-        self.state.count_columns(present, ring.seen)
-        ring.advance(tokens if present is None else present.sum(dim=1))
+    def finish_forward(self, token_mask: Tensor | None) -> None:
+        """Commit the forward: advance ``seen`` by its tokens.
+
+        token_mask: bool ``[batch, tokens]``; None without padding.
+        """
+        ring, tokens = self.state.counter_ring, self.state.num_new_tokens
+        self.state.commit_columns(token_mask, ring.seen)
+        ring.advance(tokens if token_mask is None else token_mask.sum(dim=1))
 
     def abandon_forward(self, *, written: bool) -> None:
-        """Close a forward that failed: its tokens do not count, though some layers may have ``written`` them.
+        """End a failed forward without counting its tokens.
 
-        The next tokens overwrite them, so the stream can go on, unless the last of them took slots of tokens that
-        the next query sees.
+        The next forward overwrites them, so the streams can continue, unless they have overwritten tokens that its
+        queries see, or have changed a state.
+
+        Args:
+            written: whether any layer may have written them.
         """
         state = self.state
-        seen, tokens, state.num_new_tokens, state.forward_ids = state.tokens_seen, state.num_new_tokens, None, None
-        if seen == 0:
-            self._give_memory_back()
+        columns, tokens, state.num_new_tokens, state.forward_ids = state.num_columns, state.num_new_tokens, None, None
+        if columns == 0:
+            self._free_memory()
             return
-        interrupted = (
-            "a forward was interrupted when it had overwritten a part of what the next needs; call reset() and start "
-            "the stream anew"
+        reason = (
+            "an interrupted forward has overwritten tokens or states that the next one needs; call reset() and start a "
+            "new stream"
         )
         if written:
-            state.ring.note_uncounted(tokens)
-            state.peak = max(state.peak, seen + tokens)
+            state.counter_ring.note_uncounted(tokens)
+            state.peak_columns = max(state.peak_columns, columns + tokens)
             for layout in {layer.layout for layer in self._sink_layers}:
-                oldest_kept = seen + tokens - layout.ring
-                if layout.window_begin(seen) < min(oldest_kept, seen):
-                    state.unusable_reason = interrupted
+                oldest_kept = columns + tokens - layout.ring
+                if layout.window_begin(columns) < min(oldest_kept, columns):
+                    state.unusable_reason = reason
         if self.has_states:
-            state.unusable_reason = interrupted
+            state.unusable_reason = reason
 
-    def _give_memory_back(self) -> None:
-        self.state.ring = None
+    def _free_memory(self) -> None:
+        self.state.counter_ring = None
         for layer in self._state_layers:
             LinearAttentionLayer.__init__(layer, layer.number_of_states)
         for layer in self._sink_layers:
-            layer.drop()
+            layer.free()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last ``-tokens_to_remove`` tokens (a negative number, as transformers has it).
+        """Roll back the last ``-tokens_to_remove`` columns (a negative number, as in transformers).
 
-        Rows that had padding there lose what was none. Until a ring is full, any number can be taken back.
+        A row with padding in these columns loses only its tokens. Until a ring is full, any number can be rolled back;
+        then, up to the headroom.
 
-        Raises ValueError for a positive number, RuntimeError beyond the headroom, or if a layer has a state that cannot
-        go back; nothing is changed then.
+        Raises ValueError for a positive number, and RuntimeError beyond the headroom or if a layer has a state that
+        cannot be rolled back; nothing is changed then.
         """
         columns = -int(tokens_to_remove)  # transformers 5.17 passes a tensor
         if columns < 0:
             raise ValueError(f"tokens_to_remove: expected a negative number of tokens, got {-columns}")
         state = self.state
-        if state.tokens_seen == 0:
+        if state.num_columns == 0:
             return
         if columns:
             if any(
@@ -208,49 +215,54 @@ class SinkCache(Cache):
                 for layer in self._state_layers
             ):
                 raise RuntimeError(
-                    "cache: some layers have a state that cannot go back; assisted decoding needs a model "
-                    "without such layers"
+                    "cache: cannot roll back, as a convolutional or recurrent state does not record its past; assisted "
+                    "decoding needs a model without such states"
                 )
             counts: int | Tensor = columns
-            if state.history.padded:
-                present = state.history.present(state.tokens_seen - columns, state.tokens_seen)
-                if present is None:
-                    raise RuntimeError(f"cache: it is not known any more where there was padding {columns} tokens back")
-                counts = present.sum(dim=1)
-            self.roll_back(counts)
-            state.tokens_seen -= columns
+            if state.history.has_padding:
+                token_mask = state.history.token_mask(state.num_columns - columns, state.num_columns)
+                if token_mask is None:
+                    recorded = state.num_columns - state.history.oldest_column
+                    raise RuntimeError(
+                        f"cache: can roll back {recorded} columns of a batch with padding, got {columns}; the padding "
+                        "of earlier ones is not recorded"
+                    )
+                counts = token_mask.sum(dim=1)
+            self.rollback(counts)
+            state.num_columns -= columns
         for layer in self._state_layers:
             if layer.record_past:
                 LinearAttentionLayer.crop(layer, -columns)
 
-    def can_roll_back(self, counts: Tensor, rows: Tensor) -> bool:
-        """Whether ``counts[i]`` tokens, int64, can be taken back of row ``rows[i]``; columns are left as they are."""
+    def can_rollback(self, counts: Tensor, rows: Tensor) -> bool:
+        """Whether row ``rows[i]`` can be rolled back by ``counts[i]`` tokens, both int64."""
         if self.has_states and counts.any():
             return False
         rows = rows.to(self.seen.device)
-        return bool((counts.to(rows.device) <= self.state.ring.max_rollback(self._headroom)[rows]).all())
+        max_rollback = self.state.counter_ring.max_rollback(self._effective_headroom)
+        return bool((counts.to(rows.device) <= max_rollback[rows]).all())
 
-    def roll_back(self, counts: int | Tensor) -> None:
-        """Forget the last ``counts`` tokens of every row, int64 ``[batch]``; columns are left as they are.
+    def rollback(self, counts: int | Tensor) -> None:
+        """Remove the last ``counts`` tokens of each row, int64 ``[batch]``; the column count does not change.
 
-        Raises RuntimeError, with nothing changed, if they cannot all be taken back: `can_roll_back`.
+        Raises RuntimeError, with nothing changed, if not `can_rollback`.
         """
-        self.state.ring.rollback(counts, headroom=self._headroom)
-        self.state.note_rolled_back(counts)
+        self.state.counter_ring.rollback(counts, headroom=self._effective_headroom)
+        self.state.note_rollback(counts)
 
     @property
-    def _headroom(self) -> int | None:
-        # While no ring has gone round, nothing was overwritten.
+    def _effective_headroom(self) -> int | None:
+        # Until the smallest ring wraps around, no token has been overwritten. None: the headroom of the layout.
         smallest = min(layer.layout.slots for layer in self._sink_layers)
-        return None if self.state.peak > smallest else smallest
+        return None if self.state.peak_columns > smallest else smallest
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was."""
         super().reorder_cache(beam_idx)
-        self.state.select_rows(beam_idx)
+        self.state.take_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row ``repeats`` times, one copy after the other: several continuations of one stream."""
+        """Repeat each row ``repeats`` times, its copies next to each other: several continuations of one stream."""
         if repeats < 1:
             raise ValueError(f"repeats: expected 1 or more, got {repeats}")
         if self.seen is not None:
@@ -258,16 +270,16 @@ class SinkCache(Cache):
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Row i becomes what row ``indices[i]`` was, int64 ``[rows]``: streams are dropped, copied or both.
+        """Row i becomes what row ``indices[i]`` was, int64 ``[rows]``: drops streams, copies them, or both.
 
-        Raises ValueError or TypeError, with nothing changed, for indices that are none of rows, or for more rows than
-        ``max_batch_size``.
+        A bool mask ``[batch]`` keeps the rows where it is True. Raises ValueError, with nothing changed, for indices
+        out of range or more rows than ``max_batch_size``.
         """
         if self.seen is None:
             return
         indices = self._check_rows(indices)
         self._take_rows(indices)
-        self.state.select_rows(indices)
+        self.state.take_rows(indices)
 
     def _check_rows(self, indices: Tensor) -> Tensor:
         rows = len(self.seen)
@@ -286,25 +298,25 @@ class SinkCache(Cache):
     def _take_rows(self, indices: Tensor) -> None:
         for layer in self.layers:
             if isinstance(layer, LinearAttentionCacheLayerMixin):
-                LinearAttentionLayer.reorder_cache(layer, indices)  # which takes any number of rows
-        # The ring whose counters the others share comes first.
-        for layer in sorted(self._sink_layers, key=lambda layer: layer.ring is not self.state.ring):
+                LinearAttentionLayer.reorder_cache(layer, indices)  # accepts another number of rows
+        # First the ring that owns the counters, because the others then take the new ones from it.
+        for layer in sorted(self._sink_layers, key=lambda layer: layer.ring is not self.state.counter_ring):
             layer.take_rows(indices)
 
     def reset(self) -> None:
-        """Start all streams anew, in the same memory."""
+        """Start new streams in the same memory."""
         super().reset()
         self.state.clear()
 
 
 def check_cache(patch: ModelPatch, name: str, cache: Any) -> None:
-    """Raise TypeError or ValueError unless ``cache``, the argument ``name`` of a call, is None or of this patch."""
+    """Raise TypeError or ValueError unless ``cache``, passed as argument ``name``, is None or made for this patch."""
     if cache is None:
         return
     if not isinstance(cache, SinkCache):
         raise TypeError(
-            f"{name}: expected a sinkattn.SinkCache or None, got {type(cache).__name__}; if you gave none, it is "
-            "from what holds the enabled model: enable the outer model instead, or give it a SinkCache; prefix "
+            f"{name}: expected a sinkattn.SinkCache or None, got {type(cache).__name__}; if you passed none, the "
+            "model around the enabled one made it: enable the outer model instead, or give it a SinkCache; prefix "
             "tuning is not supported"
         )
     if cache.patch_id != patch.id:

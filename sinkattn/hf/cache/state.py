@@ -1,4 +1,4 @@
-"""State that all layers of a `SinkCache` share."""
+"""State that all layers of a `SinkCache` share. Terms such as column, stream and token mask: `sinkattn.hf.cache`."""
 
 from __future__ import annotations
 
@@ -9,149 +9,159 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sinkattn.hf.cache.id_history import UNKNOWN, IdHistory
+from sinkattn.hf.cache.id_history import UNKNOWN_ID, IdHistory
 from sinkattn.ops import RingLayout
 from sinkattn.ring_cache import RingKVCache
 
 
 @dataclass
 class SharedCacheState:
-    """What the layers of a cache share."""
+    """How far the streams are, the forward and the `generate` call in progress, and what the next call has to know."""
 
     layout: RingLayout
-    """Of the layers with full attention."""
+    """Ring layout of the layers with full attention."""
     history: IdHistory
     """Ids that the streams were fed."""
-    tokens_seen: int = 0
-    """Columns that every row was fed, padding included: without any, the host's copy of the ring's `seen`."""
-    peak: int = 0
-    """The most columns that were ever written, whether they count or not."""
-    ring: RingKVCache | None = None
-    """The ring whose counters all layers use."""
-    model_ids: Tensor | None = None
-    """Ids that the whole model was given in the forward under way, for a decoder that gets embeddings."""
-    only_ids: bool = True
-    """The model was never given anything that ids do not say, like pictures."""
-    forward_ids: Tensor | None = None
-    """Ids of the forward under way; None if nobody has them."""
-    num_new_tokens: int | None = None
-    """Columns of the forward under way; None between forwards."""
+    counter_ring: RingKVCache | None = None
+    """Ring that owns ``seen``, the token counters that all rings share; None without any ring yet."""
+    num_columns: int = 0
+    """Columns fed so far, padding included. Without padding, the host's copy of ``seen``."""
+    peak_columns: int = 0
+    """Largest number of columns ever written to the rings, by failed forwards too; a rollback does not lower it."""
     unusable_reason: str | None = None
-    """Why the streams cannot go on, as a message."""
-    can_replay: bool = True
-    """Streams that cannot go on can be fed anew."""
+    """Error message if the streams cannot continue."""
+
+    model_ids: Tensor | None = None
+    """Ids passed to the whole model, for its decoder's next forward, which may get embeddings only."""
+    only_ids: bool = True
+    """Whether the model never got inputs that ids do not describe, such as images."""
+    forward_ids: Tensor | None = None
+    """Ids of the forward in progress; None if unknown."""
+    num_new_tokens: int | None = None
+    """Columns of the forward in progress; None between forwards."""
+
     in_generate: bool = False
-    """`generate` runs: masks of past columns are its own."""
-    interrupted: bool = False
-    """The last `generate` has begun, and did not come to its end."""
-    generate_start: int | None = None
-    """Column from which `generate`, which may know the new ones alone, counts; None if that is the stream's own."""
-    pending_plan: Callable[[], None] | None = None
-    """What the first forward of `generate` has to do first."""
+    """Whether `generate` is running; it makes the mask of past columns itself."""
+    pending_update: Callable[[], None] | None = None
+    """Brings the cache to where the prompt of `generate` continues it; called by the first forward."""
+    generate_offset: int | None = None
+    """Columns before the prompt of the running `generate`, which counts from there.
+
+    None outside of `generate` and for a new stream.
+    """
+    generate_interrupted: bool = False
+    """Whether the last `generate` has run its first forward, but did not finish."""
+    fed_ahead: tuple[Tensor, Tensor] | None = None
+    """All ids of `generate` and a mask of those that the streams have already, ``[batch, columns]`` each.
+
+    Set while some rows have tokens of columns that are still to be fed to others.
+    """
     ended_rows: Tensor | None = None
-    """Rows that `generate` feeds padding because they have ended: bool ``[batch]``."""
+    """Rows that have ended and get padding from `generate`: bool ``[batch]``."""
     unfed_padding: tuple[Tensor, int] | None = None
-    """Rows whose last returned id, not fed yet, is such padding, bool ``[batch]``; and the id of padding."""
-    already_fed: tuple[Tensor, Tensor] | None = None
-    """All ids that `generate` has, and which are tokens of the streams already, ``[batch, columns]`` each."""
-    last_given: Tensor | None = None
-    """Tokens of every row before and after what `generate` was last given, int64 ``[batch, 2]``, on the device."""
+    """Rows whose last id returned by `generate`, not fed yet, is padding: bool ``[batch]``; and the padding id."""
+    last_prompt_span: Tensor | None = None
+    """Token numbers in each stream where the last prompt of `generate` begins and ends: int64 ``[batch, 2]``, CPU."""
+    can_prefill_again: bool = True
+    """Whether `generate` may reset streams that cannot continue, and prefill all of its ids again."""
 
     def check_past_mask(self, past: Tensor) -> None:
-        """Check the part of a mask, ``[batch, columns]``, that is about columns which the streams have been fed.
+        """Raise ValueError if a mask of past columns, ``[batch, columns]``, is not the one that they were fed with.
 
-        Of those in sight, for the mask may be as long as the stream. Raises ValueError.
+        Only recorded columns are compared, because the mask may be as long as the stream.
         """
-        if self.in_generate or past.shape[1] != self.tokens_seen or not self.tokens_seen:
+        if self.in_generate or past.shape[1] != self.num_columns or not self.num_columns:
             return
-        begin = self.history.oldest
+        begin = self.history.oldest_column
         past = past[:, begin:] != 0
-        present = self.history.present(begin, self.tokens_seen)
-        if not torch.equal(present, past):
-            row, column = (present != past).nonzero()[0].tolist()
+        token_mask = self.history.token_mask(begin, self.num_columns)
+        if not torch.equal(token_mask, past):
+            row, column = (token_mask != past).nonzero()[0].tolist()
             raise ValueError(
-                f"attention_mask: expected {int(present[row, column])} in row {row} at token {begin + column} of the "
-                f"past, as it was fed, got {int(past[row, column])}"
+                f"attention_mask: expected {int(token_mask[row, column])} in row {row}, column {begin + column}, as "
+                f"when that column was fed, got {int(past[row, column])}"
             )
 
-    def continue_at(self, column: int, ids: Tensor, fed: Tensor) -> None:
-        """Count columns as `generate` does: what it feeds begins with ``column``.
+    def renumber_columns(self, column: int, ids: Tensor, fed: Tensor) -> None:
+        """Number columns as the ids of `generate`, which are fed from ``column`` on.
 
-        ids int64, fed bool ``[batch, tokens]``: all ids that it has, and which are tokens of the streams already. Some
-        rows may be further than others.
+        Args:
+            column: the next column; every row has its tokens before it.
+            ids: int64 ``[batch, columns]``, all ids of `generate`.
+            fed: bool ``[batch, columns]``, ids that the streams have already; some rows may have more than others.
         """
-        device = self.history.first.device
+        device = self.history.prefix_ids.device
         ids, fed = ids.to(device), fed.to(device)
         self.history.renumber_columns(ids[:, :column], fed[:, :column])
-        self.tokens_seen = column
-        self.peak = max(self.peak, column)
+        self.num_columns = column
+        self.peak_columns = max(self.peak_columns, column)
         if fed[:, column:].any():
-            self.already_fed = (ids, fed)
+            self.fed_ahead = (ids, fed)
 
-    def catch_up(self) -> None:
-        """Count the columns in which some rows are further than others, if what was to be fed there never came."""
-        if self.already_fed is not None:
-            (ids, fed), self.already_fed, begin = self.already_fed, None, self.tokens_seen
+    def count_columns_ahead(self) -> None:
+        """Count the columns of `fed_ahead` that `generate` has not fed, as padding in the rows that lack them."""
+        if self.fed_ahead is not None:
+            (ids, fed), self.fed_ahead, begin = self.fed_ahead, None, self.num_columns
             end = int(fed.any(dim=0).nonzero()[-1]) + 1
             if begin < end:
                 self.history.record_columns(begin, ids[:, begin:end], fed[:, begin:end])
-                self.tokens_seen = end
-                self.peak = max(self.peak, end)
+                self.num_columns = end
+                self.peak_columns = max(self.peak_columns, end)
 
-    def mark_unusable(self, why: str, column: int, ids: Tensor, present: Tensor) -> None:
-        """Let no stream go on until `generate` is given all of them; columns from ``column`` on are as given here.
+    def mark_unusable(self, reason: str, column: int, ids: Tensor, token_mask: Tensor) -> None:
+        """Refuse forwards until `generate` is given all ids of the streams.
 
-        ids, present: ``[batch, tokens]`` ids, and which are no padding.
+        The columns from ``column`` on are recorded as these ids, ``[batch, columns]``, without being in the rings, so
+        that `generate` can match its ids with them.
         """
-        device = self.history.first.device
-        self.unusable_reason = why
-        self.history.record_columns(column, ids.to(device), present.to(device))
-        self.tokens_seen = column + ids.shape[1]
+        device = self.history.prefix_ids.device
+        self.unusable_reason = reason
+        self.history.record_columns(column, ids.to(device), token_mask.to(device))
+        self.num_columns = column + ids.shape[1]
 
-    def note_ended(self, rows: Tensor, last: Tensor) -> None:
-        """Note which rows ended before others, bool ``[batch]``, and so were given padding as their ``last`` id."""
+    def note_ended_rows(self, rows: Tensor, last_ids: Tensor) -> None:
+        """Note the rows, bool ``[batch]``, that ended early, so that padding is their last id: ``[batch]``."""
         if rows.any():
-            self.unfed_padding = (rows, int(last[rows][0]))
+            self.unfed_padding = (rows, int(last_ids[rows][0]))
 
-    def count_columns(self, token_mask: Tensor | None, seen: Tensor) -> None:
-        """Count the columns of the forward that ends, and note their ids.
+    def commit_columns(self, token_mask: Tensor | None, seen: Tensor) -> None:
+        """Count the columns of the forward in progress, which ends, and record their ids.
 
-        token_mask: bool ``[batch, tokens]``, False for padding; None without padding. seen: int64 ``[batch]`` tokens of
-        each row before.
+        token_mask: bool ``[batch, tokens]``, None without padding. seen: int64 ``[batch]``, tokens of each row before.
         """
-        before, index = None, None
-        ids, tokens, begin = self.forward_ids, self.num_new_tokens, self.tokens_seen
+        already_fed, column_index = None, None
+        ids, tokens, begin = self.forward_ids, self.num_new_tokens, self.num_columns
         if ids is None:
-            ids = torch.full((len(seen), tokens), UNKNOWN, device=seen.device)
-        if token_mask is not None and self.already_fed is not None:
-            before = self.already_fed[1][:, begin : begin + tokens]
-            before = functional.pad(before, (0, tokens - before.shape[1]))
+            ids = torch.full((len(seen), tokens), UNKNOWN_ID, device=seen.device)
+        if token_mask is not None and self.fed_ahead is not None:
+            already_fed = self.fed_ahead[1][:, begin : begin + tokens]
+            already_fed = functional.pad(already_fed, (0, tokens - already_fed.shape[1]))
         if torch.compiler.is_dynamo_compiling() and tokens <= self.history.capacity:
-            index = seen[0] + torch.arange(tokens, device=seen.device)
-        self.history.record(begin, seen, ids, token_mask, before=before, index=index)
-        self.tokens_seen += tokens
-        self.peak = max(self.peak, self.tokens_seen)
+            column_index = seen[0] + torch.arange(tokens, device=seen.device)
+        self.history.record(begin, seen, ids, token_mask, already_fed=already_fed, column_index=column_index)
+        self.num_columns += tokens
+        self.peak_columns = max(self.peak_columns, self.num_columns)
         self.num_new_tokens = self.forward_ids = self.unfed_padding = None
 
-    def note_rolled_back(self, counts: int | Tensor) -> None:
+    def note_rollback(self, counts: int | Tensor) -> None:
         """Note that the last ``counts`` tokens of each row, int64 ``[batch]``, were rolled back."""
         if self.unfed_padding is not None:
-            rows, last = self.unfed_padding
-            self.unfed_padding = (rows & (torch.as_tensor(counts, device=rows.device) == 0), last)
+            rows, padding_id = self.unfed_padding
+            self.unfed_padding = (rows & (torch.as_tensor(counts, device=rows.device) == 0), padding_id)
 
-    def select_rows(self, index: Tensor) -> None:
-        """Row i becomes what row ``index[i]`` was, in all that is noted of rows."""
+    def take_rows(self, index: Tensor) -> None:
+        """Row i becomes what row ``index[i]`` was, in all per-row state but the rings."""
         self.history.take_rows(index)
-        if self.last_given is not None:
-            self.last_given = self.last_given[index.to(self.last_given.device)]
+        if self.last_prompt_span is not None:
+            self.last_prompt_span = self.last_prompt_span[index.to(self.last_prompt_span.device)]
         if self.unfed_padding is not None:
-            rows, token = self.unfed_padding
-            self.unfed_padding = rows[index.to(rows.device)], token
+            rows, padding_id = self.unfed_padding
+            self.unfed_padding = rows[index.to(rows.device)], padding_id
 
     def clear(self) -> None:
         """Forget all streams."""
         self.history.clear()
-        self.tokens_seen = self.peak = 0
-        self.only_ids = self.can_replay = True
-        self.interrupted = False
-        self.already_fed = self.unusable_reason = self.unfed_padding = self.last_given = self.model_ids = None
+        self.num_columns = self.peak_columns = 0
+        self.only_ids = self.can_prefill_again = True
+        self.generate_interrupted = False
+        self.fed_ahead = self.unusable_reason = self.unfed_padding = self.last_prompt_span = self.model_ids = None

@@ -1,1 +1,1 @@
-"""`generate` of enabled models: how it continues a stream (continuation, matching), beams, rows that ended early."""
+"""`generate` of enabled models: continuing streams (continuation, matching), beam search, rows that end early."""

@@ -1,4 +1,4 @@
-"""Assisted decoding: refused before anything runs if the headroom is too small for its rollbacks."""
+"""Checks assisted decoding before it runs: the headroom must suffice for its rollbacks."""
 
 from __future__ import annotations
 
@@ -10,46 +10,48 @@ from transformers import PreTrainedModel
 from sinkattn.hf.generation.options import call_setting
 from sinkattn.hf.model_patch import get_patch
 
-# Tokens that an assistant proposes at once if its configuration does not say: transformers' own default.
-ASSISTANT_TOKENS = 20
+# Candidates per step of an assistant whose generation config does not set them: the default of transformers.
+DEFAULT_ASSISTANT_TOKENS = 20
 
 
 def num_lookup_tokens(model: PreTrainedModel, kwargs: dict[str, Any]) -> int:
-    """Tokens that prompt lookup proposes at once; 0 without it."""
+    """Candidates per step of prompt lookup; 0 without it."""
     return call_setting(model, kwargs, "prompt_lookup_num_tokens") or 0
 
 
 def check_assistant(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    """Refuse ways of assisted decoding that cannot work, and a headroom too small for their rollbacks."""
+    """Raise ValueError for assisted decoding that an enabled model does not support, or that needs more headroom."""
     option = partial(call_setting, model, kwargs)
     if option("assistant_early_exit"):
-        raise ValueError("assistant_early_exit: an enabled model runs all of its layers; use an assistant_model")
-    candidates = num_lookup_tokens(model, kwargs)
+        raise ValueError(
+            "assistant_early_exit: an enabled model runs all of its layers; use an assistant_model instead"
+        )
+    num_candidates = num_lookup_tokens(model, kwargs)
     if (assistant := kwargs.get("assistant_model")) is not None:
         if "heuristic" in (assistant.generation_config.num_assistant_tokens_schedule or ""):
             raise ValueError(
-                "assistant_model: expected a num_assistant_tokens_schedule of 'constant', for the headroom is, got "
-                f"{assistant.generation_config.num_assistant_tokens_schedule!r}"
+                "assistant_model: expected a num_assistant_tokens_schedule of 'constant', as the headroom is fixed, "
+                f"got {assistant.generation_config.num_assistant_tokens_schedule!r}"
             )
         if kwargs.get("assistant_tokenizer") is not None and not option("do_sample"):
             raise ValueError(
-                "assistant_tokenizer: without sampling, an assistant proposes text, which may be any number of this "
-                "model's tokens, and no headroom is enough for certain; expected do_sample=True, or an assistant with "
-                "the same tokenizer"
+                "assistant_tokenizer: without sampling, an assistant proposes text of any number of this model's "
+                "tokens, so no headroom is always enough; expected do_sample=True, or an assistant with the same "
+                "tokenizer"
             )
-        proposed = assistant.generation_config.num_assistant_tokens or ASSISTANT_TOKENS
-        candidates = max(candidates, proposed)
+        num_proposed = assistant.generation_config.num_assistant_tokens or DEFAULT_ASSISTANT_TOKENS
+        num_candidates = max(num_candidates, num_proposed)
         if get_patch(assistant) is not None:
-            _check_headroom(assistant, proposed, "assistant_model")
+            _check_headroom(assistant, num_proposed, "assistant_model")
     if option("use_mtp"):
-        candidates = max(candidates, getattr(model.config.get_text_config(), "num_mtp_layers", None) or 0)
-    _check_headroom(model, candidates, "model")
+        num_candidates = max(num_candidates, getattr(model.config.get_text_config(), "num_mtp_layers", None) or 0)
+    _check_headroom(model, num_candidates, "model")
 
 
-def _check_headroom(model: PreTrainedModel, candidates: int, name: str) -> None:
+def _check_headroom(model: PreTrainedModel, num_candidates: int, name: str) -> None:
     headroom = get_patch(model).layout.headroom
-    if candidates > headroom:
+    if num_candidates > headroom:
         raise ValueError(
-            f"headroom: expected {candidates} or more, as assisted decoding takes back so many tokens, got {headroom}; "
-            f"call sinkattn.enable({name}, ..., headroom={candidates})"
+            f"headroom: expected {num_candidates} or more, as assisted decoding rolls back so many tokens, got "
+            f"{headroom}; call sinkattn.enable({name}, ..., headroom={num_candidates})"
         )

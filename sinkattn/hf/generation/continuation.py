@@ -1,8 +1,8 @@
-"""How `generate` goes on with streams: from new tokens alone, or from all tokens of the streams and more.
+"""Plans how `generate` continues streams: from only new ids, or from all ids of the streams and more.
 
-All tokens of a conversation are often encoded anew, and are then not quite those that the streams were fed: a template
-drops a part of a reply, a tokenizer cuts it otherwise, or beam search returned another hypothesis than the one that is
-in the cache. What they have in common is kept, and the rest is fed anew.
+A conversation that is tokenized again often differs from what the streams were fed: a chat template drops a part of a
+reply, the tokenizer splits it differently, or beam search returned another hypothesis than the cache holds. The common
+prefix is kept, and the rest is fed again. `matching` finds the common prefix.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from sinkattn.hf.inputs import check_positions
 
 
 class ContinuationPlan(NamedTuple):
-    """How a call of `generate` goes on with streams."""
+    """How a call of `generate` continues streams."""
 
     mask: Tensor
-    """Which of its ids are no padding and not in the streams yet, int64 ``[rows, tokens]``."""
-    begin: int
-    """The first column of its ids that is fed."""
-    start: int
-    """Column of the streams in which the first id will stand that it generates."""
-    carry_out: Callable[[], None]
-    """Brings the cache to where this call begins; until then it is left as it is."""
+    """Token mask of its ids that leaves out those in the streams already, int64 ``[rows, tokens]``."""
+    feed_from: int
+    """First column of its ids to feed."""
+    generated_from: int
+    """Column of the streams that the first generated id will have."""
+    update_cache: Callable[[], None]
+    """Brings the cache to where this call continues it; nothing is changed until then."""
 
 
 def plan_continuation(
@@ -39,76 +39,76 @@ def plan_continuation(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     *,
-    name: str,
+    cache_name: str,
     repeats: int,
-    new_ids_only: str | None,
-    can_replay: bool,
-    padding: Tensor | None,
+    needs_new_ids: str | None,
+    can_prefill_again: bool,
+    unfed_padding: Tensor | None,
 ) -> ContinuationPlan:
-    """Plan how a call of `generate` goes on with streams that have seen tokens; changes nothing.
+    """Plan how a call of `generate` continues streams that are not empty; changes nothing.
 
     Args:
-        cache: the streams. It will have a row for each row of ids and repetition.
-        ids: ``[rows, tokens]`` new tokens, or all of the streams; or new embeddings, ``[rows, tokens, hidden]``.
-        attention_mask: of ``ids``; or of the past and ``ids``, which says that they are new.
-        position_ids: checked.
-        name: of the cache among the arguments, for errors.
-        repeats: rows that each row of ids becomes (beams, returned sequences).
-        new_ids_only: refuse ids that are not new, for what this names feeds all that it is given.
-        can_replay: whether ids are all there is; if not, nothing can be fed anew.
-        padding: what `generate` gave rows that ended, as it comes in ``ids``: an id, or an embedding.
+        cache: the streams. The plan repeats its rows, so that it has ``repeats`` rows for each row of ids.
+        ids: ``[rows, tokens]``, only new ids or all ids of the streams; or ``[rows, tokens, hidden]``, new embeddings.
+        attention_mask: of ``ids``; or of the past columns and ``ids``, which are new ids then.
+        position_ids: checked against the positions of the plan.
+        cache_name: name of the cache argument, for error messages.
+        repeats: rows of the cache for each row of ids (beams, returned sequences).
+        needs_new_ids: name of an option of the call that works only with new ids; None if there is none.
+        can_prefill_again: whether all ids may be fed again after a reset.
+        unfed_padding: the padding of ``SharedCacheState.unfed_padding``, as an id or an embedding like ``ids``.
 
     Raises:
-        ValueError: ids that can neither be new nor those of the streams, saying which token differs.
-        RuntimeError: streams that cannot go on.
+        ValueError: ids that could be new or those of the streams, naming the token that differs.
+        RuntimeError: the streams cannot continue.
     """
     rows, tokens = ids.shape[:2]
-    keep = _mask(attention_mask, cache, rows, tokens)
-    cache.check_padding(keep)
-    on_cpu = ids.cpu()
+    token_mask = _input_mask(attention_mask, cache, rows, tokens)
+    cache.check_padding(token_mask)
+    ids_on_cpu = ids.cpu()
     matches = None
     if ids.ndim == 2 and (attention_mask is None or attention_mask.shape[1] == tokens):
-        matches = match_rows(cache, on_cpu, keep)
+        matches = match_rows(cache, ids_on_cpu, token_mask)
     if matches is None:
         cache.check_usable()
         if rows != len(cache.seen):
             raise ValueError(
-                f"{name}: holds {len(cache.seen)} streams, got new ids of {rows}; repeat or select its rows first "
-                "(batch_repeat_interleave, batch_select_indices), or give all ids of the streams"
+                f"{cache_name}: holds {len(cache.seen)} streams, got new ids of {rows}; repeat or select its rows "
+                "first (batch_repeat_interleave, batch_select_indices), or pass all ids of the streams"
             )
-        if cache.state.unfed_padding is not None and padding is not None and tokens > 1:
-            is_padding = (on_cpu[:, 0] == padding.cpu()).view(rows, -1).all(dim=1)
-            keep[:, 0] &= ~(cache.state.unfed_padding[0].cpu() & is_padding)
+        if cache.state.unfed_padding is not None and unfed_padding is not None and tokens > 1:
+            is_padding = (ids_on_cpu[:, 0] == unfed_padding.cpu()).view(rows, -1).all(dim=1)
+            token_mask[:, 0] &= ~(cache.state.unfed_padding[0].cpu() & is_padding)
         seen, first_position = cache.seen.cpu(), cache.seen.cpu().unsqueeze(1)
-        plan = ContinuationPlan(keep, 0, cache.tokens_seen + tokens, partial(_repeat, cache, repeats))
-    elif new_ids_only is not None:
+        plan = ContinuationPlan(token_mask, 0, cache.tokens_seen + tokens, partial(_repeat_rows, cache, repeats))
+    elif needs_new_ids is not None:
         raise ValueError(
-            f"input_ids: expected the new ids alone, for {new_ids_only} in transformers feeds all that it is given; "
+            f"input_ids: expected only new ids, because {needs_new_ids} in transformers feeds all ids that it gets, "
             f"got those of the whole stream ({tokens})"
         )
     else:
-        plan, seen = _join(cache, on_cpu, matches, repeats, can_replay)
+        plan, seen = _plan_full_sequences(cache, ids_on_cpu, matches, repeats, can_prefill_again)
         first_position = torch.zeros(1, 1, dtype=torch.int64)
     if position_ids is not None:
-        positions = first_position + (keep.cumsum(dim=1) - 1).clamp(min=0)
-        given = position_ids.shape[-1]
-        check_positions(position_ids.cpu(), positions[:, -given:], keep[:, -given:])
-    return record_given(cache, plan._replace(mask=plan.mask.to(ids.device, torch.int64)), seen, repeats)
+        positions = first_position + (token_mask.cumsum(dim=1) - 1).clamp(min=0)
+        num_positions = position_ids.shape[-1]
+        check_positions(position_ids.cpu(), positions[:, -num_positions:], token_mask[:, -num_positions:])
+    return record_prompt_span(cache, plan._replace(mask=plan.mask.to(ids.device, torch.int64)), seen, repeats)
 
 
-def record_given(cache: SinkCache, plan: ContinuationPlan, seen: Tensor, repeats: int) -> ContinuationPlan:
-    """Let a plan note what it gives the streams, which have ``seen`` so many tokens then, int64 ``[rows]``."""
+def record_prompt_span(cache: SinkCache, plan: ContinuationPlan, seen: Tensor, repeats: int) -> ContinuationPlan:
+    """The plan, with an update that also records the prompt's span; its rows begin at ``seen``, int64 ``[rows]``."""
 
-    def carry_out() -> None:
-        plan.carry_out()
-        after = seen + plan.mask[:, plan.begin :].sum(dim=1).to(seen.device)
-        cache.state.last_given = torch.stack((seen, after), dim=1).repeat_interleave(repeats, dim=0)
+    def update_cache() -> None:
+        plan.update_cache()
+        end = seen + plan.mask[:, plan.feed_from :].sum(dim=1).to(seen.device)
+        cache.state.last_prompt_span = torch.stack((seen, end), dim=1).repeat_interleave(repeats, dim=0)
 
-    return plan._replace(carry_out=carry_out)
+    return plan._replace(update_cache=update_cache)
 
 
-def _mask(attention_mask: Tensor | None, cache: SinkCache, rows: int, tokens: int) -> Tensor:
-    """Which of the ids are no padding: bool ``[rows, tokens]``, on the CPU."""
+def _input_mask(attention_mask: Tensor | None, cache: SinkCache, rows: int, tokens: int) -> Tensor:
+    """Token mask of the ids, bool ``[rows, tokens]``, on the CPU; checks the mask of past columns if there is one."""
     if attention_mask is None:
         return torch.ones(rows, tokens, dtype=torch.bool)
     past = cache.tokens_seen
@@ -122,57 +122,62 @@ def _mask(attention_mask: Tensor | None, cache: SinkCache, rows: int, tokens: in
     return (attention_mask[:, -tokens:] != 0).cpu()
 
 
-def _repeat(cache: SinkCache, repeats: int) -> None:
+def _repeat_rows(cache: SinkCache, repeats: int) -> None:
     if repeats > 1:
         cache.batch_repeat_interleave(repeats)
 
 
-def _join(
-    cache: SinkCache, ids: Tensor, matches: list[Match], repeats: int, can_replay: bool
+def _plan_full_sequences(
+    cache: SinkCache, ids: Tensor, matches: list[Match], repeats: int, can_prefill_again: bool
 ) -> tuple[ContinuationPlan, Tensor]:
-    """Plan for all ids of the streams; returns tokens of each row that are not fed anew, too, int64 ``[rows]``."""
+    """Plan for all ids of the streams and more: rolls back what differs, or resets the cache if it cannot.
+
+    Returns the plan, and the tokens of each row that are kept, int64 ``[rows]``.
+    """
     tokens = ids.shape[1]
-    keep, begins, back = torch.stack([match.keep for match in matches]), [], []
+    token_mask, feed_from, rollback = torch.stack([match.token_mask for match in matches]), [], []
     for match in matches:
-        begin, common = match.begin, match.common
-        if begin == tokens:  # there has to be something to feed
-            begin, common = begin - 1, common - 1
-        begins.append(begin)
-        back.append(match.fed.seen - common)
-    begins, back = torch.tensor(begins), torch.tensor(back)
-    rows = torch.tensor([match.fed.row for match in matches])
-    furthest = int(back.max())
-    # States can neither go back nor leave out what they have had.
-    goes_on = cache.usable and not (cache.has_states and (furthest or len(set(begins.tolist())) > 1))
-    goes_on = goes_on and cache.can_roll_back(back, rows)
-    if not can_replay and (furthest or not goes_on):
+        column, num_common = match.feed_from, match.num_common
+        if column == tokens:  # feed at least the last one
+            column, num_common = column - 1, num_common - 1
+        feed_from.append(column)
+        rollback.append(match.cached_row.seen - num_common)
+    feed_from, rollback = torch.tensor(feed_from), torch.tensor(rollback)
+    rows = torch.tensor([match.cached_row.row for match in matches])
+    longest_rollback = int(rollback.max())
+    # States can neither be rolled back nor skip tokens that they have seen.
+    can_continue = cache.is_usable and not (cache.has_states and (longest_rollback or len(set(feed_from.tolist())) > 1))
+    can_continue = can_continue and cache.can_rollback(rollback, rows)
+    if not can_prefill_again and (longest_rollback or not can_continue):
         cache.check_usable()
-        row = int(back.argmax())
+        row = int(rollback.argmax())
         raise ValueError(
-            f"{difference_message(row, matches[row], ids[row])}; with other inputs than ids nothing is fed anew"
+            f"{difference_message(row, matches[row], ids[row])}; a prompt cannot be prefilled again with other inputs "
+            "than ids"
         )
-    begin = int(begins.min()) if goes_on else 0
-    if not goes_on:
+    first_column = int(feed_from.min()) if can_continue else 0
+    if not can_continue:
         remedy = ""
-        if cache.usable and not cache.has_states:
-            remedy = f"; sinkattn.enable(model, ..., headroom={furthest}) would have spared that"
+        if cache.is_usable and not cache.has_states:
+            remedy = f"; sinkattn.enable(model, ..., headroom={longest_rollback}) would avoid this"
         warnings.warn(
-            f"all {tokens} tokens are fed anew, for they differ from those of the stream{remedy}",
+            f"all {tokens} tokens are prefilled again, because they differ from those of the stream{remedy}",
             RuntimeWarning,
             stacklevel=4,
         )
-        begins, back = torch.zeros_like(begins), torch.tensor([match.fed.seen for match in matches])
-    fed = keep & (torch.arange(tokens) < begins.unsqueeze(1))
-    rows, back_of_rows = rows.repeat_interleave(repeats), back.repeat_interleave(repeats)
+        feed_from = torch.zeros_like(feed_from)
+        rollback = torch.tensor([match.cached_row.seen for match in matches])
+    fed = token_mask & (torch.arange(tokens) < feed_from.unsqueeze(1))
+    new_rows, new_rollback = rows.repeat_interleave(repeats), rollback.repeat_interleave(repeats)
 
-    def carry_out() -> None:
-        if rows.tolist() != list(range(len(cache.seen))):
-            cache.batch_select_indices(rows)
-        if goes_on:
-            cache.roll_back(back_of_rows.to(cache.seen.device))
-            cache.state.continue_at(begin, *(x.repeat_interleave(repeats, dim=0) for x in (ids, fed)))
+    def update_cache() -> None:
+        if new_rows.tolist() != list(range(len(cache.seen))):
+            cache.batch_select_indices(new_rows)
+        if can_continue:
+            cache.rollback(new_rollback.to(cache.seen.device))
+            cache.state.renumber_columns(first_column, *(x.repeat_interleave(repeats, dim=0) for x in (ids, fed)))
         else:
             cache.reset()
 
-    seen = torch.tensor([match.fed.seen for match in matches]) - back
-    return ContinuationPlan(keep & ~fed, begin, tokens, carry_out), seen
+    kept = torch.tensor([match.cached_row.seen for match in matches]) - rollback
+    return ContinuationPlan(token_mask & ~fed, first_column, tokens, update_cache), kept

@@ -1,4 +1,8 @@
-"""Which row of a cache a row of ids goes on with, and where the two differ."""
+"""Matches each row of ids passed to `generate` with the row of the cache whose stream it continues.
+
+Ids either repeat a stream and extend it, perhaps with differences, or are new. Which of the two is decided by what they
+have in common with the recorded ids of the stream; ids that could be either are refused.
+"""
 
 from __future__ import annotations
 
@@ -7,185 +11,225 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sinkattn.hf.cache.id_history import common_tokens, is_token
+from sinkattn.hf.cache.id_history import common_prefix_length, is_token
 from sinkattn.hf.cache.sink_cache import SinkCache
 
-# So many tokens in common, the first ones or others in a row, are no coincidence.
-NO_COINCIDENCE = 16
+# A common prefix, or a common run elsewhere, of at least this many tokens is no coincidence.
+MIN_MATCHING_RUN = 16
 
+# With fewer tokens in common, ids match a stream only if one is a prefix of the other.
+MIN_COMMON_TOKENS = 4
 
-# With fewer, ids go on with a stream only if they end with what it has.
-LEAST = 4
-
-
-# A template may end a prompt with so many tokens that it leaves out when the reply has come.
-PROMPT_END = 8
+# Tokens at the end of a prompt that a chat template may drop once the reply is there.
+MAX_DROPPED_PROMPT_TOKENS = 8
 
 
 @dataclass
 class CachedRow:
-    """What is known of one row of a cache."""
+    """What is recorded of one row of a cache."""
 
     row: int
+    """Index in the batch."""
     seen: int
-    """Tokens, without padding."""
-    numbers: Tensor
-    """Which are known, int64 ``[n]``."""
-    ids: Tensor
+    """Tokens of its stream."""
+    known_numbers: Tensor
+    """Numbers of the recorded tokens, int64 ``[n]``, ascending."""
+    known_ids: Tensor
     """Their ids, int64 ``[n]``."""
-    columns: Tensor | None
-    """What the columns in sight brought, as in `IdHistory`; None without padding."""
-    oldest: int
-    """The first of them."""
-    end: int
-    """Columns in all."""
-    given: tuple[int, int]
-    """Tokens before and after what `generate` was last given."""
-    pending: int | None
-    """The padding that it was given as its last id, if it ended before other rows; it has not been fed."""
-    usable: bool
-    """It has seen what its columns say."""
+    column_ids: Tensor | None
+    """Ids of the recorded columns, padding as in `IdHistory`; None if the batch had no padding."""
+    oldest_column: int
+    """First recorded column."""
+    num_columns: int
+    """Columns fed so far."""
+    prompt_span: tuple[int, int]
+    """Token numbers where the last prompt of `generate` begins and ends."""
+    unfed_padding_id: int | None
+    """Padding id that `generate` returned last, and did not feed, because the row ended early; else None."""
+    is_usable: bool
+    """Whether the stream can continue; if not, its last recorded columns may not be in it."""
 
 
 @dataclass
 class Match:
     """What a row of ids has in common with a row of a cache."""
 
-    fed: CachedRow
-    common: int
-    """Tokens of the stream that the ids begin with."""
-    begin: int
-    """First column of the ids that is not in common."""
-    keep: Tensor
-    """Which ids are no padding, bool ``[tokens]``."""
+    cached_row: CachedRow
+    num_common: int
+    """Tokens of their common prefix."""
+    feed_from: int
+    """First column of the ids after the common prefix."""
+    token_mask: Tensor
+    """Bool ``[tokens]``, False for padding among the ids."""
 
 
-def match_rows(cache: SinkCache, ids: Tensor, keep: Tensor) -> list[Match] | None:
-    """For each row of ids the row of the cache that it goes on with; None if they are all new.
+def match_rows(cache: SinkCache, ids: Tensor, token_mask: Tensor) -> list[Match] | None:
+    """For each row of ids, its match in the cache; None if all rows are new ids.
+
+    ids int64, token_mask bool ``[rows, tokens]``, on the CPU.
 
     Raises:
-        ValueError: neither.
+        ValueError: a row that could be new or repeat a stream, or rows of both kinds.
     """
     state, history = cache.state, cache.state.history
-    seen, end = cache.seen.tolist(), cache.tokens_seen
-    columns = history.known_columns(end) if history.padded else [None] * len(seen)
-    given = [(0, count) for count in seen] if state.last_given is None else state.last_given.tolist()
-    pending: list[int | None] = [None] * len(seen)
+    seen, num_columns = cache.seen.tolist(), cache.tokens_seen
+    column_ids = history.known_columns(num_columns) if history.has_padding else [None] * len(seen)
+    prompt_spans = [(0, count) for count in seen]
+    if state.last_prompt_span is not None:
+        prompt_spans = state.last_prompt_span.tolist()
+    unfed_padding_ids: list[int | None] = [None] * len(seen)
     if state.unfed_padding is not None:
-        ended, padding = state.unfed_padding
-        pending = [padding if has_ended else None for has_ended in ended.tolist()]
+        ended_rows, padding_id = state.unfed_padding
+        unfed_padding_ids = [padding_id if has_ended else None for has_ended in ended_rows.tolist()]
     rows = [
         CachedRow(
-            row, seen[row], *tokens, columns[row], history.oldest, end, tuple(given[row]), pending[row], cache.usable
+            row=row,
+            seen=seen[row],
+            known_numbers=known_numbers,
+            known_ids=known_ids,
+            column_ids=column_ids[row],
+            oldest_column=history.oldest_column,
+            num_columns=num_columns,
+            prompt_span=tuple(prompt_spans[row]),
+            unfed_padding_id=unfed_padding_ids[row],
+            is_usable=cache.is_usable,
         )
-        for row, tokens in enumerate(history.known_tokens(seen))
+        for row, (known_numbers, known_ids) in enumerate(history.known_tokens(seen))
     ]
-    matches = [_best(rows[row : row + 1] + rows, ids[row], keep[row]) for row in range(len(ids))]
-    # A row without any token has nothing to go on with or to differ from.
-    judged = [row for row, match in enumerate(matches) if match.fed.seen]
-    whole = {row: _goes_on(matches[row], ids[row], retried=state.interrupted) for row in judged}
-    if judged and all(whole.values()):
+    # The row with the same index first: it is taken if several are equally good.
+    matches = [_best_match(rows[row : row + 1] + rows, ids[row], token_mask[row]) for row in range(len(ids))]
+    # A row of the cache without tokens neither matches nor differs.
+    compared = [row for row, match in enumerate(matches) if match.cached_row.seen]
+    continues = {row: _continues_stream(matches[row], ids[row], retry=state.generate_interrupted) for row in compared}
+    if compared and all(continues.values()):
         return matches
-    for row, is_whole in whole.items():
+    for row, row_continues in continues.items():
         match = matches[row]
-        repeated = match.begin == ids.shape[1] and match.common == match.fed.given[1] and match.common >= LEAST
-        if not is_whole and (match.common >= NO_COINCIDENCE or repeated or any(whole.values())):
+        repeats_prompt = (
+            match.feed_from == ids.shape[1]
+            and match.num_common == match.cached_row.prompt_span[1]
+            and match.num_common >= MIN_COMMON_TOKENS
+        )
+        is_ambiguous = match.num_common >= MIN_MATCHING_RUN or repeats_prompt or any(continues.values())
+        if not row_continues and is_ambiguous:
             raise ValueError(difference_message(row, match, ids[row]))
     return None
 
 
-def _best(rows: list[CachedRow], ids: Tensor, keep: Tensor) -> Match:
-    """The best match among rows of a cache; the first of those that are equally good."""
+def _best_match(rows: list[CachedRow], ids: Tensor, token_mask: Tensor) -> Match:
+    """The match with the longest common prefix; the first of equally long ones."""
     best = None
-    for fed in rows:
-        match = _match(fed, ids, keep)
-        if best is None or match.common > best.common:
+    for cached_row in rows:
+        match = _match_row(cached_row, ids, token_mask)
+        if best is None or match.num_common > best.num_common:
             best = match
-        if best.common == best.fed.seen:
+        if best.num_common == best.cached_row.seen:
             break
     return best
 
 
-def _match(fed: CachedRow, ids: Tensor, keep: Tensor) -> Match:
-    by_token = _match_tokens(fed, ids, keep)
-    # A mask that leaves out as much as the row had padding is right, wherever that stands.
-    if fed.columns is None or (fed.usable and int(keep[: fed.end].sum()) == fed.seen):
+def _match_row(cached_row: CachedRow, ids: Tensor, token_mask: Tensor) -> Match:
+    """Match tokens by number, or by column if the mask does not mask the padding of the cached row."""
+    by_token = _match_tokens(cached_row, ids, token_mask)
+    seen, num_columns, column_ids = cached_row.seen, cached_row.num_columns, cached_row.column_ids
+    # If the mask leaves as many tokens as the row has, they can be matched by number, wherever the padding is.
+    if column_ids is None or (cached_row.is_usable and int(token_mask[:num_columns].sum()) == seen):
         return by_token
-    in_sight = torch.arange(fed.oldest, fed.oldest + len(fed.columns))
-    in_sight = in_sight[in_sight < len(ids)]
-    brought = fed.columns[: len(in_sight)]
-    same = torch.where(is_token(brought), keep[in_sight] & (ids[in_sight] == brought), ~keep[in_sight])
-    same |= ~is_token(brought) & (ids[in_sight] == ~brought)
+    columns = torch.arange(cached_row.oldest_column, cached_row.oldest_column + len(column_ids))
+    columns = columns[columns < len(ids)]
+    recorded = column_ids[: len(columns)]
+    was_token = is_token(recorded)
+    same = torch.where(was_token, token_mask[columns] & (ids[columns] == recorded), ~token_mask[columns])
+    same |= ~was_token & (ids[columns] == ~recorded)  # the padding id is repeated, but not masked
     different = (~same).nonzero()
-    aligned = int(in_sight[different[0, 0]]) if len(different) else min(fed.end, len(ids))
-    without = keep.clone()
-    without[in_sight[~is_token(brought) & (in_sight < aligned)]] = False
-    if aligned == fed.end and fed.end + 1 < len(ids) and ids[fed.end] == fed.pending:
-        without[fed.end] = False
-    if int(without[: fed.end].sum()) <= fed.seen:
-        by_column = _match_tokens(fed, ids, without)
+    first_difference = int(columns[different[0, 0]]) if len(different) else min(num_columns, len(ids))
+    token_mask = token_mask.clone()
+    token_mask[columns[~was_token & (columns < first_difference)]] = False
+    if (
+        first_difference == num_columns
+        and num_columns + 1 < len(ids)
+        and ids[num_columns] == cached_row.unfed_padding_id
+    ):
+        token_mask[num_columns] = False
+    if int(token_mask[:num_columns].sum()) <= seen:
+        by_column = _match_tokens(cached_row, ids, token_mask)
     else:
-        # There was padding in columns that nobody knows any more: what is in sight decides, counted from its end.
-        common = fed.seen - int(is_token(fed.columns[max(0, aligned - fed.oldest) :]).sum())
-        enough = aligned - fed.oldest >= min(NO_COINCIDENCE, len(in_sight)) > 0
-        by_column = Match(fed, common if enough else 0, aligned, without)
-    return by_column if by_column.common >= by_token.common else by_token
+        # Some padding is in columns that are no longer recorded, so count tokens back from the end of the stream.
+        num_common = seen - int(is_token(column_ids[max(0, first_difference - cached_row.oldest_column) :]).sum())
+        num_same = first_difference - cached_row.oldest_column
+        is_enough = num_same >= min(MIN_MATCHING_RUN, len(columns)) > 0
+        by_column = Match(cached_row, num_common if is_enough else 0, first_difference, token_mask)
+    return by_column if by_column.num_common >= by_token.num_common else by_token
 
 
-def _match_tokens(fed: CachedRow, ids: Tensor, keep: Tensor) -> Match:
-    own = keep.nonzero().flatten()
-    common = common_tokens(fed.numbers, fed.ids, fed.seen, ids[own])
-    begin = int(own[common]) if common < len(own) else len(ids)
-    # Unless nothing follows: then the row is asked to go on with it.
-    if common == fed.seen and begin == fed.end < len(ids) - 1 and ids[begin] == fed.pending:
-        keep = keep.clone()
-        keep[begin] = False
-    return Match(fed, common, begin, keep)
+def _match_tokens(cached_row: CachedRow, ids: Tensor, token_mask: Tensor) -> Match:
+    columns = token_mask.nonzero().flatten()
+    num_common = common_prefix_length(cached_row.known_numbers, cached_row.known_ids, cached_row.seen, ids[columns])
+    feed_from = int(columns[num_common]) if num_common < len(columns) else len(ids)
+    # The padding id that ended the last call is masked, unless it is the last of the ids: one has to be fed.
+    if (
+        num_common == cached_row.seen
+        and feed_from == cached_row.num_columns < len(ids) - 1
+        and ids[feed_from] == cached_row.unfed_padding_id
+    ):
+        token_mask = token_mask.clone()
+        token_mask[feed_from] = False
+    return Match(cached_row, num_common, feed_from, token_mask)
 
 
-def _goes_on(match: Match, ids: Tensor, *, retried: bool) -> bool:
-    """Whether a row of ids is all of a stream, up to a difference; if not it is new.
+def _continues_stream(match: Match, ids: Tensor, *, retry: bool) -> bool:
+    """Whether a row of ids repeats a stream, perhaps with differences; if not, its ids are new.
 
-    What was last given decides: new ids may begin as a stream did, with what a template puts before every message, but
-    have no more than that in common with it.
+    The last prompt decides: new ids may share a prefix with the stream, such as what a chat template puts before every
+    message, but not the whole of that prompt.
+
+    Args:
+        match: of the row and a row of the cache.
+        ids: int64 ``[tokens]``.
+        retry: whether the last `generate` was interrupted, so that its prompt may come once more.
     """
-    fed, common = match.fed, match.common
-    begin, end = fed.given
-    if match.begin == len(ids):
-        # A reply that was cut short; or a call that was interrupted, once more. Else the same message may come again.
-        return common > end or (retried and common == end)
-    if common == fed.seen or common >= max(LEAST, end):
+    row, num_common = match.cached_row, match.num_common
+    begin, end = row.prompt_span
+    if match.feed_from == len(ids):
+        # The ids are a prefix of the stream: with a part of the reply, or the same prompt after an interruption.
+        # Otherwise they may be the same message once more.
+        return num_common > end or (retry and num_common == end)
+    if num_common == row.seen or num_common >= max(MIN_COMMON_TOKENS, end):
         return True
-    if common >= end - PROMPT_END and common - begin >= NO_COINCIDENCE:
+    if num_common >= end - MAX_DROPPED_PROMPT_TOKENS and num_common - begin >= MIN_MATCHING_RUN:
         return True
-    # An early token was edited, but most are where they were, or the last ones are there, perhaps at other places.
-    own = ids[match.keep]
-    most = -(-3 * fed.seen // 4)
-    within = fed.numbers < len(own)
-    if int((own[fed.numbers[within]] == fed.ids[within]).sum()) >= max(LEAST, -(-3 * len(fed.numbers) // 4)):
+    # An early token was edited: three quarters of the recorded tokens are at the same numbers, ...
+    tokens = ids[match.token_mask]
+    within = row.known_numbers < len(tokens)
+    num_same = int((tokens[row.known_numbers[within]] == row.known_ids[within]).sum())
+    if num_same >= max(MIN_COMMON_TOKENS, -(-3 * len(row.known_numbers) // 4)):
         return True
-    tails = ((end, NO_COINCIDENCE), (fed.seen, min(NO_COINCIDENCE, max(LEAST, most))))
+    # ... or the last tokens of the prompt or of the stream are found anywhere.
+    min_run = min(MIN_MATCHING_RUN, max(MIN_COMMON_TOKENS, -(-3 * row.seen // 4)))
     return any(
-        _contains(own, fed.ids[(fed.numbers >= last - size) & (fed.numbers < last)], size) for last, size in tails
+        _contains_run(
+            tokens, row.known_ids[(row.known_numbers >= run_end - size) & (row.known_numbers < run_end)], size
+        )
+        for run_end, size in ((end, MIN_MATCHING_RUN), (row.seen, min_run))
     )
 
 
-def _contains(ids: Tensor, part: Tensor, size: int) -> bool:
-    """Whether ``part``, if that is ``size`` ids, is found among ids in a row."""
-    return len(part) == size <= len(ids) and bool((ids.unfold(0, size, 1) == part).all(dim=1).any())
+def _contains_run(ids: Tensor, run: Tensor, size: int) -> bool:
+    """Whether ``run`` has ``size`` ids and is found in ``ids``, without gaps."""
+    return len(run) == size <= len(ids) and bool((ids.unfold(0, size, 1) == run).all(dim=1).any())
 
 
 def difference_message(row: int, match: Match, ids: Tensor) -> str:
     """Error message that names the first token in which a row of ids differs from the stream."""
-    fed = match.fed
-    if match.begin == len(ids):
-        what = f"row {row} is the first {match.common} tokens of the stream again"
+    cached_row = match.cached_row
+    if match.feed_from == len(ids):
+        found = f"row {row} repeats the first {match.num_common} tokens of the stream"
     else:
-        known = fed.ids[fed.numbers == match.common]
-        there = int(known) if len(known) and known >= 0 else "an embedding" if len(known) else "not there"
-        what = f"token {match.common} of row {row} is {int(ids[match.begin])}, and that of the stream {there}"
+        known = cached_row.known_ids[cached_row.known_numbers == match.num_common]
+        there = int(known) if len(known) and known >= 0 else "an embedding" if len(known) else "not recorded"
+        found = f"token {match.num_common} of row {row} is {int(ids[match.feed_from])}, but in the stream it is {there}"
     return (
-        f"input_ids: expected new ids, or all of the stream ({fed.seen} tokens) and more; {what}; if they are meant to "
-        f"come again, give an attention_mask of ones for all {fed.end + len(ids)} tokens, and if they are meant to "
+        f"input_ids: expected only new ids, or all ids of the stream ({cached_row.seen} tokens) and more; {found}; to "
+        f"append these ids, pass an attention_mask of ones for all {cached_row.num_columns + len(ids)} tokens; to "
         "replace the stream, call reset() on the cache"
     )

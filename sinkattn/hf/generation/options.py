@@ -1,4 +1,4 @@
-"""Settings of one call of `generate`, as transformers reads them."""
+"""Options of one call of `generate`, as transformers resolves them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 
 def call_setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
-    """A setting of a call, as transformers reads it: what a configuration leaves open is as in the model's own."""
+    """An option of a call: its argument, or else from the generation config passed, or else from the model's own."""
     if name in kwargs:
         return kwargs[name]
     configs = (kwargs.get("generation_config"), model.generation_config)
@@ -19,6 +19,6 @@ def call_setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> A
 
 
 def eos_ids(model: PreTrainedModel, kwargs: dict[str, Any], device: torch.device) -> Tensor | None:
-    """End-of-sequence ids of a call, ``[n]``; None if it has none."""
+    """End-of-sequence ids of a call, ``[n]``; None if there are none."""
     eos = call_setting(model, kwargs, "eos_token_id")
     return None if eos is None else torch.as_tensor(eos, device=device).flatten()

@@ -16,7 +16,7 @@ from sinkattn.ops import check_tensor
 class Padding(NamedTuple):
     """Which of the new tokens count."""
 
-    present: Tensor
+    token_mask: Tensor
     """Which ones: bool ``[batch, tokens]``."""
     counts: list[int]
     """How many in each row."""
@@ -86,7 +86,7 @@ class ReencodeCache(SinkCache):
         self.lanes = [lane for _, lane in parts]
         if padding is not None:
             # Columns of each row, those of tokens that count first.
-            order = (~padding.present).to(torch.int8).argsort(dim=1, stable=True)
+            order = (~padding.token_mask).to(torch.int8).argsort(dim=1, stable=True)
         arrivals = []
         for count, lane in parts:
             if count:
@@ -101,7 +101,7 @@ class ReencodeCache(SinkCache):
         for lane, ids, _ in arrivals:
             lane.append(ids)
         self._changed()
-        self.state.count_columns(None if padding is None else padding.present, before)
+        self.state.commit_columns(None if padding is None else padding.token_mask, before)
 
     def abandon_forward(self) -> None:
         """Close a forward that failed: its tokens do not count."""
@@ -109,7 +109,7 @@ class ReencodeCache(SinkCache):
         if self.tokens_seen == 0:
             self._drop()
 
-    def can_roll_back(self, counts: Tensor, rows: Tensor) -> bool:
+    def can_rollback(self, counts: Tensor, rows: Tensor) -> bool:
         """Whether ``counts[i]`` tokens, int64, can be taken back of row ``rows[i]``; columns are left as they are.
 
         As many as come after the first token whose context is among the ids that are kept: `Lane.max_rollback`.
@@ -117,10 +117,10 @@ class ReencodeCache(SinkCache):
         most = {row: lane.max_rollback for lane in self.lanes for row in lane.rows}
         return all(count <= most[row] for count, row in zip(counts.tolist(), rows.tolist(), strict=True))
 
-    def roll_back(self, counts: int | Tensor) -> None:
+    def rollback(self, counts: int | Tensor) -> None:
         """Forget the last ``counts`` tokens of every row, int64 ``[batch]``; columns are left as they are.
 
-        Raises RuntimeError, with nothing changed, if they cannot all be taken back: `can_roll_back`.
+        Raises RuntimeError, with nothing changed, if they cannot all be taken back: `can_rollback`.
         """
         by_row = [counts] * self.batch_size if isinstance(counts, int) else counts.tolist()
         for lane in self.lanes:
@@ -132,10 +132,10 @@ class ReencodeCache(SinkCache):
                     )
         parts = [part for lane in self.lanes for part in lane.split(by_row).items()]
         for count, lane in parts:
-            lane.roll_back(count)
+            lane.rollback(count)
         self.lanes = [lane for _, lane in parts]
         self._changed()
-        self.state.note_rolled_back(counts)
+        self.state.note_rollback(counts)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was: integers ``[batch]``."""
@@ -144,7 +144,7 @@ class ReencodeCache(SinkCache):
             beam_idx = beam_idx.to(device, torch.int64)
             check_tensor("beam_idx", beam_idx, (self.batch_size,), torch.int64, device)
             self._take_rows(beam_idx)
-            self.state.select_rows(beam_idx)
+            self.state.take_rows(beam_idx)
 
     def _take_rows(self, indices: Tensor) -> None:
         if len(self.lanes) == 1:

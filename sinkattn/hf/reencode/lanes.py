@@ -171,7 +171,7 @@ class Lane:
             ids = torch.cat((ids[:, :sinks], ids[:, sinks + first - self.first :]), dim=1)
         self.ids, self.first = ids, first
 
-    def roll_back(self, count: int) -> None:
+    def rollback(self, count: int) -> None:
         """Forget the last ``count`` tokens, `max_rollback` at most; the next token rebuilds the context if needed."""
         self.seen -= count
         self.ids = self.ids[:, : self.ids.shape[1] - count]

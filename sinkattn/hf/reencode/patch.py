@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sinkattn.hf.cache.layers import SinkLayer
 from sinkattn.hf.cache.state import SharedCacheState
-from sinkattn.hf.inputs import check_positions, present_tokens, stream_positions
+from sinkattn.hf.inputs import check_positions, new_token_mask, stream_positions
 from sinkattn.hf.reencode.cache import LaneInput, Padding, ReencodeCache
 from sinkattn.hf.reencode.lanes import Lane
 from sinkattn.hf.swap.stream_patch import StreamPatch
@@ -59,9 +59,9 @@ class ReencodePatch(StreamPatch):
         cache.begin_forward(batch, tokens, ids)
         try:
             padding = _padding(mask, cache, tokens)
-            if position_ids is not None and not cache.counts_from_generate:
-                present = None if padding is None else padding.present
-                check_positions(position_ids, stream_positions(cache, present, tokens, ids.device), present)
+            if position_ids is not None and not cache.counts_from_prompt:
+                token_mask = None if padding is None else padding.token_mask
+                check_positions(position_ids, stream_positions(cache, token_mask, tokens, ids.device), token_mask)
             arrivals = cache.arrivals(ids, padding)
             # Where there is nothing but padding, any token shows what the outputs look like.
             run = arrivals or [LaneInput(Lane(self.layout, [0], ids.new_empty(1, 0)), ids.new_zeros(1, 1), None)]
@@ -108,9 +108,9 @@ def _place(parts: Sequence[Tensor | None], arrivals: list[LaneInput], batch: int
 
 def _padding(attention_mask: Tensor | None, cache: ReencodeCache, tokens: int) -> Padding | None:
     """Padding among the new tokens, anywhere in their rows; None if there is none."""
-    present = present_tokens(attention_mask, cache, tokens)
-    if present is None:
+    token_mask = new_token_mask(attention_mask, cache, tokens)
+    if token_mask is None:
         return None
     # Read even where that stops a GPU: how many tokens come decides what runs.
-    counts = present.sum(dim=1).tolist()
-    return None if min(counts) == tokens else Padding(present, counts)
+    counts = token_mask.sum(dim=1).tolist()
+    return None if min(counts) == tokens else Padding(token_mask, counts)

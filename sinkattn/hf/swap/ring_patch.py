@@ -23,7 +23,7 @@ from sinkattn.hf import adapters
 from sinkattn.hf.cache.layers import SinkLayer, StatefulSinkLayer
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.cache.state import SharedCacheState
-from sinkattn.hf.inputs import can_read_on_host, check_positions, present_tokens, stream_positions
+from sinkattn.hf.inputs import can_read_on_host, check_positions, new_token_mask, stream_positions
 from sinkattn.hf.model_config import modules_with, rope_parameters, with_attention
 from sinkattn.hf.probe.result import ProbeResult, Rotation
 from sinkattn.hf.probe.rotations import no_rotation
@@ -49,7 +49,7 @@ class Padding(NamedTuple):
 
     lengths: Tensor
     """How many in each row: int64 ``[batch]``."""
-    present: Tensor
+    token_mask: Tensor
     """Which ones: bool ``[batch, tokens]``."""
     order: Tensor | None
     """Indices that put those that count first, ``[batch, tokens]``; None for a single token."""
@@ -180,10 +180,10 @@ class RingPatch(StreamPatch):
             # Here, before any layer has changed a state.
             ops.check_no_gradients(*self.decoder.parameters(), kwargs.get("inputs_embeds"))
         padding = _padding(kwargs.get("attention_mask"), cache, tokens)
-        present = None if padding is None else padding.present
-        positions = stream_positions(cache, present, tokens, inputs.device)
-        if not cache.counts_from_generate:  # which counts from where it began
-            check_positions(kwargs.get("position_ids"), positions, present)
+        token_mask = None if padding is None else padding.token_mask
+        positions = stream_positions(cache, token_mask, tokens, inputs.device)
+        if not cache.counts_from_prompt:  # which counts from where it began
+            check_positions(kwargs.get("position_ids"), positions, token_mask)
 
         # The rotary modules rotate by nothing now; whatever else goes by position sees the position within the cache.
         last = self.layout.num_sinks + self.layout.window - 1
@@ -202,7 +202,7 @@ class RingPatch(StreamPatch):
         finally:
             self._enter(before)
             if finished:
-                cache.finish_forward(present)
+                cache.finish_forward(token_mask)
             else:
                 cache.abandon_forward(written=running.layers_run > 0)
 
@@ -335,9 +335,9 @@ def _padding(attention_mask: Tensor | None, cache: SinkCache, tokens: int) -> Pa
     """Padding among the new tokens, anywhere in their rows; None if there is none."""
     if cache.has_states and attention_mask is not None and not can_read_on_host(attention_mask, tokens):
         return None  # a single token is none of padding where there has been none before
-    present = present_tokens(attention_mask, cache, tokens)
-    if present is None:
+    token_mask = new_token_mask(attention_mask, cache, tokens)
+    if token_mask is None:
         return None
-    cache.check_padding(present)
-    order = None if tokens == 1 else (~present).to(torch.int8).argsort(dim=1, stable=True)
-    return Padding(present.sum(dim=1), present, order)
+    cache.check_padding(token_mask)
+    order = None if tokens == 1 else (~token_mask).to(torch.int8).argsort(dim=1, stable=True)
+    return Padding(token_mask.sum(dim=1), token_mask, order)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from sinkattn.hf.cache.sink_cache import SinkCache, check_cache
 from sinkattn.hf.generation.generate import generate
-from sinkattn.hf.inputs import only_ids
+from sinkattn.hf.inputs import has_only_ids
 from sinkattn.hf.model_patch import ModelPatch
 from sinkattn.hf.versions import CACHE_NAMES, cache_name, forward_cache, take_cache
 from sinkattn.ops import RingLayout
@@ -66,7 +66,7 @@ class StreamPatch(ModelPatch):
         check_cache(self, name, cache)
         if cache is None:
             cache = SinkCache(self.model)
-        cache.carry_out_plan()
+        cache.apply_pending_update()
         mask = kwargs.get("attention_mask")
         # Of the new tokens, of all, or of those that generate knows of.
         widths = (tokens, cache.tokens_seen + tokens, cache.get_seq_length() + tokens)
@@ -88,7 +88,7 @@ def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
         check_cache(patch, name, cache)
         if cache is not None:
             ids = args[0] if args else kwargs.get("input_ids")
-            cache.note_inputs(ids if isinstance(ids, Tensor) else None, alone=only_ids(kwargs))
+            cache.note_inputs(ids if isinstance(ids, Tensor) else None, only_ids=has_only_ids(kwargs))
     wanted = patch.model_cache_argument
     if not any(name in kwargs for name in CACHE_NAMES if name != wanted):
         return None
