@@ -168,7 +168,7 @@ def sink_attention_(
         for i in range(count):
             token = int(seen[row]) + i
             new_key, q_window, q_sink = key[row, :, i], query[row, :, i], query[row, :, i]
-            if cos is not None:
+            if cos is not None and sin is not None:
                 new_key, q_window = (
                     rotate(x, cos[0, row, i], sin[0, row, i], interleaved=interleaved) for x in (new_key, q_window)
                 )

@@ -74,7 +74,7 @@ class RingKVCache:
             self.values = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
             self.arrivals = torch.zeros(batch_size, kv_heads, dtype=torch.int32, device=device)
             self._owns_seen = True
-            self.seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            self.seen: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
             self._peak = torch.zeros_like(self.seen)
         if share_seen_with is not None:
             self.share_seen(share_seen_with)

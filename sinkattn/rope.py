@@ -50,7 +50,10 @@ class Rope:
             raise ValueError(f"rotary_dim: expected twice the length of inv_freq ({width}), got {self.rotary_dim}")
         object.__setattr__(self, "inv_freq", self.inv_freq.detach().to(torch.float64))
         object.__setattr__(self, "rotary_dim", width)
-        object.__setattr__(self, "_copies", {})
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, Tensor]:
+        return {}
 
     @cached_property
     def _value(self) -> tuple:
@@ -122,6 +125,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
         a, b = rotary[..., 0::2], rotary[..., 1::2]
     else:
         a, b = rotary[..., :pairs], rotary[..., pairs:]
-    turned = (a * cos - b * sin, b * cos + a * sin)
-    turned = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    halves = (a * cos - b * sin, b * cos + a * sin)
+    turned = torch.stack(halves, dim=-1).flatten(-2) if interleaved else torch.cat(halves, dim=-1)
     return torch.cat((turned.to(x.dtype), rest), dim=-1)

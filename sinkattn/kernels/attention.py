@@ -131,7 +131,7 @@ def attend(call: AttentionArguments) -> tuple[Tensor, bool]:
     out = query.new_empty(batch, tokens, heads, value_dim)
     if not out.numel():
         return out, True
-    given = {"query": query, "key": key, "value": value, "out": out}
+    given: dict[str, Tensor | None] = {"query": query, "key": key, "value": value, "out": out}
     names = ("keys", "values", "seen", "lengths", "sink_logits", "alibi_slopes")
     given |= {name: getattr(call, name) for name in names}
     # A kernel without pairs never reads the tables, so any pointer will do.
@@ -148,14 +148,17 @@ def launches(
     shape: CallShape, given: dict[str, Tensor | None], arrivals: Tensor | None
 ) -> Iterator[tuple[Launch, dict[str, Tensor | None]]]:
     """Launches of a call and the tensors of each: those ``given``, and newly allocated intermediates."""
-    fresh = given["keys"].new_empty
+    keys, seen = given["keys"], given["seen"]
+    assert keys is not None
+    assert seen is not None
+    fresh = keys.new_empty
     if shape.uses_decode_kernel:
         launch = decode_launch(shape)
         num_kv_rows, num_splits = launch.grid
         rows = shape.group * shape.tokens if num_splits > 1 else 0
         partials = fresh(num_kv_rows * num_splits * rows * (shape.value_dim + 2), dtype=torch.float32)
         if arrivals is None:
-            arrivals = given["seen"].new_zeros(num_kv_rows, dtype=torch.int32)
+            arrivals = seen.new_zeros(num_kv_rows, dtype=torch.int32)
         yield launch, {**given, "partials": partials, "arrivals": arrivals}
         return
     rotated = fresh(shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)

@@ -123,7 +123,7 @@ def _attend_with_triton(*arguments) -> Tensor:
 
     out, appended = attend(call)
     if not appended:
-        cos, sin = (None, None) if call.cos is None else (call.cos[0], call.sin[0])
+        cos, sin = (None if tables is None else tables[0] for tables in (call.cos, call.sin))
         torch.ops.sinkattn.append_(
             call.keys, call.values, call.key, call.value, call.seen, call.lengths, cos, sin, call.num_sinks,
             call.interleaved,
