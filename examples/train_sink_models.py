@@ -56,8 +56,8 @@ from transformers import (
 from sinkattn.evaluate.exact_match import encode as encode_item
 from sinkattn.evaluate.exact_match import first_token
 from sinkattn.evaluate.items import Item, LineSource, line_question, line_text
-from sinkattn.evaluate.text import is_held_out, path_hash
-from sinkattn.hf.load import SHIPPED
+from sinkattn.hf.load import DEMO_MODEL
+from sinkattn.text import is_held_out, path_hash
 
 VARIANTS = ("vanilla", "start-token", "sink-token", "off-by-one")
 START_TOKEN = "<s>"
@@ -347,7 +347,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the model")
     parser.add_argument("--variant", choices=VARIANTS, default="sink-token", help="how samples begin, and the softmax")
     parser.add_argument("--text", choices=TEXTS, default="python", help="what to learn")
-    parser.add_argument("--base", type=Path, default=SHIPPED, help="model to continue from with --text lines")
+    parser.add_argument("--base", type=Path, default=DEMO_MODEL, help="model that lines go on with")
     parser.add_argument("--repeats", action=argparse.BooleanOptionalAction, default=True, help="copied chunks")
     parser.add_argument("--offset", action=argparse.BooleanOptionalAction, default=True, help="embedding offset")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Running a model to find something out about it, and leaving it as it was."""
+"""Run a model without side effects: evaluation mode, restored module state, sample inputs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Run a model without dropout, gradients, autocast and compilation; every module gets its own mode back."""
+    """Disable dropout, gradients, autocast and compilation; restore each module's training mode at the end."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with (
             torch.no_grad(),
             torch.autocast(model.device.type, enabled=False),
-            torch.compiler.set_stance("force_eager"),  # what runs but once is not worth it
+            torch.compiler.set_stance("force_eager"),  # compiling does not pay off for a few runs
         ):
             yield
     finally:
@@ -28,21 +28,19 @@ def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-# Types of attributes that a forward may change.
-PLAIN = (bool, int, float, type(None), Tensor)
-
-
-# Buffers of more elements are weights of a quantised model, and no state.
-LARGEST_STATE = 1 << 20
+# Types of module attributes that are saved and restored.
+PLAIN_TYPES = (bool, int, float, type(None), Tensor)
+# Larger buffers are not copied: they are weights of a quantised model, not a state.
+MAX_STATE_ELEMENTS = 1 << 20
 
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Put back, in the end, what modules keep beside their parameters: buffers, and attributes of plain types."""
+    """Restore the buffers of modules and their attributes of plain types at the end."""
     before = [(module, *_state(module)) for module in model.modules()]
     tensors = {x for _, *holders in before for held in holders for x in held.values() if isinstance(x, Tensor)}
-    copies = [(x, x.clone()) for x in tensors if x.numel() <= LARGEST_STATE and not x.is_meta]
-    transient = [(module, set(module._non_persistent_buffers_set)) for module in model.modules()]
+    copies = [(x, x.clone()) for x in tensors if x.numel() <= MAX_STATE_ELEMENTS and not x.is_meta]
+    non_persistent = [(module, set(module._non_persistent_buffers_set)) for module in model.modules()]
     try:
         yield
     finally:
@@ -56,17 +54,17 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
             module.__dict__.update(attributes)
             module._buffers.clear()
             module._buffers.update(buffers)
-        for module, names in transient:
+        for module, names in non_persistent:
             module._non_persistent_buffers_set.clear()
             module._non_persistent_buffers_set.update(names)
 
 
 def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
-    return {name: x for name, x in module.__dict__.items() if isinstance(x, PLAIN)}, dict(module._buffers)
+    return {name: x for name, x in module.__dict__.items() if isinstance(x, PLAIN_TYPES)}, dict(module._buffers)
 
 
-def sample_ids(model: PreTrainedModel, tokens: int) -> Tensor:
-    """Ids for a trial: int64 ``[2, tokens]``."""
+def sample_ids(model: PreTrainedModel, num_tokens: int) -> Tensor:
+    """Fixed ids for a trial: int64 ``[2, num_tokens]``."""
     weight = model.get_input_embeddings().weight
-    # Spread over the vocabulary; the two rows differ so that rows cannot be mixed up unseen.
-    return ((torch.arange(2 * tokens, device=weight.device) * 7919 + 13) % weight.shape[0]).view(2, tokens)
+    # Spread over the vocabulary. The rows differ, so that mixing them up changes the outputs.
+    return ((torch.arange(2 * num_tokens, device=weight.device) * 7919 + 13) % weight.shape[0]).view(2, num_tokens)

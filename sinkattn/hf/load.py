@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer: by name, from a folder, or the ones that ship with sinkattn."""
+"""Load a causal language model and its tokenizer: by name, from a folder, or the demo model of the package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from sinkattn.hf.model_config import trained_length
 
-SHIPPED = Path(__file__).parents[1] / "demo_model"
+DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 
 
 def load(
@@ -24,14 +24,14 @@ def load(
     """Load a model, in evaluation mode, and its tokenizer.
 
     Args:
-        name: name on the Hugging Face hub, or folder; None for the small model that ships with sinkattn.
-        device: default: CUDA if there is such a device, else the CPU.
-        dtype: default: that of the checkpoint.
+        name: name on the Hugging Face hub, or a folder; None for the small model that comes with sinkattn.
+        device: default: CUDA if available, else the CPU.
+        dtype: default: the checkpoint's.
 
     Raises:
-        ValueError: for a model, device or dtype that cannot be had; the message is one line.
+        ValueError: if the model cannot be loaded or the device is not available; the message is a single line.
     """
-    name = SHIPPED if name is None else name
+    name = DEMO_MODEL if name is None else name
     device = _device(device)
     if isinstance(name, str) and name.startswith((".", "/", "~")):
         name = Path(name).expanduser()
@@ -47,14 +47,14 @@ def load(
     return model.to(device).eval(), tokenizer
 
 
-def default_window(model: PreTrainedModel, num_sinks: int, most: int = 1020) -> int:
-    """Window of ``most`` tokens, or less where sinks and window would not fit the model."""
+def default_window(model: PreTrainedModel, num_sinks: int, max_window: int = 1020) -> int:
+    """Largest window up to ``max_window`` for which ``num_sinks + window`` fits the model; at least 1."""
     config = model.config.get_text_config(decoder=True)
-    # Layers with a window of their own keep it, unless all have one.
-    mixed = "full_attention" in (getattr(config, "layer_types", None) or ())
-    native = None if mixed else getattr(config, "sliding_window", None)
-    lengths = [length - num_sinks for length in (trained_length(model), native) if length is not None]
-    return max(1, min([most, *lengths]))
+    # A sliding window of the model is a limit only if all layers have it; in mixed models those layers keep theirs.
+    is_mixed = "full_attention" in (getattr(config, "layer_types", None) or ())
+    sliding_window = None if is_mixed else getattr(config, "sliding_window", None)
+    limits = [length - num_sinks for length in (trained_length(model), sliding_window) if length is not None]
+    return max(1, min([max_window, *limits]))
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -71,10 +71,10 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
+    was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if was_enabled:
             logging.enable_progress_bar()

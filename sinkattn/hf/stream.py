@@ -1,4 +1,4 @@
-"""Endless generation: tokens from an enabled model for as long as they are asked for, in constant memory."""
+"""Generate tokens from an enabled model without end, in constant memory, and decode them to text."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from transformers.generation.logits_process import (
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.versions import forward_cache
 
-# Tokens held back for a character to become complete. It takes four bytes at most, but tokens may end in the middle
-# of one character after another; more than this are bytes that are no text at all.
+# Tokens held back until a character is complete. A character has up to four bytes, but each token may end in the middle
+# of the next character; after this many the bytes are not text.
 MAX_HELD = 32
+# Prompt tokens that the decoder reads before the first generated token.
 DECODE_CONTEXT = 8
 
 
@@ -38,25 +39,25 @@ def stream_tokens(
     stop_ids: Collection[int] = (),
     prefill_chunk: int = 512,
 ) -> Iterator[int]:
-    """Generate token ids one by one, without end if nothing ends it; memory stays the same however many.
+    """Generate token ids one by one in constant memory, without end unless ``max_new_tokens`` or ``stop_ids`` ends it.
 
-    A token has been fed to the model only when the next one is asked for. So to go on with ``cache`` after the
-    last token, begin the next prompt with that token.
+    Each token is fed to the model when the next one is requested. So the last token has not been fed: to continue with
+    ``cache``, begin the next prompt with it.
 
     Args:
-        model: a model that `sinkattn.enable` has prepared.
-        prompt_ids: ``[tokens]`` or ``[1, tokens]``, at least one; fed in chunks.
-        cache: stream to go on with; default: a new one.
-        max_new_tokens: end after so many; None for no end.
-        temperature: divides the logits before sampling; 0 takes the likeliest token always (greedy).
-        top_k: sample from the k likeliest tokens only; 0 for all.
-        top_p: sample from the likeliest tokens that together have this probability.
-        seed: for sampling; None draws from torch's own generator.
+        model: a model prepared by `sinkattn.enable`.
+        prompt_ids: ``[tokens]`` or ``[1, tokens]``, at least one token; fed in chunks.
+        cache: the stream to continue; default: a new one.
+        max_new_tokens: number of tokens to generate; None for no limit.
+        temperature: divides the logits before sampling; 0 for greedy decoding.
+        top_k: sample only from the k most likely tokens; 0 for all.
+        top_p: sample only from the most likely tokens that together reach this probability.
+        seed: for sampling; None uses torch's global generator.
         stop_ids: tokens that end the stream; they are not yielded.
-        prefill_chunk: tokens of the prompt per forward.
+        prefill_chunk: prompt tokens per forward.
 
     Raises:
-        ValueError: an argument, saying which; a model that is not enabled.
+        ValueError: for an invalid argument, or a model that is not enabled.
     """
     prompt = torch.as_tensor(prompt_ids, dtype=torch.int64, device=model.device)
     if prompt.ndim == 1:
@@ -81,14 +82,14 @@ def stream_tokens(
         warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1:
         warpers.append(TopPLogitsWarper(top_p))
-    last = prompt[:, -1:].clone()
+    any_ids = prompt[:, -1:].clone()  # a copy, so that the prompt can be freed
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
 
     def choose(logits: Tensor) -> Tensor:  # [1, vocabulary] -> [1, 1]
         if temperature == 0:
             return logits.argmax(dim=-1, keepdim=True)
-        # None of these three looks at the tokens so far, so they need not be kept.
-        scores = warpers(last, logits.float())
+        # These warpers ignore the previous tokens, so any ids will do.
+        scores = warpers(any_ids, logits.float())
         return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)
 
     return _tokens(model, prompt, cache, choose, max_new_tokens, frozenset(stop_ids), prefill_chunk)
@@ -100,7 +101,7 @@ def _tokens(model, prompt, cache, choose, max_new_tokens, stop_ids, prefill_chun
     del prompt
     count = 0
     while max_new_tokens is None or count < max_new_tokens:
-        # Not inference_mode: the caller may go on with this cache under no_grad.
+        # Not inference_mode: the caller may continue with this cache under no_grad.
         with torch.no_grad():
             for chunk in pending:
                 logits = model(input_ids=chunk, **options).logits[:, -1]
@@ -114,21 +115,21 @@ def _tokens(model, prompt, cache, choose, max_new_tokens, stop_ids, prefill_chun
 
 
 def keep_last_logits(model: PreTrainedModel) -> dict[str, int]:
-    """Arguments of the model's forward that make it compute the logits of the last token alone, where it can."""
+    """Arguments that make a model's forward compute only the logits of the last token; empty if not supported."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def stream_text(
     tokenizer: PreTrainedTokenizerFast, tokens: Iterable[int], prompt_ids: Sequence[int] = ()
 ) -> Iterator[str]:
-    """Decode tokens as they come; yields a string, perhaps empty, for every token, and what is left at the end.
+    """Decode tokens one by one; yields a string, maybe empty, for each token, and held bytes at the end.
 
     Bytes of a character are held back until the character is complete.
 
     Args:
         tokenizer: a transformers tokenizer with a `tokenizers` backend.
         tokens: token ids.
-        prompt_ids: what came before, so that spaces at the seam come out right.
+        prompt_ids: ids before ``tokens``, needed for the space between the two.
 
     Raises:
         ValueError: for a tokenizer without such a backend.
@@ -144,7 +145,7 @@ def stream_text(
         text = decoder.step(backend, token)
         held = [] if text is not None else [*held, token]
         if len(held) > MAX_HELD:
-            # DecodeStream would hold these back, and all that follow, for ever.
+            # DecodeStream would hold these and all later tokens back.
             text, held = backend.decode(held, skip_special_tokens=False), []
             decoder = DecodeStream(skip_special_tokens=False)
         yield text or ""

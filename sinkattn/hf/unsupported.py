@@ -1,13 +1,13 @@
-"""The error for models that cannot be enabled."""
+"""The error for models that `enable` refuses."""
 
 from __future__ import annotations
 
-from sinkattn.hf.versions import untested
+from sinkattn.hf.versions import untested_version_note
 
 
 class UnsupportedModelError(ValueError):
-    """The model does something that sinkattn cannot prove it computes exactly; the message says what."""
+    """The model is not supported; the message says why."""
 
     def __str__(self) -> str:
-        """The message, and what was tested if a newer transformers is installed."""
-        return super().__str__() + untested()
+        """The message, with the tested versions if a newer transformers is installed."""
+        return super().__str__() + untested_version_note()

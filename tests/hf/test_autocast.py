@@ -1,4 +1,4 @@
-"""Models under torch.autocast: as near to fp32 as without sinkattn, and streams that enter or leave it midway."""
+"""Models under torch.autocast: as close to fp32 as without sinkattn, and streams that enter or leave it."""
 
 import families
 import pytest
@@ -8,7 +8,7 @@ from measures import S, W, rms_error, seen_by, silence_others
 
 import sinkattn
 
-# Of each way to stream, and of each that the dtypes of queries, keys and values come about.
+# Families for each way to stream, and for each combination of dtypes of queries, keys and values.
 FAMILIES = ["llama", "qwen3", "gemma2", "gpt_neox", "gpt_oss", "deepseek_v3", "lfm2", "falcon", "bloom", "gpt2", "opt"]
 ONE_LAYER = ["llama", "mistral", "qwen3", "gemma2", "gpt_neox", "gpt_oss", "deepseek_v3", "falcon"]
 

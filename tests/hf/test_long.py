@@ -11,8 +11,8 @@ from sinkattn.hf.load import load
 TOKENS = 10_000
 
 
-class Watch(StoppingCriteria):
-    """Resident memory and bytes of cache along the way."""
+class MemoryWatch(StoppingCriteria):
+    """Record resident memory and cache size during generation."""
 
     def __init__(self, cache, every: int) -> None:
         self.cache, self.every, self.seen = cache, every, []
@@ -29,7 +29,7 @@ def test_memory_is_flat_over_a_long_generation():
     sinkattn.enable(model, num_sinks=4, window=124)
     ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
     cache = sinkattn.SinkCache(model)
-    watch = Watch(cache, TOKENS // 10)
+    watch = MemoryWatch(cache, TOKENS // 10)
     options = {"max_new_tokens": TOKENS, "do_sample": True, "eos_token_id": None, "cache": cache}
     torch.manual_seed(0)
     out = model.generate(ids, stopping_criteria=StoppingCriteriaList([watch]), **options)
@@ -37,5 +37,5 @@ def test_memory_is_flat_over_a_long_generation():
     assert cache.get_seq_length() == out.shape[1] - 1
     resident, held = zip(*watch.seen[1:], strict=True)
     assert len(set(held)) == 1
-    # The ids themselves, which generate joins anew for each token: 8 bytes each, several copies at a time.
+    # `generate` concatenates the ids for every token: 8 bytes each, in several copies.
     assert max(resident) - resident[0] < 2**20 + 8 * 8 * TOKENS

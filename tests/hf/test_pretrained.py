@@ -1,4 +1,4 @@
-"""A pretrained model, SmolLM2-135M-Instruct, in the dtypes and 8-bit weights that people load one in."""
+"""A pretrained model, SmolLM2-135M-Instruct, in common dtypes and with int8 weights."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.slow
 
 FOLDER = Path(package.submodule_search_locations[0])
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# bfloat16 alone moves the loss of a token by 0.07 (RMS), differently on every processor: a mean takes many.
+# bfloat16 alone changes the loss of a token by 0.07 (RMS), differently on every processor: average over many tokens.
 S, W, TOKENS = 4, 196, 300
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS, ACTIVATIONS = "Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"
-# Not in fp16: there torchao's sums of int8 products overflow in this model.
+# Not fp16, in which torchao's sums of int8 products overflow in this model.
 INT8 = {
     f"{name}-{dtype}": (config, DTYPES[dtype])
     for name, config in (("weights", WEIGHTS), ("activations", ACTIVATIONS))
@@ -40,7 +40,7 @@ def load():
     original = AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE, dtype=torch.float32).eval()
 
     def load(dtype: torch.dtype, int8: str | None = None):
-        """The model as `from_pretrained` gives it in a dtype: buffers stay in fp32."""
+        """The model as `from_pretrained` returns it in a dtype: buffers stay in fp32."""
         model = copy.deepcopy(original)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -62,7 +62,7 @@ def ids() -> torch.Tensor:
 
 @torch.no_grad()
 def losses(model, ids: torch.Tensor) -> torch.Tensor:
-    """Of each token of a stream that is fed in pieces: ``[tokens - 1]``."""
+    """Loss of each token of a stream that is fed in chunks: ``[tokens - 1]``."""
     cache = sinkattn.SinkCache(model)
     logits = torch.cat([model(part, cache=cache).logits for part in ids.split(30, dim=1)], dim=1)[0, :-1]
     return cross_entropy(logits.float(), ids[0, 1:], reduction="none")
@@ -88,7 +88,7 @@ def test_it_streams_in_every_dtype(dtype, load, ids, exact):
 def test_it_streams_with_int8_weights_and_activations(int8, load, ids, exact):
     config, dtype = int8
     model = enable(load(dtype, config), S, W)
-    assert (losses(model, ids) - exact).mean().abs() < 0.1  # int8 itself
+    assert (losses(model, ids) - exact).mean().abs() < 0.1  # the effect of int8
 
 
 def test_values_beyond_float16_are_its_own(load):

@@ -1,4 +1,4 @@
-"""Endless generation: the tokens of transformers' own loop, in memory that does not grow."""
+"""`stream_tokens` and `stream_text`: the tokens of `generate`, in memory that does not grow; loading models."""
 
 import gc
 import tracemalloc
@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import sinkattn
-from sinkattn.hf.load import SHIPPED, default_window, load
+from sinkattn.hf.load import DEMO_MODEL, default_window, load
 from sinkattn.hf.stream import MAX_HELD, stream_text, stream_tokens
 
 LAYOUT = {"num_sinks": 2, "window": 9}
@@ -199,7 +199,7 @@ def test_the_shipped_model_loads_and_streams_its_tokens_back():
 def test_default_window():
     assert default_window(build("llama"), 4) == 508
     assert default_window(build("mistral"), 4) == 60
-    assert default_window(build("llama"), 4, most=100) == 100
+    assert default_window(build("llama"), 4, max_window=100) == 100
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_what_cannot_be_loaded(options, message):
 
 
 def test_a_folder_without_weights(tmp_path):
-    (tmp_path / "config.json").write_bytes((SHIPPED / "config.json").read_bytes())
+    (tmp_path / "config.json").write_bytes((DEMO_MODEL / "config.json").read_bytes())
     with pytest.raises(ValueError, match="model: cannot load") as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Both names of the cache, on whatever version of transformers is installed, and refusals on one that nobody tested."""
+"""Both names of the cache argument, and error messages on an untested version of transformers."""
 
 import warnings
 from pathlib import Path
@@ -17,7 +17,7 @@ S, W = 4, 28
 
 @pytest.fixture(params=["llama", "gpt2", "falcon"])
 def model(request):
-    """One of each way to stream. Falcon's own forward ignores arguments that it does not know."""
+    """A model for each way to stream. Falcon's own forward ignores unknown arguments."""
     plain = families.build("falcon") if request.param == "falcon" else build(request.param)
     return sinkattn.enable(plain, S, W)
 
@@ -97,7 +97,7 @@ def test_a_refusal_names_versions_that_were_not_tested(monkeypatch):
 
 
 def test_the_tested_versions_are_those_that_are_installed_for_tests():
-    """Whoever raises the pin of transformers says here that it was tested."""
+    """A new pin of transformers must also be set as the newest tested version."""
     lines = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
     pins = [line.partition(";")[0] for line in lines if line.startswith("transformers==")]
     assert pins[0] == f"transformers=={versions.NEWEST_TESTED}"
