@@ -150,8 +150,8 @@ def _rotary(layer: Any, head_dim: int) -> str:
     """The positions of an attention layer, as the probe found them."""
     if layer.rotation is None:
         return "none" if layer.alibi_slopes is None else "ALiBi"
-    rope, begin = layer.rotation
-    return f"{rope.style}, {'last ' if begin else ''}{rope.rotary_dim} of {head_dim} elements"
+    rope, offset = layer.rotation
+    return f"{rope.style}, {'last ' if offset else ''}{rope.rotary_dim} of {head_dim} elements"
 
 
 @contextmanager

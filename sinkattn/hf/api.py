@@ -1,4 +1,4 @@
-"""The public verbs: `enable` patches a model so that it streams, `disable` undoes it."""
+"""`enable` patches a loaded model so that it streams; `disable` restores it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sinkattn import ops
-from sinkattn.hf import adapters
+from sinkattn.hf.adapters import probe_by_adapter
 from sinkattn.hf.dry_run import evaluation_mode, preserve_state
 from sinkattn.hf.model_config import rope_parameters, trained_length
 from sinkattn.hf.model_patch import get_patch
 from sinkattn.hf.probe.probe import probe
 from sinkattn.hf.reencode.trial import enable_by_reencoding, has_absolute_positions
 from sinkattn.hf.swap.ring_patch import RingPatch
-from sinkattn.hf.trial.trial import try_out
+from sinkattn.hf.trial.trial import run_trial
 from sinkattn.hf.unsupported import UnsupportedModelError
 
 
@@ -28,36 +28,36 @@ def enable(
     *,
     backend: ops.Backend = "auto",
 ) -> PreTrainedModel:
-    """Make a loaded transformers model run on endless streams with constant memory and time per token, in place.
+    """Patch a loaded transformers model, in place, to run on endless streams with constant memory and time per token.
 
     Every token sees the first ``num_sinks`` tokens and the ``window`` most recent ones, itself included, at positions
-    relative to the cache. Inputs up to ``num_sinks + window`` tokens give what the model gave before. The model is
-    probed and compared with itself on a short input first; what cannot be proven is refused.
+    relative to the cache. On inputs of up to ``num_sinks + window`` tokens outputs stay the same. First the model is
+    probed and the patched model is compared with the original on a short input; a model that fails is refused.
 
-    A model that adds absolute positions to its embeddings streams by re-encoding: whenever ``num_sinks + window``
-    tokens are in sight, half of the window is dropped and the other half encoded anew. Memory is constant, time on
-    average.
+    A model with absolute position embeddings streams by re-encoding: when ``num_sinks + window`` tokens are in sight,
+    half of the window is dropped and the other half encoded again. Memory is constant, and so is the average time per
+    token.
 
-    Change the model's configuration before, not after: its decoder reads a copy while it is enabled, since other models
-    may share the original.
+    Change the model's configuration before `enable`, not after: the decoder of an enabled model may read a copy, since
+    other models may share the original.
 
     Args:
-        model: a causal language model of transformers, in any float dtype, on one device; peft or
-            torch.compile may have wrapped it.
-        num_sinks: tokens at the start of a stream that stay visible for ever.
-        window: most recent tokens a query sees, itself included. In a model where some layers have a sliding window of
-            their own, they keep that instead.
-        headroom: spare slots; so many tokens can be taken back: as many as prompt lookup or an assistant proposes at
-            once (``prompt_lookup_num_tokens``, ``num_assistant_tokens``).
-        backend: "auto", "cpu", "triton" or "reference"; the environment variable SINKATTN_BACKEND overrides.
+        model: a causal language model of transformers, in any float dtype, on one device; may be wrapped by peft or
+            torch.compile.
+        num_sinks: tokens at the start of a stream that always stay visible.
+        window: most recent tokens that a query sees, itself included. If only some layers of the model have a sliding
+            window of their own, those keep it.
+        headroom: spare slots: the number of tokens that can always be taken back. Prompt lookup and assisted decoding
+            need as many as they propose at once (``prompt_lookup_num_tokens``, ``num_assistant_tokens``).
+        backend: "auto", "cpu", "triton" or "reference"; the environment variable SINKATTN_BACKEND overrides it.
 
     Returns:
         The same model.
 
     Raises:
-        UnsupportedModelError: the model does something that is not supported; it is left as it was.
-        TypeError, ValueError: an argument, or a model that is enabled already.
-        RuntimeError: a backend that cannot run on the model's device.
+        UnsupportedModelError: the model is not supported; it is left unchanged.
+        TypeError, ValueError: for an invalid argument, or a model that is enabled already.
+        RuntimeError: for a backend that cannot run on the model's device.
     """
     layout = ops.RingLayout(num_sinks, window, headroom)
     if not isinstance(model, nn.Module):
@@ -65,19 +65,19 @@ def enable(
     if get_patch(model) is not None:
         raise ValueError("model: is enabled already; call sinkattn.disable(model) first")
     if not isinstance(model, PreTrainedModel):
-        enable(_unwrapped(model), num_sinks, window, headroom, backend=backend)
+        enable(_unwrap(model), num_sinks, window, headroom, backend=backend)
         return model
     _check_model(model, layout)
     backend = ops.select_backend(model.device, backend, model.dtype)
-    with _unexpected_means_unsupported(model):
+    with _errors_as_unsupported(model):
         with preserve_state(model):
             if has_absolute_positions(model):
                 enable_by_reencoding(model, layout)
                 return model
-            probe_result = adapters.find(model) or probe(model)
+            probe_result = probe_by_adapter(model) or probe(model)
             patch = RingPatch(model, layout, backend, probe_result)
             with evaluation_mode(model):
-                try_out(model, layout, backend, probe_result)
+                run_trial(model, layout, backend, probe_result)
         try:
             patch.install()
         except BaseException:
@@ -87,7 +87,7 @@ def enable(
 
 
 def disable(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo `enable`, exactly. Returns the same model; raises ValueError if it is not enabled."""
+    """Undo `enable`: restore the model exactly. Returns the same model; raises ValueError if it is not enabled."""
     patch = get_patch(model)
     if patch is None:
         raise ValueError("model: expected a model prepared by sinkattn.enable(model), got one that is not enabled")
@@ -95,8 +95,8 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """What torch.compile or peft has wrapped."""
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model that torch.compile or peft has wrapped."""
     if hasattr(model, "_orig_mod"):
         return model._orig_mod
     if not hasattr(model, "get_base_model"):
@@ -104,14 +104,15 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     adapter = model.active_peft_config
     if adapter.is_prompt_learning or adapter.is_adaption_prompt:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: adapters of type {adapter.peft_type.value} are not supported: what they put "
-            "before the tokens comes anew in every call, where a stream goes on"
+            f"{type(model).__name__}: adapters of type {adapter.peft_type.value} are not supported: they put virtual "
+            "tokens before the tokens of every call, but a call continues a stream"
         )
     return model.get_base_model()
 
 
 @contextmanager
-def _unexpected_means_unsupported(model: PreTrainedModel) -> Iterator[None]:
+def _errors_as_unsupported(model: PreTrainedModel) -> Iterator[None]:
+    """Raise any error of the model's code as UnsupportedModelError."""
     try:
         yield
     except UnsupportedModelError:
@@ -128,7 +129,7 @@ def _check_model(model: PreTrainedModel, layout: ops.RingLayout) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name}: encoder-decoder models are not supported")
     if config is not model.config and any("mrope_section" in rope for rope in rope_parameters(model)):
-        raise UnsupportedModelError(f"{name}: positions in images are not those of a stream; load its text model alone")
+        raise UnsupportedModelError(f"{name}: multimodal positions are not supported; load only its text model")
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) != 1 or "meta" in devices:
         raise UnsupportedModelError(f"{name}: expected all parameters on one device, loaded, got {sorted(devices)}")

@@ -1,4 +1,4 @@
-"""Reading a model: its decoder, its trained length, its rotary parameters, its attention implementation."""
+"""Read a model's decoder, trained length and rotary parameters, and change its attention implementation."""
 
 from __future__ import annotations
 
@@ -15,37 +15,38 @@ from sinkattn.hf.unsupported import UnsupportedModelError
 
 @contextmanager
 def attention_implementation(decoder: PreTrainedModel, name: str) -> Iterator[None]:
-    """Run a decoder with another attention function."""
-    before, own = decoder.config, with_attention(decoder.config, name)
-    modules = modules_with(decoder, before)
+    """Run a decoder with the attention and mask functions registered under ``name``."""
+    original, config = decoder.config, config_with_attention(decoder.config, name)
+    modules = modules_with_config(decoder, original)
     try:
         for module in modules:
-            module.config = own
+            module.config = config
         yield
     finally:
         for module in modules:
-            module.config = before
+            module.config = original
 
 
-def with_attention(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
-    """A copy of a configuration with another attention function: other models may share the original."""
+def config_with_attention(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """Copy of a configuration with another attention implementation; other models may share the original."""
     config = copy.copy(config)
-    config._attn_implementation_internal = name  # as the setter does, but for nested configurations
+    # Not through the setter, which also changes nested configurations: the copy shares them with the original.
+    config._attn_implementation_internal = name
     return config
 
 
-def modules_with(decoder: PreTrainedModel, config: PreTrainedConfig) -> list[nn.Module]:
-    """Modules of a decoder that read this configuration."""
+def modules_with_config(decoder: PreTrainedModel, config: PreTrainedConfig) -> list[nn.Module]:
+    """Modules of a decoder whose attribute ``config`` is this configuration."""
     return [module for module in decoder.modules() if module.__dict__.get("config") is config]
 
 
 def trained_length(model: PreTrainedModel) -> int | None:
-    """Positions that a model was trained for, in tokens; None if its configuration does not say, or with ALiBi."""
+    """Number of positions that a model was trained for; None with ALiBi, or if its configuration does not give it."""
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "alibi", False):
         return None
     length = getattr(config, "max_position_embeddings", None)
-    # Frequencies of these kinds change beyond the original length.
+    # Frequencies of these types change beyond the original length.
     for rope in rope_parameters(model):
         if rope.get("rope_type") in ("dynamic", "longrope"):
             original = rope.get("original_max_position_embeddings") or length
@@ -54,15 +55,17 @@ def trained_length(model: PreTrainedModel) -> int | None:
 
 
 def rope_parameters(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """Rotary parameters in a model's configuration, one set or several by type of layer."""
+    """Rotary parameters in a model's configuration: one set, or one for each type of layer."""
     parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     by_type = [each for each in parameters.values() if isinstance(each, dict)]
     return by_type or [parameters]
 
 
 def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
-    """Find the part of a model that takes token ids and has all attention layers."""
+    """The part of a model that takes token ids and contains all attention layers."""
     for decoder in (model.get_decoder(), model.base_model):
         if isinstance(decoder, PreTrainedModel):
             return decoder
-    raise UnsupportedModelError(f"{type(model).__name__}: expected a decoder that is a transformers model")
+    raise UnsupportedModelError(
+        f"{type(model).__name__}: expected a decoder that is a transformers PreTrainedModel, found none"
+    )

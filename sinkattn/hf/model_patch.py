@@ -1,4 +1,4 @@
-"""`ModelPatch`: attributes and forwards that `enable` puts on a model, and `disable` removes again."""
+"""`ModelPatch`: the attributes, forwards and hooks that `enable` sets on a model and `disable` removes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from sinkattn.ops import RingLayout
 
 
 class ModelPatch:
-    """What `enable` puts on a model. A subclass has the `forward` that replaces the decoder's own.
+    """Patch of a model. Subclasses define the `forward` that replaces the decoder's.
 
     Attributes:
-        id: of this patch; a cache works only with the patch that it was made for.
-        cache_class: class that ``SinkCache(model)`` makes.
+        id: identifies the patch; a cache works only with the patch that it was created for.
+        cache_class: class of the cache that ``SinkCache(model)`` creates.
     """
 
     cache_class: type[Cache]
@@ -29,39 +29,41 @@ class ModelPatch:
         self.model = model
         self.decoder = decoder
         self.layout = layout
-        self._set: list[tuple[nn.Module, str, Any, Any]] = []
-        """Module, attribute, value, and the value before; None if there was none."""
+        self._attributes: list[tuple[nn.Module, str, Any, Any]] = []
+        """Module, name, value and previous value of each attribute that was set; None if it was not set before."""
         self._hooks: list[Any] = []
 
     def install(self) -> None:
-        """Put everything in place."""
+        """Patch the model."""
         for module in {self.model, self.decoder}:
             self.set_attribute(module, "_sinkattn", self)
         self.set_forward(self.decoder, self.forward)
 
     def remove(self) -> None:
-        """Restore the model, however far `install` came; an attribute that was replaced since by others stays."""
+        """Restore the model, also after a partial `install`. Keep attributes that other code has replaced since."""
         while self._hooks:
             self._hooks.pop().remove()
-        while self._set:
-            module, name, value, before = self._set.pop()
+        while self._attributes:
+            module, name, value, previous = self._attributes.pop()
             if module.__dict__.get(name) is not value:
                 continue
-            if before is None:
+            if previous is None:
                 del module.__dict__[name]
             else:
-                module.__dict__[name] = before
+                module.__dict__[name] = previous
 
     def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """Set an attribute of a module until `remove`."""
-        self._set.append((module, name, value, module.__dict__.get(name)))
+        self._attributes.append((module, name, value, module.__dict__.get(name)))
         module.__dict__[name] = value
 
     def set_forward(self, module: nn.Module, forward: Callable) -> None:
-        """Replace a module's forward until `remove`; a wrapper around it, such as accelerate's, may stay longer."""
-        self.set_attribute(
-            module, "forward", _Forward(_dispatch, self, module, forward, module.__dict__.get("forward"))
-        )
+        """Replace a module's forward until `remove`.
+
+        A wrapper around it, such as accelerate's, may keep it longer; then it calls the previous forward.
+        """
+        previous = module.__dict__.get("forward")
+        self.set_attribute(module, "forward", _PatchedForward(_dispatch, self, module, forward, previous))
 
     def cache_layers(self, state: Any) -> list[Any]:
         """Layers of a new cache."""
@@ -72,29 +74,33 @@ class ModelPatch:
         raise NotImplementedError
 
     def run_decoder(self, **kwargs) -> Any:
-        """Run the decoder's own forward."""
-        before = next(own for module, name, _, own in self._set if module is self.decoder and name == "forward")
-        return _own_forward(self.decoder, before)(**kwargs)
+        """Run the decoder's original forward."""
+        attributes = self._attributes
+        previous = next(old for module, name, _, old in attributes if module is self.decoder and name == "forward")
+        return _original_forward(self.decoder, previous)(**kwargs)
 
 
 def get_patch(model: nn.Module) -> ModelPatch | None:
-    """Patch of an enabled model, or of one wrapped in it; None if it is not enabled."""
+    """Patch of an enabled model, or of an enabled model inside a wrapper; None if there is none."""
     return next((m.__dict__["_sinkattn"] for m in model.modules() if "_sinkattn" in m.__dict__), None)
 
 
-def _own_forward(module: nn.Module, before: Callable | None) -> Callable:
-    return before or partial(type(module).forward, module)
+def _original_forward(module: nn.Module, previous: Callable | None) -> Callable:
+    return previous or partial(type(module).forward, module)
 
 
-def _dispatch(patch: ModelPatch, module: nn.Module, forward: Callable, before: Callable | None, *args, **kwargs) -> Any:
+def _dispatch(
+    patch: ModelPatch, module: nn.Module, forward: Callable, previous: Callable | None, *args, **kwargs
+) -> Any:
+    """Call the patched forward while the patch is installed, else the original."""
     is_enabled = patch.model.__dict__.get("_sinkattn") is patch
-    return (forward if is_enabled else _own_forward(module, before))(*args, **kwargs)
+    return (forward if is_enabled else _original_forward(module, previous))(*args, **kwargs)
 
 
-class _Forward(partial):
+class _PatchedForward(partial):
     """`_dispatch`, with the signature of the forward that it replaces."""
 
     @property
     def __signature__(self) -> inspect.Signature:
-        _, module, _, before = self.args
-        return inspect.signature(before or type(module).forward.__get__(module))
+        _, module, _, previous = self.args
+        return inspect.signature(previous or type(module).forward.__get__(module))

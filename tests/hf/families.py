@@ -108,8 +108,8 @@ LONGROPE = {
 
 # Why families are refused, in patterns of the messages.
 OWN_ATTENTION = "none of its modules calls transformers' attention function"
-NO_CONTINUATION = "does not go on with its own stream"
-OTHER_POSITIONS = "positions come in by another way"
+NO_CONTINUATION = "does not continue from its own cache"
+OTHER_POSITIONS = "position_ids change attention values"
 SEVERAL_CALLS = "expected at most one call of the attention function"
 EXPECTED = {field.name for field in fields(Family)}
 
@@ -515,10 +515,10 @@ FAMILIES: dict[str, Family] = {
     ),
     # Refused for good, each for a reason of its own.
     "hunyuan_v1_dense": _refused(
-        "in a way that is no known rotary embedding", "HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", head_dim=16
+        "that is not a known rotary embedding", "HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", head_dim=16
     ),
     "hunyuan_v1_moe": _refused(
-        "in a way that is no known rotary embedding",
+        "that is not a known rotary embedding",
         "HunYuanMoEV1ForCausalLM",
         "HunYuanMoEV1Config",
         head_dim=16,

@@ -1,4 +1,4 @@
-"""Families that call no attention function of transformers: Falcon, MPT, BLOOM, GPT-J, CodeGen, GPT-NeoX-Japanese."""
+"""Families with an adapter: Falcon, MPT, BLOOM, GPT-J, CodeGen, GPT-NeoX-Japanese."""
 
 import copy
 
@@ -26,17 +26,18 @@ from transformers import (
 import sinkattn
 from sinkattn.cli.info import model_facts
 from sinkattn.hf import UnsupportedModelError
-from sinkattn.hf.adapters import find
+from sinkattn.hf.adapters import probe_by_adapter
+from sinkattn.info import model_facts
 from sinkattn.reference import visible
 
 S, W = 4, 28
 FALCON, MPT, BLOOM = (FalconForCausalLM, FalconConfig), (MptForCausalLM, MptConfig), (BloomForCausalLM, BloomConfig)
 GPTJ, CODEGEN = (GPTJForCausalLM, GPTJConfig), (CodeGenForCausalLM, CodeGenConfig)
-# Six heads: slopes of a number that is no power of two follow a formula of their own.
+# Slopes for a number of heads that is not a power of two follow another formula.
 SIX_HEADS = {"num_attention_heads": 6, "hidden_size": 48}
 MHA = {"multi_query": False, "parallel_attn": False, "bias": True}
 ALIBI = {**SIX_HEADS, "alibi": True, "attn_implementation": "sdpa", "max_position_embeddings": 16}
-# Tables of sines that end soon after sinks and window.
+# Tables of sines that end soon after num_sinks + window.
 SHORT_TABLE = {"rotary_dim": 4, "max_position_embeddings": 40}
 VARIANTS = {
     "falcon-multi-query": (*FALCON, {}),
@@ -132,7 +133,7 @@ def test_low_precision_errs_like_the_unpatched_model(variant, dtype):
 
 
 class Sizes(TorchDispatchMode):
-    """Shapes of all tensors that operators return."""
+    """Record the shapes of all tensors that operators return."""
 
     def __init__(self):
         super().__init__()
@@ -149,12 +150,12 @@ class Sizes(TorchDispatchMode):
 def test_nothing_grows_with_the_stream_and_no_mask_is_made(variant):
     model, ids = sinkattn.enable(build(variant), S, W), random_ids(1, 700)
     cache, sizes = sinkattn.SinkCache(model), []
-    for begin, end in ((0, 70), (70, 71), (71, 650), (650, 651)):  # when the first ids have been noted
+    for begin, end in ((0, 70), (70, 71), (71, 650), (650, 651)):  # after the prefix ids have been recorded
         with Sizes() as mode:
             model(ids[:, begin:end], cache=cache)
         sizes.append(mode.shapes)
     assert sizes[1] == sizes[3]
-    linear = 4 * 48 * (579 + S + W)  # the widest layer, or the bias of a block of tokens and what it sees
+    linear = 4 * 48 * (579 + S + W)  # the widest layer, or the bias of a block of tokens for its visible keys
     assert max(torch.Size(shape).numel() for shape in sizes[2]) <= linear < 579**2
 
 
@@ -261,9 +262,9 @@ def test_frequencies_of_short_inputs_are_taken():
 def test_a_look_leaves_no_trace_and_info_names_alibi():
     model = build("mpt")
     keys = [sorted(module.__dict__) for module in model.modules()]
-    probe_result = find(model)
+    probe_result = probe_by_adapter(model)
     assert [layer.index for layer in probe_result.layers.values()] == [0, 1]
-    assert list(probe_result.forwards) == [block.attn for block in model.transformer.blocks]
+    assert list(probe_result.adapter_forwards) == [block.attn for block in model.transformer.blocks]
     facts = model_facts(model, S, W)
     assert facts["rotary_by_layer"] == ["ALiBi"] * 2
     assert model_facts(build("gptj"), S, W)["rotary_by_layer"] == ["interleaved, 4 of 8 elements"] * 2

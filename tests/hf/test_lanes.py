@@ -1,4 +1,4 @@
-"""Padded batches of models that stream by re-encoding: every row is the stream that it is alone."""
+"""Padded batches of models that stream by re-encoding: every row gives the same outputs as alone."""
 
 import copy
 import io
@@ -20,7 +20,7 @@ LENGTHS = (3, 20, 60, 33)
 
 
 def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows ``[1, n]`` of different lengths as ids and mask of one batch. Padding holds an id that no model has."""
+    """Ids and mask of a batch of rows ``[1, n]`` of different lengths. The id of padding is invalid in every model."""
     width = max(row.shape[1] for row in rows)
     ids, mask = torch.full((len(rows), width), -100), torch.zeros(len(rows), width, dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +53,7 @@ def some_rows(lengths=LENGTHS) -> list[torch.Tensor]:
 
 @pytest.fixture(params=ABSOLUTE, scope="module")
 def family(request):
-    """An enabled model of each family, and the logits of the unpatched one for each row alone."""
+    """An enabled model of each family, and the unpatched model's logits for each row alone."""
     model = build(request.param)
     with torch.no_grad():
         want = [oracle(model, row)[0] for row in some_rows()]
@@ -62,7 +62,7 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def gpt2():
-    """An enabled GPT-2, its logits for each row alone by the unpatched one, and the latter."""
+    """An enabled GPT-2, the unpatched model's logits for each row alone, and the unpatched model."""
     model = build("gpt2")
     plain = copy.deepcopy(model)
     with torch.no_grad():
@@ -141,20 +141,20 @@ def test_a_call_of_nothing_but_padding(gpt2):
     assert (cache.seen.tolist(), cache.get_seq_length(), cache.has_padding) == ([20], 30, True)
 
 
-def most_ids(layout: RingLayout) -> int:
-    """Ids that a stream keeps at most."""
+def max_ids(layout: RingLayout) -> int:
+    """Largest number of ids that a stream keeps."""
     return layout.num_sinks + layout.window - 1 + layout.headroom
 
 
 def length(row: list[int | None]) -> int:
-    """Tokens in columns that hold a token or None."""
+    """Number of tokens in a row of columns; None is padding."""
     return sum(token is not None for token in row)
 
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_streams_of_any_padding_rollbacks_and_rows(data):
-    """Against the unpatched model on what each row should have seen, kept as plain lists of columns."""
+    """Compare with the unpatched model on each row's context; the test keeps rows as plain lists of columns."""
     layout = RingLayout(S, W, data.draw(st.integers(0, 5)))
     model, generator = build("gpt2", num_hidden_layers=1), torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     plain = copy.deepcopy(model)
@@ -175,13 +175,13 @@ def test_streams_of_any_padding_rollbacks_and_rows(data):
         furthest = [max(before, length(row)) for before, row in zip(furthest, rows, strict=True)]
         kind = data.draw(st.sampled_from(["go on", "crop", "reorder", "repeat", "select", "fork"]))
         if kind == "crop":
-            count = data.draw(st.integers(0, layout.headroom) | st.integers(0, most_ids(layout)))
+            count = data.draw(st.integers(0, layout.headroom) | st.integers(0, max_ids(layout)))
             left = [row[: max(0, len(row) - count)] for row in rows]
             try:
                 cache.crop(-count)
                 rows = left
             except RuntimeError:
-                # By the headroom a stream can always go back.
+                # A stream can always go back by the headroom.
                 lost = [before - length(row) for before, row in zip(furthest, left, strict=True)]
                 assert max(lost) > layout.headroom or count > len(rows[0])
         elif kind == "repeat" and len(rows) < 3:
@@ -197,7 +197,7 @@ def test_streams_of_any_padding_rollbacks_and_rows(data):
             cache = copy.deepcopy(cache)
         assert cache.seen.tolist() == [length(row) for row in rows]
         assert cache.get_seq_length() == len(rows[0])
-        assert all(lane.ids.shape[1] <= most_ids(layout) for lane in cache.lanes)
+        assert all(lane.ids.shape[1] <= max_ids(layout) for lane in cache.lanes)
     for stream, got in checked:
         token = len(stream) - 1
         context = stream[: min(S, token + 1)] + stream[context_start(token, layout) :]
@@ -256,12 +256,12 @@ ROWS_TAKEN = {
 def test_rows_that_are_taken_go_on_as_what_they_were(gpt2, lengths, take, source):
     model, _, plain = gpt2
     rows, cache = some_rows(lengths), sinkattn.SinkCache(model)
-    take(cache)  # nothing, of an empty cache
+    take(cache)  # does nothing to an empty cache
     feed_rows(model, cache, rows)
     take(cache)
     assert cache.batch_size == len(source)
     assert cache.seen.tolist() == [lengths[i] for i in source]
-    # Rows that were one go on with tokens of their own.
+    # Copies of one row continue with different tokens.
     new = random_ids(len(source), 20, seed=8)
     got = torch.cat([feed(model, cache, part) for part in new.split([1, 1, 1, 17], dim=1)], dim=1)
     for row, i in enumerate(source):
@@ -282,7 +282,7 @@ def test_rows_that_are_taken_go_back_over_their_own_padding(gpt2):
 
 @torch.no_grad()
 def test_generate_goes_on_with_rows_that_were_taken(gpt2):
-    """Also if it is given all of their ids."""
+    """Also when `generate` is given all of their ids."""
     model, _, plain = gpt2
     cache, ids, source = sinkattn.SinkCache(model), random_ids(3, 25), torch.tensor([2, 0, 1])
     feed(model, cache, ids)
@@ -328,18 +328,18 @@ def test_going_back_over_padding(gpt2):
 def test_how_far_back_a_stream_can_go(gpt2):
     model, want, _ = gpt2
     rows = some_rows()
-    # Nothing has been dropped, so all can be taken back, whatever the headroom.
+    # No id has been dropped, so all tokens can be taken back, whatever the headroom.
     cache = sinkattn.SinkCache(model)
     feed_rows(model, cache, [row[:, :18] for row in rows])
     cache.crop(-18)
     assert cache.seen.tolist() == [0] * 4
     for row, got in enumerate(feed_rows(model, cache, rows)):
         assert rms_error(got[0], want[row]) < 2e-6
-    # One row has dropped what it would need: no row is changed.
+    # One row has dropped ids that it would need: no row is changed.
     cache = sinkattn.SinkCache(model)
     feed_rows(model, cache, [row[:, : min(length, 30)] for row, length in zip(rows, LENGTHS, strict=True)])
-    with pytest.raises(RuntimeError, match=r"can go back 9 tokens more \(headroom 4\), got 10 in row 2"):
-        cache.rollback(torch.tensor([0, 3, 10, 0]))
+    with pytest.raises(RuntimeError, match=r"row 2 can go back 9 tokens more \(headroom 4\), got 10"):
+        cache.roll_back(torch.tensor([0, 3, 10, 0]))
     assert cache.seen.tolist() == [3, 20, 30, 30]
     cache.rollback(torch.tensor([0, 3, 9, 0]))
     assert cache.seen.tolist() == [3, 17, 21, 30]
@@ -356,9 +356,9 @@ def test_columns_are_remembered_as_far_back_as_streams_can_go(gpt2):
     with pytest.raises(RuntimeError, match="can roll back 19 columns of a batch with padding, got 31"):
         cache.crop(-31)
     assert (cache.seen.tolist(), cache.get_seq_length()) == ([4, 8], 38)
-    most = most_ids(cache.layout)
-    cache.crop(-most)
-    assert (cache.seen.tolist(), cache.get_seq_length()) == ([4, 8], 38 - most)
+    limit = max_ids(cache.layout)
+    cache.crop(-limit)
+    assert (cache.seen.tolist(), cache.get_seq_length()) == ([4, 8], 38 - limit)
 
 
 @torch.no_grad()
@@ -393,7 +393,7 @@ def test_forks_and_pickles_of_several_lanes(gpt2):
 
 
 def tensors(cache) -> list[torch.Tensor]:
-    """Every tensor that can be reached from a cache."""
+    """All tensors reachable from a cache."""
     found = []
 
     class Finder(pickle.Pickler):
@@ -442,7 +442,7 @@ def test_memory_of_padded_rows_is_constant(gpt2):
     states = 2 * layers * len(rows) * heads * (S + W) * head_dim * 4
     for i in range(100):
         feed(model, cache, random_ids(3, 1, seed=i))
-        assert states < cache.nbytes <= states + len(rows) * most_ids(cache.layout) * 8
+        assert states < cache.nbytes <= states + len(rows) * max_ids(cache.layout) * 8
     assert cache.seen.tolist() == [130, 142, 127]
     assert len(tensors(cache)) <= 3 * (1 + 2 * layers) + 6  # ids, keys and values of each lane; the history
 
@@ -469,7 +469,7 @@ def test_masks_that_contradict_the_stream_are_refused(gpt2):
 @torch.no_grad()
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_an_unpadded_batch_runs_what_it_needs_and_no_more(with_mask, monkeypatch):
-    """Forwards of the decoder itself: rows, tokens, the first position, and no mask."""
+    """Checks rows, tokens and first position of each forward of the decoder, which gets no mask."""
     model, ids, calls = sinkattn.enable(build("gpt2"), S, W), random_ids(2, 32), []
     patch = model._sinkattn
 

@@ -1,4 +1,4 @@
-"""The probe finds out how a model rotates, and refuses what it cannot explain."""
+"""The probe finds the rotary embedding and mask of each layer, and refuses models that it cannot explain."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from sinkattn.hf.probe.probe import probe
 def test_conventions_are_found(family, style, rotary_dim, dtype):
     probe_result = probe(build(family, dtype))
     rotations = [layer.rotation for layer in probe_result.layers.values()]
-    assert [(rope.style, rope.rotary_dim, begin) for rope, begin in rotations] == [(style, rotary_dim, 0)] * 2
+    assert [(rope.style, rope.rotary_dim, offset) for rope, offset in rotations] == [(style, rotary_dim, 0)] * 2
     assert [layer.index for layer in probe_result.layers.values()] == [0, 1]
 
 
@@ -37,7 +37,7 @@ def test_interleaved_rotary_is_found():
 
 def test_sliding_windows_are_found():
     probe_result = probe(build("mistral"))
-    assert [layer.visible for layer in probe_result.layers.values()] == [("window", 64)] * 2
+    assert [layer.mask for layer in probe_result.layers.values()] == [("window", 64)] * 2
 
 
 def test_a_probe_leaves_no_trace():
@@ -56,7 +56,7 @@ def spoil_rotation(monkeypatch):
 
     original = modeling_llama.apply_rotary_pos_emb
 
-    def weighted(q, k, cos, sin, **kwargs):  # a norm with weights after the rotation mixes position and weight
+    def weighted(q, k, cos, sin, **kwargs):  # like a weighted norm after the rotation
         q, k = original(q, k, cos, sin, **kwargs)
         weight = torch.linspace(0.5, 1.5, q.shape[-1])
         return q * weight * (1 + cos[:, None] * 0.1), k * weight
@@ -91,7 +91,7 @@ def test_a_layer_that_is_not_causal_is_refused():
 def test_a_layer_that_attends_elsewhere_is_refused(monkeypatch):
     model = build("llama")
     model.model.layers[1].self_attn.config = build("llama").config  # stays on eager attention
-    with pytest.raises(UnsupportedModelError, match="more goes by its rotary embedding than what is handed"):
+    with pytest.raises(UnsupportedModelError, match="its rotary embedding changes more than the queries and keys"):
         enable(model, 4, 28)
 
 
@@ -102,5 +102,5 @@ def test_a_last_layer_that_rotates_more_than_it_hands_on_is_refused():
         lambda module, args, kwargs, output: (output[0] + kwargs["position_embeddings"][1].mean(), *output[1:]),
         with_kwargs=True,
     )
-    with pytest.raises(UnsupportedModelError, match="more goes by its rotary embedding than what is handed"):
+    with pytest.raises(UnsupportedModelError, match="its rotary embedding changes more than the queries and keys"):
         enable(model, 4, 28)

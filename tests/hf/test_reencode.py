@@ -1,4 +1,4 @@
-"""Models that add positions to their embeddings: every token's output is the unpatched model's on its context."""
+"""Models with absolute positions: every token's output is the unpatched model's on its context."""
 
 import copy
 import io
@@ -29,7 +29,7 @@ def absolute(request) -> str:
 
 
 def oracle(model, ids: torch.Tensor, num_sinks: int = S, window: int = W) -> torch.Tensor:
-    """Logits of each token by the unpatched model, on sinks and window with positions from 0 on."""
+    """Logits of the unpatched model for each token, on its sinks and window at positions from 0 on."""
     layout, logits = RingLayout(num_sinks, window, 0), []
     for token in range(ids.shape[1]):
         start = context_start(token, layout)
@@ -40,7 +40,7 @@ def oracle(model, ids: torch.Tensor, num_sinks: int = S, window: int = W) -> tor
 
 
 def rms_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Error as a fraction of the spread of the wanted logits."""
+    """RMS error as a fraction of the spread of the expected logits."""
     spread = (want - want.mean(dim=-1, keepdim=True)).double().square().mean().sqrt()
     return float((got - want).double().square().mean().sqrt() / spread)
 
@@ -63,7 +63,7 @@ def gpt2():
 
 @pytest.fixture(scope="module")
 def streaming():
-    """An enabled GPT-2, logits of a stream by the unpatched one, and its ids."""
+    """An enabled GPT-2, the unpatched model's logits for a stream, and its ids."""
     model, ids = build("gpt2"), random_ids(2, LENGTH)
     with torch.no_grad():
         want = oracle(model, ids)
@@ -189,7 +189,7 @@ def test_two_tokens_run_for_one_token_of_the_stream(gpt2):
 
 
 def greedy(model, ids: torch.Tensor, count: int) -> torch.Tensor:
-    """Greedy decoding by the unpatched model on each token's context."""
+    """Greedy decoding with the unpatched model on each token's context."""
     layout = RingLayout(S, W, 0)
     for _ in range(count):
         start = context_start(ids.shape[1] - 1, layout)
@@ -254,9 +254,9 @@ def test_beam_search_equals_one_that_encodes_everything_anew(gpt2, monkeypatch):
     assert torch.equal(gpt2.generate(ids, max_new_tokens=S + W - 8, **options), want)
     got = gpt2.generate(ids, max_new_tokens=40, **options)
 
-    def encode_anew(self, beam_idx):  # keys and values of other beams are not used
+    def encode_anew(self, beam_idx):  # reuses no keys and values
         (lane,) = self.lanes
-        lane.ids, lane.held = lane.ids[beam_idx], (S, 0)
+        lane.ids, lane.encoded = lane.ids[beam_idx], (S, 0)
 
     monkeypatch.setattr(ReencodeCache, "reorder_cache", encode_anew)
     assert got.shape == (2, 48)
@@ -264,14 +264,14 @@ def test_beam_search_equals_one_that_encodes_everything_anew(gpt2, monkeypatch):
 
 
 def test_rollback_limits(streaming):
-    """By the headroom from anywhere, and to all tokens whose contexts are among the ids that are kept."""
+    """A stream can go back by the headroom, and to any token whose context is still in the ids."""
     model = sinkattn.enable(build("gpt2"), S, W, headroom=5)
     cache, ids = sinkattn.SinkCache(model), random_ids(1, 40)
-    cache.crop(-3)  # of an empty cache, as transformers may ask
+    cache.crop(-3)  # an empty cache, which transformers may crop
     feed(model, cache, ids)
     assert cache.is_croppable
     cache.crop(torch.tensor(-2))
-    # The oldest token that may come next is 35, of the context that starts at 27; that is the one of 33 to 38.
+    # The earliest next token is 35. Its context starts at 27, like those of tokens 33 to 38.
     with pytest.raises(RuntimeError, match=r"can go back 5 tokens more \(headroom 5\), got 6"):
         cache.crop(-6)
     cache.crop(-5)
@@ -387,13 +387,13 @@ def test_calls_that_would_be_wrong_are_refused(streaming):
             ValueError,
             "position_ids: expected consecutive positions",
         ),
-        ({"inputs_embeds": embeddings}, ValueError, "inputs_embeds: .* takes input_ids alone"),
-        ({"token_type_ids": ids}, ValueError, "token_type_ids: .* takes input_ids alone"),
-        ({"encoder_hidden_states": embeddings}, ValueError, "encoder_hidden_states: .* takes input_ids alone"),
+        ({"inputs_embeds": embeddings}, ValueError, "inputs_embeds: .* takes input_ids only"),
+        ({"token_type_ids": ids}, ValueError, "token_type_ids: .* takes input_ids only"),
+        ({"encoder_hidden_states": embeddings}, ValueError, "encoder_hidden_states: .* takes input_ids only"),
     ]:
         with pytest.raises(error, match=message):
             model(ids, **kwargs)
-    with pytest.raises(ValueError, match=r"inputs_embeds: .* takes input_ids alone"):
+    with pytest.raises(ValueError, match=r"inputs_embeds: .* takes input_ids only"):
         model(inputs_embeds=embeddings)
     with pytest.raises(ValueError, match="expected at least one token that the cache has not seen"):
         model(ids[:, :0])
@@ -439,19 +439,19 @@ def test_what_cannot_stream_this_way_is_refused(gpt2, monkeypatch):
     with pytest.raises(UnsupportedModelError, match="must not exceed the 512 positions it was trained for, got 513"):
         sinkattn.enable(gpt2, 4, 509)
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    bert = BertLMHeadModel(BertConfig(**sizes, num_attention_heads=4)).eval()  # sees what comes after
+    bert = BertLMHeadModel(BertConfig(**sizes, num_attention_heads=4)).eval()  # attends to later tokens
     with pytest.raises(UnsupportedModelError, match="BertLMHeadModel: is not causal"):
         sinkattn.enable(bert, S, W)
     rotating = GPTJForCausalLM(GPTJConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=4, rotary_dim=8)).eval()
     assert not trial.has_absolute_positions(rotating)
-    pieces = Lane.pieces
+    segments = Lane.segments
 
     def forgetful(self, new):
-        for piece, first, count in pieces(self, new):
-            piece[:, :-count] = 0
-            yield piece, first, count
+        for segment, first, count in segments(self, new):
+            segment[:, :-count] = 0
+            yield segment, first, count
 
-    monkeypatch.setattr(Lane, "pieces", forgetful)
+    monkeypatch.setattr(Lane, "segments", forgetful)
     keys = [sorted(module.__dict__) for module in gpt2.modules()]
     with pytest.raises(UnsupportedModelError, match="differs from the original"):
         sinkattn.enable(gpt2, S, W)

@@ -1,4 +1,4 @@
-"""enable and disable: the numbers of an enabled model, and a model that is restored exactly."""
+"""`enable` and `disable`: the outputs of an enabled model, and a model that is restored exactly."""
 
 import copy
 import gc
@@ -36,7 +36,7 @@ def spread(x: torch.Tensor) -> float:
 
 
 def rms_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Error as a fraction of the spread of the wanted logits."""
+    """RMS error as a fraction of the spread of the expected logits."""
     return float((got - want).double().square().mean().sqrt()) / spread(want.double())
 
 
@@ -50,7 +50,7 @@ def stream(model, ids: torch.Tensor, chunks: list[int]) -> torch.Tensor:
 
 
 def without_sink_rotation(monkeypatch) -> None:
-    """Negative control: the query turns for sinks as it does for the window."""
+    """Negative control: rotate queries for sink keys as for window keys."""
     tables = sinkattn.Rope.stream_tables
     monkeypatch.setattr(
         sinkattn.Rope,
@@ -104,7 +104,7 @@ def test_without_sinks_equals_the_unpatched_model_under_a_sliding_mask(family):
     mask = torch.where((distance >= 0) & (distance < W), 0.0, torch.finfo(torch.float32).min)
     want = model(ids, attention_mask=mask.expand(2, 1, length, length)).logits
     got = sinkattn.enable(model, 0, W)(ids).logits
-    # The unpatched model turns by fp32 angles, which are off by 2e-5 at position 200.
+    # The unpatched model's angles are in fp32, with an error of 2e-5 at position 200.
     assert rms_error(got, want) < 5e-5
     sinkattn.disable(model)
     assert rms_error(sinkattn.enable(model, 0, W - 1)(ids).logits, want) > 1e-2
@@ -276,8 +276,8 @@ def test_calls_that_would_be_wrong_are_refused():
         with pytest.raises(error, match=message):
             model(ids, **kwargs)
     for flag, message in [
-        ("output_attentions", "attention weights are never formed"),
-        ("output_hidden_states", "was changed in the model's configuration while it is enabled"),
+        ("output_attentions", "expected False, got True"),
+        ("output_hidden_states", "was changed in the model's configuration after sinkattn.enable"),
     ]:
         setattr(model.config, flag, True)
         with pytest.raises(ValueError, match=f"{flag}: {message}"):
@@ -383,8 +383,8 @@ def test_a_generate_of_the_instance_comes_back():
 
 @pytest.mark.parametrize(("num_sinks", "window"), [(0, 1), (1, 1), (0, 2)])
 def test_a_tiny_layout_hides_nothing(num_sinks, window):
-    """Jamba's own continuation by several tokens starts its state anew; with one token in sight nobody would see."""
-    with pytest.raises(UnsupportedModelError, match="does not go on with its own stream"):
+    """Jamba restarts its state in a call of several tokens, which a trial with a single visible token cannot detect."""
+    with pytest.raises(UnsupportedModelError, match="does not continue from its own cache"):
         sinkattn.enable(families.build("jamba"), num_sinks, window)
     model, ids = build("llama"), random_ids(1, 30)
     with torch.no_grad():
@@ -410,7 +410,7 @@ def test_layers_that_rotate_alike_share_their_tables(family, kinds, monkeypatch)
 
 
 def held(model) -> list:
-    """What modules keep beside their parameters and submodules."""
+    """Buffers and plain attributes of all modules."""
     return [
         (name, x.clone() if isinstance(x, torch.Tensor) else x)
         for module in model.modules()
@@ -498,7 +498,7 @@ def test_weighted_norms_after_the_rotation_are_refused_in_any_dtype(dtype, sprea
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += torch.randn_like(parameter) * spread_of_weights
-    with pytest.raises(UnsupportedModelError, match="in a way that is no known rotary embedding"):
+    with pytest.raises(UnsupportedModelError, match="in a way that is not a known rotary embedding"):
         sinkattn.enable(model.to(dtype), 4, 12)
 
 

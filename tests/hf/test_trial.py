@@ -1,4 +1,4 @@
-"""The trial of `enable`: it takes models whose rounding adds up, and none whose attention is off by one token."""
+"""The trial of `enable` accepts deep models in half precision and refuses attention that is off by one token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import sinkattn
 from sinkattn import ops
 from sinkattn.hf import UnsupportedModelError
 from sinkattn.hf.reencode import lanes
-from sinkattn.hf.trial.agreement import BOUND, Record, relative_error
+from sinkattn.hf.trial.agreement import MAX_FP32_ERROR, AttentionRecord, relative_error
 
 S, W = 4, 28
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,7 +33,7 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def deep(family: str, dtype: torch.dtype, layers: int = 12):
-    """A model as deep as pretrained ones, with channels of the residual stream that are 30 times the others."""
+    """A model as deep as pretrained ones, with two channels of the residual stream 30 times larger than the others."""
     model = build(family, num_hidden_layers=layers)
     with torch.no_grad():
         model.get_input_embeddings().weight[:, :2] *= 30
@@ -60,7 +60,7 @@ def queries_one_position_on(monkeypatch) -> None:
 
     def shifted(rope, seen, tokens, **options):
         here, there = (tables(rope, seen + ahead, tokens, **options) for ahead in (0, 1))
-        return tuple(torch.stack((x[0], y[1])) for x, y in zip(here, there, strict=True))  # as sinks see them
+        return tuple(torch.stack((x[0], y[1])) for x, y in zip(here, there, strict=True))  # only for sink keys
 
     monkeypatch.setattr(sinkattn.Rope, "stream_tables", shifted)
 
@@ -83,7 +83,7 @@ FAULTS: dict[str, Callable] = {
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_deep_models_with_outliers_are_taken_in_half_precision(family, dtype):
     model = deep(family, dtype)
-    # What the original's own rounding does to its outputs, which no bound on them could tell from a fault.
+    # The original's rounding changes its outputs so much that a bound on outputs could not detect a fault.
     assert relative_rounding(model, deep(family, torch.float32)) > 8 * torch.finfo(dtype).eps or family == "gpt2"
     sinkattn.enable(model, S, W)
 
@@ -101,7 +101,7 @@ def test_one_token_off_is_refused_in_any_dtype(layers, fault, dtype, monkeypatch
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_a_model_that_rotates_one_position_off_is_refused_in_any_dtype(dtype, monkeypatch):
-    """Nearly all of the norm is in a pair that hardly turns, so over all channels an angle too far would not show."""
+    """Nearly all of the norm is in a pair that hardly turns, so a wrong angle would not show over all channels."""
     model = build("llama", num_hidden_layers=2, head_dim=16)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -115,20 +115,20 @@ def test_a_model_that_rotates_one_position_off_is_refused_in_any_dtype(dtype, mo
         return rotate(q, k, *ahead, **options)[0], rotate(q, k, cos, sin, **options)[1]
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", off)
-    with pytest.raises(UnsupportedModelError, match="in a way that is no known rotary embedding"):
+    with pytest.raises(UnsupportedModelError, match="in a way that is not a known rotary embedding"):
         sinkattn.enable(model, S, W)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_a_context_that_begins_one_token_off_is_refused(dtype, monkeypatch):
     model = deep("gpt2", dtype)
-    pieces = lanes.Lane.pieces
+    segments = lanes.Lane.segments
 
     def off(lane, new):
-        for ids, first, count in pieces(lane, new):
+        for ids, first, count in segments(lane, new):
             yield (torch.cat((ids[:, 1:2], ids[:, 1:]), dim=1) if first and ids.shape[1] > count else ids), first, count
 
-    monkeypatch.setattr(lanes.Lane, "pieces", off)
+    monkeypatch.setattr(lanes.Lane, "segments", off)
     with pytest.raises(UnsupportedModelError, match="the swapped model differs from the original"):
         sinkattn.enable(model, S, W)
 
@@ -171,7 +171,7 @@ def softcapped(module, query, key, value, mask, scaling, dropout=0.0, softcap=No
 
 
 class OwnAttention(modeling_llama.LlamaAttention):
-    """As models whose code comes from elsewhere: another function in its file, under a name of its own."""
+    """Like models with custom code, which pass an attention function of their own as the default."""
 
     function: Callable
     options: ClassVar = {}
@@ -201,7 +201,7 @@ class Capped(OwnAttention):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_a_model_is_compared_in_its_own_attention_function(dtype):
-    """What a function does that no argument tells is seen, and what an argument tells it is believed."""
+    """A change inside the function is detected; one by an argument that sinkattn applies is accepted."""
     for attention, right in ((Doubled, False), (Capped, True)):
         model = build("llama", dtype)
         for layer in model.model.layers:
@@ -280,17 +280,18 @@ def test_a_trial_leaves_no_trace(implementation):
 
 
 def test_records_keep_what_came_first_and_measure_what_differs():
-    record, module, x = Record(), torch.nn.Identity(), torch.randn(2, 8, 3)
-    for record.begin in (0, 4):
-        record.tokens = 4
-        assert record.settle_with_past(module, "keys", x[:, : record.begin + 4]).shape[1] == record.begin + 4
-    record.compare()
-    record.begin, record.tokens = 4, 4
-    assert torch.equal(record.settle_with_past(module, "keys", x[:, 4:] * 1.5), x[:, 4:])
+    record, module, x = AttentionRecord(), torch.nn.Identity(), torch.randn(2, 8, 3)
+    for record.first_token in (0, 4):
+        record.num_tokens = 4
+        seen = record.first_token + 4
+        assert record.record_or_replay_with_past(module, "keys", x[:, :seen]).shape[1] == seen
+    record.end_recording()
+    record.first_token, record.num_tokens = 4, 4
+    assert torch.equal(record.record_or_replay_with_past(module, "keys", x[:, 4:] * 1.5), x[:, 4:])
     assert record.errors[module, "keys"] == pytest.approx(0.5)
-    record.begin, record.tokens = 0, 8
-    assert torch.equal(record.settle(module, "keys", x), x)
-    record.compare()
+    record.first_token, record.num_tokens = 0, 8
+    assert torch.equal(record.record_or_replay(module, "keys", x), x)
+    record.pop_errors()
     assert not record.errors
 
 
@@ -298,6 +299,6 @@ def test_relative_errors():
     x = torch.tensor([3.0, 4.0])
     assert relative_error(x, x) == 0
     assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
-    assert relative_error(x * (1 + BOUND), x) == pytest.approx(BOUND, rel=1e-3)
+    assert relative_error(x * (1 + MAX_FP32_ERROR), x) == pytest.approx(MAX_FP32_ERROR, rel=1e-3)
     assert relative_error(torch.tensor([3.0, torch.nan]), x) == torch.inf
     assert relative_error(x, torch.zeros(2)) == torch.inf

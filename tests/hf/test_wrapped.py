@@ -1,4 +1,4 @@
-"""Models that come wrapped, quantised, dispatched or unfinished: they work, or one clear error says why not."""
+"""Models that are wrapped, quantised, dispatched or partly loaded: they stream, or an error says why not."""
 
 import families
 import pytest
@@ -66,7 +66,7 @@ def prompt_learning(peft) -> list:
 
 @pytest.mark.parametrize("kind", range(5), ids=["prefix", "prompt", "encoder", "multitask", "adaption"])
 def test_prompts_of_peft_are_refused(kind):
-    """They come before the tokens of every call; a stream goes on."""
+    """They put virtual tokens before the tokens of every call, which does not fit a stream."""
     peft = pytest.importorskip("peft")
     config = prompt_learning(peft)[kind]
     plain, ids = build("llama"), random_ids(1, 20)
@@ -93,7 +93,7 @@ def test_prefix_tuning_around_an_enabled_model_is_named():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_activations_quantised_over_a_whole_call(family):
-    """What comes out for a token depends on the tokens it comes with, in any such model; the swap is not to blame."""
+    """In such a model the output for a token depends on the other tokens of the call, with or without sinkattn."""
     model = torch.ao.quantization.quantize_dynamic(build(family), {torch.nn.Linear}, dtype=torch.qint8)
     ids = random_ids(1, S + W)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_bitsandbytes(bits, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_decoder_alone(family):
-    """Its outer model generates from a SinkCache only if it is given one; either stands for the same swap."""
+    """Its outer model generates only with a SinkCache passed to it; either model can be enabled and disabled."""
     model, ids = build(family), random_ids(1, 40)
     decoder = sinkattn.enable(model.base_model, S, W)
     with pytest.raises(TypeError, match=r"got DynamicCache; .* enable the outer model instead, or give it a SinkCache"):
@@ -146,7 +146,7 @@ def test_device_maps(tmp_path):
 
 
 def hook(model) -> None:
-    """What accelerate's dispatch does to every module; again, it replaces its own hooks."""
+    """Add hooks as accelerate's dispatch does; a second call replaces its own hooks."""
     hooks = pytest.importorskip("accelerate.hooks")
     for module in model.modules():
         hooks.add_hook_to_module(module, hooks.ModelHook())
@@ -178,9 +178,9 @@ def test_hooks_of_accelerate_come_and_go(steps, family):
     for step in steps:
         step(model)
         if steps[:3] == (hook, enable, unhook) and step is unhook:
-            # It put back the forwards that it had found, before the model was enabled.
+            # accelerate has restored the forwards that it found before the model was enabled.
             if family == "llama":
-                with pytest.raises(RuntimeError, match=r"forward of its decoder was replaced since: call .*disable"):
+                with pytest.raises(RuntimeError, match=r"decoder was replaced after .*: call .*disable"):
                     model(ids)
             continue
         torch.testing.assert_close(model(ids).logits, want, atol=1e-4, rtol=1e-4)
@@ -190,7 +190,7 @@ def test_hooks_of_accelerate_come_and_go(steps, family):
 
 @torch.no_grad()
 def test_a_forward_under_autocast_comes_and_goes():
-    """As accelerate prepares a model for mixed precision."""
+    """Wrapped like accelerate wraps a model for mixed precision."""
     model, ids = sinkattn.enable(build("llama").model, S, W), random_ids(1, S + W)
     want, own = model(ids)[0], model.forward
     model.forward = torch.autocast("cpu", torch.bfloat16)(own)
@@ -254,7 +254,7 @@ def compile_decoder(model):
 @torch.no_grad()
 @pytest.mark.parametrize("compiled", [compile_whole, compile_in_place, compile_decoder])
 def test_a_compiled_model(compiled):
-    """Compiled and run before it is enabled, while it is, and after."""
+    """Compiled, and run before it is enabled, while it is enabled, and after."""
     torch.compiler.reset()
     model, ids = compiled(build("llama", num_hidden_layers=1)), random_ids(1, 70)
     plain = build("llama", num_hidden_layers=1)

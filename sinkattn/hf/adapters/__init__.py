@@ -1,8 +1,8 @@
-"""Adapters for families whose attention does not go through transformers' attention function, one file each.
+"""Adapters for families that do not call transformers' attention function, one module each.
 
-A probe cannot see into those. An adapter knows a family instead: how positions come into its attention, and a forward
-that makes queries, keys and values as the family does and attends over the ring. What it knows is checked like what a
-probe finds: on a short input the swapped model must agree with the original.
+The probe cannot record their attention. An adapter provides two functions instead: `position_encoding` returns the
+family's rotary embedding or ALiBi slopes, and `forward` computes queries, keys and values as the family does and
+attends over the ring. The trial of `enable` checks the result against the original, as for every other model.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from sinkattn.hf.model_config import find_decoder
 from sinkattn.hf.probe.masks import MaskPattern
 from sinkattn.hf.probe.result import LayerInfo, ProbeResult
 
-# By the class of a family's attention modules. Their code is not imported here: not everyone needs all of it.
-FAMILIES = {
+# Adapter module by class of attention module; by name, so that unused modeling files are not imported.
+ADAPTERS = {
     "transformers.models.bloom.modeling_bloom.BloomAttention": "bloom",
     "transformers.models.codegen.modeling_codegen.CodeGenAttention": "codegen",
     "transformers.models.falcon.modeling_falcon.FalconAttention": "falcon",
@@ -31,35 +31,35 @@ FAMILIES = {
 MASK_NAME = "sinkattn_adapted"
 
 
-def find(model: PreTrainedModel) -> ProbeResult | None:
-    """What the adapter of a model's family knows about it; None if there is none. Leaves the model as it was.
+def probe_by_adapter(model: PreTrainedModel) -> ProbeResult | None:
+    """Probe result from the adapter of a model's family; None without an adapter. Leaves the model unchanged.
 
     Raises:
-        UnsupportedModelError: the model does something that its adapter does not.
+        UnsupportedModelError: for a configuration that the adapter does not support.
     """
     decoder = find_decoder(model)
-    families = {module: name for module in decoder.modules() if (name := _family(module)) is not None}
-    if not families:
+    adapter_names = {module: name for module in decoder.modules() if (name := _adapter_name(module)) is not None}
+    if not adapter_names:
         return None
-    probe_result = ProbeResult(decoder, [])
-    for name in dict.fromkeys(families.values()):
-        family = import_module(f"{__name__}.{name}")
-        rotation, slopes = family.positions(decoder)
-        for module in (module for module, its in families.items() if its == name):
-            probe_result.layers[module] = LayerInfo(module.layer_idx, rotation, MaskPattern("all"), None, slopes)
-            probe_result.forwards[module] = partial(family.forward, module)
-    return probe_result
+    result = ProbeResult(decoder, [])
+    for name in dict.fromkeys(adapter_names.values()):
+        adapter = import_module(f"{__name__}.{name}")
+        rotation, alibi_slopes = adapter.position_encoding(decoder)
+        for module in (module for module, other in adapter_names.items() if other == name):
+            result.layers[module] = LayerInfo(module.layer_idx, rotation, MaskPattern("full"), None, alibi_slopes)
+            result.adapter_forwards[module] = partial(adapter.forward, module)
+    return result
 
 
-def _family(module: nn.Module) -> str | None:
-    # Subclasses too: a family has another class for flash attention.
+def _adapter_name(module: nn.Module) -> str | None:
+    # Also for subclasses: a family has another class for flash attention.
     names = (f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__)
-    return next((FAMILIES[name] for name in names if name in FAMILIES), None)
+    return next((ADAPTERS[name] for name in names if name in ADAPTERS), None)
 
 
-def no_mask(*args, device: torch.device | None = None, **kwargs) -> Tensor:
-    """Mask function of decoders with an adapter: nothing reads the mask, but some decoders work on it."""
+def placeholder_mask(*args, device: torch.device | None = None, **kwargs) -> Tensor:
+    """Mask function of decoders with an adapter: attention ignores the mask, but some decoders index it."""
     return torch.zeros(1, 1, 1, 1, device=device)
 
 
-AttentionMaskInterface.register(MASK_NAME, no_mask)
+AttentionMaskInterface.register(MASK_NAME, placeholder_mask)

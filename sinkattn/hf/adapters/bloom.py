@@ -10,18 +10,19 @@ from transformers import PreTrainedModel
 from sinkattn.hf.adapters.common import attend, split_heads
 
 
-def positions(decoder: PreTrainedModel) -> tuple[None, Tensor]:
-    """No rotation, and ALiBi slopes."""
+def position_encoding(decoder: PreTrainedModel) -> tuple[None, Tensor]:
+    """ALiBi slopes."""
+    # The bias of the second token is the slope times its position, which is 1.
     two_tokens = torch.ones(1, 2, dtype=torch.int64, device=decoder.word_embeddings.weight.device)
     return None, decoder.build_alibi_tensor(two_tokens, decoder.num_heads, dtype=torch.float32)[:, 0, 1]
 
 
 def forward(module: nn.Module, hidden_states: Tensor, residual: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
-    """Forward of the attention module, residual included."""
+    """Forward of the attention module, which adds the residual."""
     query, key, value = split_heads(module.query_key_value(hidden_states), module.num_heads, module.num_heads)
     out = attend(module, query, key, value, module.inv_norm_factor)
     if module.pretraining_tp > 1 and module.slow_but_exact:
-        # The sum over slices of the weight, which the family computes here, leaves the bias out.
+        # The family sums over slices of the weight and leaves the bias out.
         out = functional.linear(out, module.dense.weight)
     else:
         out = module.dense(out)

@@ -1,4 +1,4 @@
-"""What adapters share."""
+"""Functions that several adapters use."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from sinkattn.hf.probe.result import Rotation
 from sinkattn.rope import Rope
 
 
-def split_heads(fused: Tensor, kv_heads: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, ``[batch, heads, tokens, head_dim]``, of one projection for all.
+def split_heads(fused: Tensor, num_kv_heads: int, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split the output of one projection into queries, keys and values, ``[batch, heads, tokens, head_dim]``.
 
-    fused: ``[batch, tokens, ...]``: for each key head the queries of its group, then its key, then its value.
+    fused: ``[batch, tokens, ...]``: for each KV head the queries of its group, its key, its value.
     """
-    fused = fused.unflatten(-1, (kv_heads, heads // kv_heads + 2, -1))
+    fused = fused.unflatten(-1, (num_kv_heads, num_heads // num_kv_heads + 2, -1))
     query, key, value = fused[..., :-2, :].flatten(2, 3), fused[..., -2, :], fused[..., -1, :]
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attention of one layer over its ring, heads joined: ``[batch, tokens, heads * head_dim]``."""
+    """Attention of one layer over its ring: ``[batch, tokens, heads * head_dim]``."""
     if module.training:
         raise RuntimeError(
             "model: an attention module is in training mode; sinkattn is for inference, call model.eval()"
@@ -28,19 +28,19 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: 
     return module._sinkattn.attend(module, query, key, value, scale).transpose(1, 2).flatten(2)
 
 
-def live_rotation(rotary: nn.Module) -> Rotation:
-    """Rotation by the frequencies of a rotary module, of the first elements of a head, in halves."""
-    # A short input puts length-dependent frequencies back to those of short inputs.
+def module_rotation(rotary: nn.Module) -> Rotation:
+    """Rotation of the first elements of each head, paired in halves, by the frequencies of a rotary module."""
+    # A short input resets length-dependent frequencies to those of short inputs.
     position = torch.zeros(1, 1, dtype=torch.int64, device=rotary.inv_freq.device)
     rotary(position.float(), position)
     return Rotation(Rope.from_module(rotary), 0)
 
 
 def sinusoidal_rotation(attention: nn.Module) -> Rotation:
-    """Rotation of neighbours by the frequencies of the original Transformer, as in GPT-J.
+    """Rotation of neighbouring elements by the frequencies of the original Transformer, as in GPT-J.
 
-    Its tables of sines and cosines end at the longest trained position and are as coarse as the model's dtype.
+    The family's own tables of sines and cosines are in the model's dtype and end at the longest trained position.
     """
-    width = attention.rotary_dim or attention.embed_dim
-    pairs = torch.arange(0, width, 2, dtype=torch.int64)
-    return Rotation(Rope(1.0 / 10000 ** (pairs / width), style="interleaved"), 0)
+    rotary_dim = attention.rotary_dim or attention.embed_dim
+    even = torch.arange(0, rotary_dim, 2, dtype=torch.int64)
+    return Rotation(Rope(1.0 / 10000 ** (even / rotary_dim), style="interleaved"), 0)

@@ -1,17 +1,17 @@
-"""GPT-NeoX-Japanese: a rotary embedding of halves, and a bias that the block adds."""
+"""GPT-NeoX-Japanese: rotary embedding, and an output bias that the block adds."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sinkattn.hf.adapters.common import attend, live_rotation, split_heads
+from sinkattn.hf.adapters.common import attend, module_rotation, split_heads
 from sinkattn.hf.probe.result import Rotation
 
 
-def positions(decoder: PreTrainedModel) -> tuple[Rotation, None]:
-    """Rotation, and no slopes."""
-    return live_rotation(decoder.rotary_emb), None
+def position_encoding(decoder: PreTrainedModel) -> tuple[Rotation, None]:
+    """Rotary embedding."""
+    return module_rotation(decoder.rotary_emb), None
 
 
 def forward(module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, None, Tensor | None]:

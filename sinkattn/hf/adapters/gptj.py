@@ -1,4 +1,4 @@
-"""GPT-J: a rotary embedding of neighbours, on a part of the head."""
+"""GPT-J: rotary embedding of neighbouring elements, on part of each head."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from sinkattn.hf.adapters.common import attend, sinusoidal_rotation
 from sinkattn.hf.probe.result import Rotation
 
 
-def positions(decoder: PreTrainedModel) -> tuple[Rotation, None]:
-    """Rotation, and no slopes."""
+def position_encoding(decoder: PreTrainedModel) -> tuple[Rotation, None]:
+    """Rotary embedding."""
     return sinusoidal_rotation(decoder.h[0].attn), None
 
 

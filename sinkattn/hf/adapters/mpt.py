@@ -1,4 +1,4 @@
-"""MPT: ALiBi. transformers gives all of them ALiBi of the default strength, whatever their configuration says."""
+"""MPT: ALiBi. transformers ignores the configuration and uses ALiBi with the default ``alibi_bias_max``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 from sinkattn.hf.adapters.common import attend
 
 
-def positions(decoder: PreTrainedModel) -> tuple[None, Tensor]:
-    """No rotation, and ALiBi slopes."""
-    # The bias of the first of two tokens, counted back from the second.
+def position_encoding(decoder: PreTrainedModel) -> tuple[None, Tensor]:
+    """ALiBi slopes."""
+    # The bias of the first of two tokens, at distance -1 from the last.
     bias = decoder.build_mpt_alibi_tensor(decoder.num_heads, 2, device=decoder.wte.weight.device)
     return None, -bias[:, 0, 0]
 

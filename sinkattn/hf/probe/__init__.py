@@ -1,1 +1,1 @@
-"""The probe: what a model's attention layers do, found by running them (probe, recording, masks, rotations, result)."""
+"""The probe: run a model to find out how each attention layer masks and rotates."""

@@ -1,4 +1,4 @@
-"""Which mask pattern a model asks for: full causal, sliding window or chunked."""
+"""Classify a mask function of transformers: full causal, sliding window or chunked."""
 
 from __future__ import annotations
 
@@ -8,35 +8,34 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-# A sliding window as long as this is none.
-LONGEST_WINDOW = 1 << 18
+# A sliding window or chunk of this many tokens or more counts as full causal attention.
+MAX_WINDOW = 1 << 18
 
 
 class MaskPattern(NamedTuple):
-    """Which tokens a mask shows to a query: all before it, the last ``size``, or those of its own chunk of ``size``."""
+    """Pattern of a causal mask: a query sees all earlier tokens, the last ``size`` or its chunk of ``size``."""
 
-    kind: Literal["all", "window", "chunk"]
+    kind: Literal["full", "window", "chunk"]
     size: int = 0
 
 
-def mask_pattern(mask_function: Callable, device: torch.device | None) -> MaskPattern | None:
+def classify_mask(mask_function: Callable, device: torch.device | None) -> MaskPattern | None:
     """Pattern of a mask function of transformers; None if it is not full causal, sliding window or chunked."""
 
-    def shown(query: Tensor | int, key: Tensor | int) -> Tensor:
+    def is_visible(query: Tensor | int, key: Tensor | int) -> Tensor:
         query, key = (torch.as_tensor(x, device=device) for x in (query, key))
         return mask_function(query.new_zeros(()), query.new_zeros(()), query, key).expand_as(query + key)
 
-    distance = torch.arange(LONGEST_WINDOW, device=device)
-    queries = (4 * LONGEST_WINDOW, 4 * LONGEST_WINDOW + 54321)  # far enough for any window or chunk to have begun
+    distance = torch.arange(MAX_WINDOW, device=device)
+    queries = (4 * MAX_WINDOW, 4 * MAX_WINDOW + 54321)  # beyond the first window and chunk, whatever their size
     try:
-        if any(shown(query, query + 1 + distance).any() for query in queries):
+        if any(is_visible(query, query + 1 + distance).any() for query in queries):
             return None
-        sees_first = shown(distance, 0)
-        size = int(sees_first.sum())
-        for kind in ("all",) if size == LONGEST_WINDOW else ("window", "chunk"):
-            reach = [LONGEST_WINDOW if kind == "all" else size if kind == "window" else q % size + 1 for q in queries]
-            if all(torch.equal(shown(q, q - distance), distance < r) for q, r in zip(queries, reach, strict=True)):
-                return MaskPattern(kind, 0 if kind == "all" else size)
+        size = int(is_visible(distance, 0).sum())  # queries that see the first token
+        for kind in ("full",) if size == MAX_WINDOW else ("window", "chunk"):
+            reach = [MAX_WINDOW if kind == "full" else size if kind == "window" else q % size + 1 for q in queries]
+            if all(torch.equal(is_visible(q, q - distance), distance < r) for q, r in zip(queries, reach, strict=True)):
+                return MaskPattern(kind, 0 if kind == "full" else size)
     except (IndexError, RuntimeError, TypeError, ZeroDivisionError):
-        pass  # it depends on more than how far apart two tokens are
+        pass  # the mask depends on more than the two positions, such as the contents of a batch
     return None

@@ -1,4 +1,4 @@
-"""One forward with an attention function that records queries, keys and masks."""
+"""Run a decoder with an attention function that records queries, keys, values and masks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from sinkattn.hf.model_config import attention_implementation
-from sinkattn.hf.probe.masks import MaskPattern, mask_pattern
+from sinkattn.hf.probe.masks import MaskPattern, classify_mask
 
-PROBE_NAME = "sinkattn_probe"
+ATTENTION_NAME = "sinkattn_probe"
 
 
 @dataclass
-class Call:
-    """One call of the attention function during a probe."""
+class AttentionCall:
+    """Arguments of one call of the attention function."""
 
     module: nn.Module
     query: Tensor
@@ -30,44 +30,43 @@ class Call:
 
 @dataclass(eq=False)
 class Recording:
-    """What one forward of a probe leaves."""
+    """Attention calls, masks and output of one forward of the decoder."""
 
-    calls: list[Call] = field(default_factory=list)
-    masks: list[MaskPattern | None] = field(default_factory=list)
-    """What each mask shows that the model asked for; None if that is nothing known."""
+    calls: list[AttentionCall] = field(default_factory=list)
+    mask_patterns: list[MaskPattern | None] = field(default_factory=list)
+    """Pattern of each mask that the model asked for; None if not full causal, sliding window or chunked."""
     output: Tensor | None = None
-    """Hidden states that the decoder makes of it."""
+    """Last hidden states."""
 
-    def visible(self, call: Call) -> MaskPattern | None:
-        """What a call's query sees; None if nobody knows."""
-        if call.mask is None:
-            return MaskPattern("all")
-        if not isinstance(call.mask, Tensor) or call.mask.dtype != torch.int32:
-            return None
-        return self.masks[int(call.mask.flatten()[0])]
+    @staticmethod
+    def has_own_mask(call: AttentionCall) -> bool:
+        """Whether the mask of a call is not one that `_record_mask` returned, or a slice of it."""
+        return call.mask is not None and not (isinstance(call.mask, Tensor) and call.mask.dtype == torch.int32)
+
+    def mask_pattern(self, call: AttentionCall) -> MaskPattern | None:
+        """Pattern of the mask of a call; None if not full causal, sliding window or chunked."""
+        return MaskPattern("full") if call.mask is None else self.mask_patterns[int(call.mask.flatten()[0])]
 
 
 _recording: ContextVar[Recording] = ContextVar("sinkattn_recording")
 
 
-def _record(module, query, key, value, attention_mask, **options) -> tuple[Tensor, None]:
-    _recording.get().calls.append(Call(module, query, key, value, attention_mask, options))
-    # Neither queries nor keys: rotating them must not change what later layers see.
-    heads = query.shape[1] // value.shape[1]
-    return value.repeat_interleave(heads, dim=1).transpose(1, 2).contiguous(), None
+def _record_attention(module, query, key, value, attention_mask, **options) -> tuple[Tensor, None]:
+    _recording.get().calls.append(AttentionCall(module, query, key, value, attention_mask, options))
+    # Return the values: independent of queries and keys, so rotation does not change the inputs of later layers.
+    group_size = query.shape[1] // value.shape[1]
+    return value.repeat_interleave(group_size, dim=1).transpose(1, 2).contiguous(), None
 
 
 def _record_mask(batch_size, q_length, kv_length, *args, mask_function=None, device=None, **kwargs) -> Tensor:
-    masks = _recording.get().masks
-    masks.append(MaskPattern("all") if mask_function is None else mask_pattern(mask_function, device))
-    # Instead of a mask its number, of the shape of a mask: models may slice it.
-    return torch.full((batch_size, 1, q_length, kv_length), len(masks) - 1, dtype=torch.int32, device=device)
+    patterns = _recording.get().mask_patterns
+    patterns.append(MaskPattern("full") if mask_function is None else classify_mask(mask_function, device))
+    # Return the pattern's index in a mask-shaped tensor, which models may slice.
+    return torch.full((batch_size, 1, q_length, kv_length), len(patterns) - 1, dtype=torch.int32, device=device)
 
 
-AttentionInterface.register(PROBE_NAME, _record)
-
-
-AttentionMaskInterface.register(PROBE_NAME, _record_mask)
+AttentionInterface.register(ATTENTION_NAME, _record_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, _record_mask)
 
 
 def record_forward(decoder: PreTrainedModel, ids: Tensor, **inputs: Tensor) -> Recording:
@@ -75,7 +74,7 @@ def record_forward(decoder: PreTrainedModel, ids: Tensor, **inputs: Tensor) -> R
     recording = Recording()
     token = _recording.set(recording)
     try:
-        with attention_implementation(decoder, PROBE_NAME):
+        with attention_implementation(decoder, ATTENTION_NAME):
             recording.output = decoder(input_ids=ids.unsqueeze(0), use_cache=False, **inputs)[0]
     finally:
         _recording.reset(token)

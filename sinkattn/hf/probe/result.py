@@ -1,4 +1,4 @@
-"""What a probe finds out about a model and its attention layers."""
+"""The result of probing a model: its decoder, rotary modules and attention layers."""
 
 from __future__ import annotations
 
@@ -14,41 +14,42 @@ from sinkattn.rope import Rope
 
 
 class Temperature(NamedTuple):
-    """Scaling of queries by their position p: ``1 + scale * log(1 + floor((p + 1) / step))`` (Llama 4)."""
+    """Query scaling by position p: ``1 + scale * log(1 + floor((p + 1) / step))`` (Llama 4)."""
 
     step: float
     scale: float
 
 
 class Rotation(NamedTuple):
-    """A rotary embedding and where in the head the elements begin that it turns."""
+    """A rotary embedding, applied to the ``rope.rotary_dim`` elements of each head from ``offset`` on."""
 
     rope: Rope
-    begin: int
+    offset: int
 
 
 @dataclass
 class LayerInfo:
-    """What a probe found out about one attention module."""
+    """How one attention module masks, rotates and scales."""
 
     index: int
+    """``layer_idx`` of the module."""
     rotation: Rotation | None
-    """None where nothing is rotated."""
-    visible: MaskPattern
+    """None without a rotary embedding."""
+    mask: MaskPattern
     temperature: Temperature | None
-    """None where the model scales no queries, or does so by the positions that it is given."""
+    """None if queries are not scaled, or are scaled by the ``position_ids`` that the model is given."""
     alibi_slopes: Tensor | None = None
-    """One for each head, of the bias on scaled scores; None without ALiBi."""
+    """``[heads]``, for a bias on the scaled scores; None without ALiBi."""
 
 
 @dataclass
 class ProbeResult:
-    """What a probe found out about a model."""
+    """Decoder, rotary modules and attention layers of a model, found by the probe or an adapter."""
 
     decoder: PreTrainedModel
-    rotaries: list[nn.Module]
-    """Modules that make cosines and sines; none in models whose attention knows no positions (NoPE)."""
+    rotary_modules: list[nn.Module]
+    """Modules that compute cosines and sines; empty if there is none (NoPE), or if the model has an adapter."""
     layers: dict[nn.Module, LayerInfo] = field(default_factory=dict)
-    """By attention module, in the order in which they ran."""
-    forwards: dict[nn.Module, Callable] = field(default_factory=dict)
-    """What replaces the forward of attention modules that call no attention function."""
+    """Attention modules, in the order in which they ran."""
+    adapter_forwards: dict[nn.Module, Callable] = field(default_factory=dict)
+    """Forwards that replace those of attention modules that do not call transformers' attention function."""

@@ -1,1 +1,1 @@
-"""Models with absolute positions: the context is re-encoded when it is full (patch, cache, lanes, trial)."""
+"""Models with absolute positions: the context is re-encoded when it is full."""

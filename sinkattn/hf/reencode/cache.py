@@ -14,12 +14,12 @@ from sinkattn.ops import check_tensor
 
 
 class Padding(NamedTuple):
-    """Which of the new tokens count."""
+    """Padding among the new tokens."""
 
-    token_mask: Tensor
-    """Which ones: bool ``[batch, tokens]``."""
-    counts: list[int]
-    """How many in each row."""
+    present: Tensor
+    """False at padding: bool ``[batch, tokens]``."""
+    num_new: list[int]
+    """Tokens of each row that are not padding."""
 
 
 class LaneInput(NamedTuple):
@@ -27,40 +27,40 @@ class LaneInput(NamedTuple):
 
     lane: Lane
     ids: Tensor
-    """int64 ``[rows of the lane, tokens]``, none of them padding."""
-    where: tuple[Tensor, Tensor | slice] | None
-    """Index of these in ``[batch, tokens]`` of the call; None if they are all of it."""
+    """int64 ``[rows of the lane, tokens]``, without padding."""
+    target: tuple[Tensor, Tensor | slice] | None
+    """Index of these tokens in ``[batch, tokens]`` of the call; None if they are the whole call."""
 
 
 class ReencodeCache(SinkCache):
-    """`SinkCache` of a model that streams by re-encoding: lanes, each with its ids and one context."""
+    """`SinkCache` of a model that streams by re-encoding: lanes, each with ids and one context."""
 
     def __init__(self, model: PreTrainedModel, max_batch_size: int | None = None) -> None:
         super().__init__(model, max_batch_size)
-        self._drop()
+        self._drop_lanes()
 
-    def _drop(self) -> None:
+    def _drop_lanes(self) -> None:
         self.lanes: list[Lane] = []
-        """Each row of the batch is in one of them; none before the first forward."""
+        """Each row of the batch is in one lane; empty before the first forward."""
         self._seen: Tensor | None = None
         self.layers[0].__dict__.pop("batch_size", None)
 
-    def _changed(self) -> None:
+    def _lanes_changed(self) -> None:
         self.layers[0].batch_size = sum(len(lane.rows) for lane in self.lanes)
         self._seen = None
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens that each row has seen, without padding, on the host."""
+        """Tokens that each row has seen, without padding, as known on the host."""
         lengths = {row: lane.seen for lane in self.lanes for row in lane.rows}
         return [lengths[row] for row in range(len(lengths))]
 
     @property
     def seen(self) -> Tensor | None:
-        """Tokens that each row has seen, without padding: int64 ``[batch]``, on the device; None before the first."""
+        """Tokens that each row has seen, without padding: int64 ``[batch]``, on the device; None before any."""
         if self._seen is None and self.lanes:
             lane = self.lanes[0]
-            if len(self.lanes) == 1:  # filled on the device, which is not waited for
+            if len(self.lanes) == 1:  # filled on the device, without a host copy
                 self._seen = lane.ids.new_full((len(lane.rows),), lane.seen, dtype=torch.int64)
             else:
                 self._seen = torch.tensor(self.lengths, device=lane.ids.device)
@@ -71,8 +71,8 @@ class ReencodeCache(SinkCache):
         """Bytes of keys and values of all layers, and of the ids."""
         return sum(lane.nbytes for lane in self.lanes)
 
-    def arrivals(self, ids: Tensor, padding: Padding | None) -> list[LaneInput]:
-        """What arrives in each lane that gets new tokens, of ids ``[batch, tokens]`` with this padding among them.
+    def lane_inputs(self, ids: Tensor, padding: Padding | None) -> list[LaneInput]:
+        """Distribute new ids ``[batch, tokens]`` to the lanes; returns the lanes that get some.
 
         A lane whose rows get different numbers of tokens is split first. Lanes never merge.
         """
@@ -81,61 +81,58 @@ class ReencodeCache(SinkCache):
             self.lanes = [Lane(self.layout, range(batch), ids.new_empty(batch, 0))]
         if padding is None and len(self.lanes) == 1:
             return [LaneInput(self.lanes[0], ids, None)]
-        counts = [tokens] * batch if padding is None else padding.counts
+        counts = [tokens] * batch if padding is None else padding.num_new
         parts = [(count, part) for lane in self.lanes for count, part in lane.split(counts).items()]
         self.lanes = [lane for _, lane in parts]
         if padding is not None:
-            # Columns of each row, those of tokens that count first.
-            order = (~padding.token_mask).to(torch.int8).argsort(dim=1, stable=True)
-        arrivals = []
+            # Columns of each row, padding last.
+            order = (~padding.present).to(torch.int8).argsort(dim=1, stable=True)
+        inputs = []
         for count, lane in parts:
             if count:
                 rows = torch.tensor(lane.rows, device=ids.device)
-                where = (rows, slice(None)) if padding is None else (rows.unsqueeze(1), order[rows, :count])
-                arrivals.append(LaneInput(lane, ids[where], where))
-        return arrivals
+                target = (rows, slice(None)) if padding is None else (rows.unsqueeze(1), order[rows, :count])
+                inputs.append(LaneInput(lane, ids[target], target))
+        return inputs
 
-    def finish_forward(self, arrivals: list[LaneInput], padding: Padding | None) -> None:
-        """Close the forward: what arrived counts."""
+    def finish_forward(self, inputs: list[LaneInput], padding: Padding | None) -> None:
+        """Commit the forward: append its tokens to their lanes."""
         before = self.seen
-        for lane, ids, _ in arrivals:
+        for lane, ids, _ in inputs:
             lane.append(ids)
-        self._changed()
-        self.state.commit_columns(None if padding is None else padding.token_mask, before)
+        self._lanes_changed()
+        self.state.count_columns(None if padding is None else padding.present, before)
 
     def abandon_forward(self) -> None:
-        """Close a forward that failed: its tokens do not count."""
+        """Discard the tokens of a forward that failed."""
         self.state.num_new_tokens = self.state.forward_ids = None
         if self.tokens_seen == 0:
-            self._drop()
+            self._drop_lanes()
 
-    def can_rollback(self, counts: Tensor, rows: Tensor) -> bool:
-        """Whether ``counts[i]`` tokens, int64, can be taken back of row ``rows[i]``; columns are left as they are.
+    def can_roll_back(self, counts: Tensor, rows: Tensor) -> bool:
+        """Whether ``counts[i]`` tokens, int64, can be taken back of row ``rows[i]``; see `Lane.max_rollback`."""
+        limits = {row: lane.max_rollback for lane in self.lanes for row in lane.rows}
+        return all(count <= limits[row] for count, row in zip(counts.tolist(), rows.tolist(), strict=True))
 
-        As many as come after the first token whose context is among the ids that are kept: `Lane.max_rollback`.
-        """
-        most = {row: lane.max_rollback for lane in self.lanes for row in lane.rows}
-        return all(count <= most[row] for count, row in zip(counts.tolist(), rows.tolist(), strict=True))
+    def roll_back(self, counts: int | Tensor) -> None:
+        """Forget the last ``counts`` tokens of every row, int64 ``[batch]``; the number of columns stays the same.
 
-    def rollback(self, counts: int | Tensor) -> None:
-        """Forget the last ``counts`` tokens of every row, int64 ``[batch]``; columns are left as they are.
-
-        Raises RuntimeError, with nothing changed, if they cannot all be taken back: `can_rollback`.
+        Raises RuntimeError, with nothing changed, if `can_roll_back` is false.
         """
         by_row = [counts] * self.batch_size if isinstance(counts, int) else counts.tolist()
         for lane in self.lanes:
             for row in lane.rows:
                 if by_row[row] > lane.max_rollback:
                     raise RuntimeError(
-                        f"cache: can go back {lane.max_rollback} tokens more (headroom {self.layout.headroom}), got "
-                        f"{by_row[row]} in row {row}"
+                        f"cache: row {row} can go back {lane.max_rollback} tokens more (headroom "
+                        f"{self.layout.headroom}), got {by_row[row]}"
                     )
         parts = [part for lane in self.lanes for part in lane.split(by_row).items()]
         for count, lane in parts:
             lane.rollback(count)
         self.lanes = [lane for _, lane in parts]
-        self._changed()
-        self.state.note_rollback(counts)
+        self._lanes_changed()
+        self.state.note_rolled_back(counts)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was: integers ``[batch]``."""
@@ -148,22 +145,22 @@ class ReencodeCache(SinkCache):
 
     def _take_rows(self, indices: Tensor) -> None:
         if len(self.lanes) == 1:
-            # Nothing has to be read from the device.
-            self.lanes = [self.lanes[0].take(indices, range(len(indices)))]
+            # Without reading the indices on the host.
+            self.lanes = [self.lanes[0].select(indices, range(len(indices)))]
         else:
             sources, lanes = indices.tolist(), []
             if not all(0 <= source < self.batch_size for source in sources):
                 raise IndexError(f"indices: expected rows from 0 to {self.batch_size - 1}, got {sources}")
             for lane in self.lanes:
-                places = {row: place for place, row in enumerate(lane.rows)}
-                rows = [row for row, source in enumerate(sources) if source in places]
+                index_in_lane = {row: i for i, row in enumerate(lane.rows)}
+                rows = [row for row, source in enumerate(sources) if source in index_in_lane]
                 if rows:
-                    taken = torch.tensor([places[sources[row]] for row in rows], device=indices.device)
-                    lanes.append(lane.take(taken, rows))
+                    selected = torch.tensor([index_in_lane[sources[row]] for row in rows], device=indices.device)
+                    lanes.append(lane.select(selected, rows))
             self.lanes = lanes
-        self._changed()
+        self._lanes_changed()
 
     def reset(self) -> None:
-        """Start all streams anew; nothing of the old ones is left in memory."""
+        """Start new streams and free the memory of the old ones."""
         super().reset()
-        self._drop()
+        self._drop_lanes()

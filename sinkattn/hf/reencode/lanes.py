@@ -1,7 +1,7 @@
-"""Lanes: rows of a batch that have seen equally many tokens and share one context, which is rebuilt when it is full.
+"""Lanes: rows of a batch with equally many tokens, which share one context that is rebuilt when it is full.
 
-Keys with a position in them for good cannot be moved, so rows can share a forward only if their tokens have the same
-positions. Rows that bring different numbers of tokens part into lanes of their own; each lane runs without a mask.
+With absolute positions keys cannot be moved, so rows share a forward only if their tokens have the same positions. A
+lane is split when its rows get different numbers of new tokens. Each lane runs without a mask.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sinkattn.ops import RingLayout
 
 
 def kept_tokens(layout: RingLayout) -> int:
-    """Tokens of the window that stay in the context when it is rebuilt."""
+    """Tokens of the window that remain in the context when it is rebuilt."""
     return layout.window // 2
 
 
@@ -27,12 +27,12 @@ def rebuild_period(layout: RingLayout) -> int:
 
 
 def extra_tokens(layout: RingLayout) -> float:
-    """Tokens that are encoded anew for each token of a long stream, on average; the sinks stay as they are."""
+    """Tokens encoded again per token of a long stream, on average; the sinks are not encoded again."""
     return kept_tokens(layout) / rebuild_period(layout)
 
 
 def context_start(token: int, layout: RingLayout) -> int:
-    """First token after the sinks in the context of a token, both counted from 0 in the stream.
+    """First token after the sinks in the context of a token, both as indices in the stream.
 
     The context of token t is the sinks and {context_start(t) .. t}: up to ``num_sinks + window`` tokens.
     """
@@ -41,13 +41,13 @@ def context_start(token: int, layout: RingLayout) -> int:
     return layout.num_sinks + rebuilds * rebuild_period(layout)
 
 
-def first_token(start: int, layout: RingLayout) -> int:
+def first_token_with_start(start: int, layout: RingLayout) -> int:
     """First token whose context starts at ``start``, which is the `context_start` of some token."""
     return 0 if start == layout.num_sinks else start + kept_tokens(layout)
 
 
 class ContextLayer(CacheLayerMixin):
-    """Keys and values of one layer for up to ``capacity`` tokens, in memory that is taken once."""
+    """Keys and values of one layer for up to ``capacity`` tokens, in a preallocated buffer."""
 
     is_sliding = False
     is_compileable = False
@@ -59,8 +59,8 @@ class ContextLayer(CacheLayerMixin):
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take memory for keys and values like these."""
-        # Not inference tensors, even if made under torch.inference_mode(): a stream may go on outside of it.
+        """Allocate memory for keys and values like these."""
+        # No inference tensors, even under torch.inference_mode(): the stream may continue outside of it.
         with torch.inference_mode(False):
             self.keys, self.values = (
                 torch.empty(*x.shape[:-2], self.capacity, x.shape[-1], dtype=x.dtype, device=x.device)
@@ -69,47 +69,47 @@ class ContextLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append keys and values ``[batch, heads, tokens, head_dim]``; returns those of the whole context."""
+        """Append keys and values ``[batch, heads, tokens, head_dim]``; returns the whole context."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        begin, self.length = self.length, self.length + key_states.shape[-2]
-        self.keys[..., begin : self.length, :] = key_states
-        self.values[..., begin : self.length, :] = value_states
-        # A stream may enter or leave autocast midway.
+        past, self.length = self.length, self.length + key_states.shape[-2]
+        self.keys[..., past : self.length, :] = key_states
+        self.values[..., past : self.length, :] = value_states
+        # A stream may enter or leave autocast between calls.
         return (
             self.keys[..., : self.length, :].to(key_states.dtype),
             self.values[..., : self.length, :].to(value_states.dtype),
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(key length, key offset) of a mask."""
+        """(Key length, key offset) of a mask."""
         return self.length + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens that it holds."""
+        """Tokens in the context."""
         return self.length
 
     def get_max_length(self) -> int:
-        """Tokens that it can hold."""
+        """Tokens that fit into the context."""
         return self.capacity
 
-    def take(self, index: Tensor) -> ContextLayer:
-        """Copy of the rows ``index``, int64 ``[rows]``."""
-        taken = ContextLayer(self.capacity)
+    def select_rows(self, index: Tensor) -> ContextLayer:
+        """Copy with only the rows ``index``, int64 ``[rows]``."""
+        selected = ContextLayer(self.capacity)
         if self.is_initialized:
             with torch.inference_mode(False):
-                taken.keys, taken.values = (x.index_select(0, index) for x in (self.keys, self.values))
-            taken.is_initialized, taken.length = True, self.length
-        return taken
+                selected.keys, selected.values = (x.index_select(0, index) for x in (self.keys, self.values))
+            selected.is_initialized, selected.length = True, self.length
+        return selected
 
 
 class Lane:
-    """Streams of equal length: their ids that may be needed again, and one context.
+    """Streams of equal length: the ids that a rebuild may need, and one context.
 
     Args:
         layout: sinks, window and headroom of each stream.
-        rows: which rows of the batch they are, in ascending order.
-        ids: their tokens so far, none yet: int64 ``[len(rows), 0]``.
+        rows: the streams' rows in the batch, in ascending order.
+        ids: their ids so far: int64 ``[len(rows), tokens]``, with no tokens for new streams.
     """
 
     def __init__(self, layout: RingLayout, rows: Sequence[int], ids: Tensor) -> None:
@@ -119,11 +119,11 @@ class Lane:
         """Sinks and recent tokens: int64 ``[len(rows), up to num_sinks + window - 1 + headroom]``."""
         self.seen = 0
         """Tokens of each stream."""
-        self.first = layout.num_sinks
-        """First token that is kept after the sinks, counted from 0 in the stream."""
+        self.first_kept = layout.num_sinks
+        """Index in the stream of the first id after the sinks in ``ids``."""
         self.context = Cache(layer_class_to_replicate=partial(ContextLayer, layout.num_sinks + layout.window))
-        self.held = (layout.num_sinks, 0)
-        """`context_start` of what the context holds, and how many tokens of it are right."""
+        self.encoded = (layout.num_sinks, 0)
+        """`context_start` of the tokens in the context, and how many of them are valid, from the sinks on."""
 
     @property
     def nbytes(self) -> int:
@@ -133,64 +133,66 @@ class Lane:
 
     @property
     def max_rollback(self) -> int:
-        """Tokens that can be taken back: those after which the context of the next one is among the ids still."""
-        return self.seen - first_token(self.first, self.layout)
+        """Tokens that can be taken back: afterwards ``ids`` must still contain the context of the next token."""
+        return self.seen - first_token_with_start(self.first_kept, self.layout)
 
-    def pieces(self, new: Tensor) -> Iterator[tuple[Tensor, int, int]]:
-        """Cut new tokens, int64 ``[len(rows), tokens]``, where the context is rebuilt.
+    def segments(self, new: Tensor) -> Iterator[tuple[Tensor, int, int]]:
+        """Split new tokens, int64 ``[len(rows), tokens]``, where the context is rebuilt.
 
-        Yields the ids to run, the position of the first of them, and how many at the end are new. The context holds
-        what comes before them then; that they have been run is believed when the next piece is asked for.
+        Yields the ids to run, the position of the first one, and how many at the end are new. Before each yield the
+        context is cut to the tokens before these; resuming the generator marks the segment as encoded.
         """
-        sinks, window = self.layout.num_sinks, self.layout.window
+        num_sinks, window = self.layout.num_sinks, self.layout.window
         ids = torch.cat((self.ids, new), dim=1)
         token, end = self.seen, self.seen + new.shape[1]
         while token < end:
             start = context_start(token, self.layout)
             stop = min(end, start + window)
-            held_start, right = self.held
-            # The sinks stay where they are in every context.
-            right = min(right, sinks + token - start, right if held_start == start else sinks)
-            self.held = (start, right)
+            encoded_start, num_valid = self.encoded
+            # After a rebuild only the sinks are valid: they have the same positions in every context.
+            num_valid = min(num_valid, num_sinks + token - start, num_valid if encoded_start == start else num_sinks)
+            self.encoded = (start, num_valid)
             for layer in self.context.layers:
-                layer.length = right
-            past_sinks = sinks + start - self.first
-            context = torch.cat((ids[:, :sinks], ids[:, past_sinks : past_sinks + stop - start]), dim=1)
-            yield context[:, right:], right, stop - token
-            self.held = (start, sinks + stop - start)
+                layer.length = num_valid
+            begin = num_sinks + start - self.first_kept
+            context = torch.cat((ids[:, :num_sinks], ids[:, begin : begin + stop - start]), dim=1)
+            yield context[:, num_valid:], num_valid, stop - token
+            self.encoded = (start, num_sinks + stop - start)
             token = stop
 
     def append(self, new: Tensor) -> None:
-        """Count new tokens, int64 ``[len(rows), tokens]``, that have been run."""
-        sinks, layout = self.layout.num_sinks, self.layout
+        """Append new tokens that have been run, int64 ``[len(rows), tokens]``; drop ids that are not needed again."""
+        num_sinks, layout = self.layout.num_sinks, self.layout
         self.seen += new.shape[1]
         ids = torch.cat((self.ids, new), dim=1)
-        # What the context of the oldest token that can come next needs.
-        first = max(self.first, context_start(self.seen - layout.headroom, layout))
-        if first > self.first:
-            ids = torch.cat((ids[:, :sinks], ids[:, sinks + first - self.first :]), dim=1)
-        self.ids, self.first = ids, first
+        # Keep the context of the token that is next after a rollback by the headroom.
+        first = max(self.first_kept, context_start(self.seen - layout.headroom, layout))
+        if first > self.first_kept:
+            ids = torch.cat((ids[:, :num_sinks], ids[:, num_sinks + first - self.first_kept :]), dim=1)
+        self.ids, self.first_kept = ids, first
 
-    def rollback(self, count: int) -> None:
-        """Forget the last ``count`` tokens, `max_rollback` at most; the next token rebuilds the context if needed."""
+    def roll_back(self, count: int) -> None:
+        """Forget the last ``count`` tokens, up to `max_rollback`; the next token rebuilds the context if needed."""
         self.seen -= count
         self.ids = self.ids[:, : self.ids.shape[1] - count]
 
-    def take(self, places: Tensor, rows: Sequence[int]) -> Lane:
-        """Copy of the streams at ``places`` in this lane, int64 ``[len(rows)]``, as these rows of a batch."""
-        taken = Lane(self.layout, rows, self.ids.index_select(0, places))
-        taken.seen, taken.first, taken.held = self.seen, self.first, self.held
-        taken.context.layers = [layer.take(places) for layer in self.context.layers]
-        return taken
+    def select(self, index: Tensor, rows: Sequence[int]) -> Lane:
+        """Copy with only the streams ``index`` of this lane, int64 ``[len(rows)]``, as ``rows`` of a batch."""
+        selected = Lane(self.layout, rows, self.ids.index_select(0, index))
+        selected.seen, selected.first_kept, selected.encoded = self.seen, self.first_kept, self.encoded
+        selected.context.layers = [layer.select_rows(index) for layer in self.context.layers]
+        return selected
 
     def split(self, counts: Sequence[int]) -> dict[int, Lane]:
-        """Lanes by a number that each row of the batch has: this lane itself if it is the same in all of its rows."""
+        """Split the lane by ``counts[row]``, one number for each row of the batch; returns the parts by that number.
+
+        The lane itself is returned if the number is the same in all of its rows.
+        """
         own = [counts[row] for row in self.rows]
         if len(set(own)) == 1:
             return {own[0]: self}
         parts = {}
         for count in sorted(set(own)):
-            places = [place for place, other in enumerate(own) if other == count]
-            index = torch.tensor(places, device=self.ids.device)
-            parts[count] = self.take(index, [self.rows[place] for place in places])
+            indices = [i for i, other in enumerate(own) if other == count]
+            parts[count] = self.select(torch.tensor(indices, device=self.ids.device), [self.rows[i] for i in indices])
         return parts

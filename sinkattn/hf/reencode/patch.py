@@ -1,8 +1,8 @@
-"""Streams for models that add absolute positions to their embeddings: the context is encoded anew when it is full.
+"""Streams for models with absolute position embeddings: the context is re-encoded when it is full.
 
-A key of such a model has its position in it for good and cannot be moved. So the context of a token grows up to
-``num_sinks + window`` tokens, as it does without sinkattn; then the sinks and the last half of the window are kept,
-those of the window are encoded at their new positions, and it grows again.
+Keys of such a model contain their position and cannot be moved. So the context grows to ``num_sinks + window`` tokens,
+as without sinkattn. Then it is rebuilt: the sinks and the last half of the window remain, those of the window are
+encoded at their new positions, and it grows again.
 """
 
 from __future__ import annotations
@@ -21,31 +21,35 @@ from sinkattn.hf.reencode.lanes import Lane
 from sinkattn.hf.swap.stream_patch import StreamPatch
 from sinkattn.ops import check_no_gradients
 
-PER_TOKEN = {"input_ids", "attention_mask", "position_ids"}
+# Tensors that a call may pass: the cache keeps the ids, and the others follow from the stream.
+ALLOWED_TENSORS = {"input_ids", "attention_mask", "position_ids"}
 
 
 class ReencodePatch(StreamPatch):
-    """What `enable` leaves on a model that adds positions to its embeddings."""
+    """Patch of a model with absolute position embeddings."""
 
     cache_class = ReencodeCache
 
     def cache_layers(self, state: SharedCacheState) -> list[SinkLayer]:
-        """One layer, which says how many tokens were seen; keys and values are in the lanes of the cache."""
+        """One layer, which reports the tokens seen; the lanes of the cache hold keys and values."""
         return [SinkLayer(state, self.layout)]
 
     def forward(self, *args, **kwargs) -> Any:
-        """Forward of the decoder: cuts its tokens where the context is rebuilt, and joins the outputs."""
-        kwargs = self.by_name(args, kwargs)
+        """Forward of the decoder: run each lane, with a rebuild where its context is full, and join the outputs."""
+        kwargs = self.named_arguments(args, kwargs)
         for name, value in kwargs.items():
-            if isinstance(value, Tensor) and name not in PER_TOKEN:
-                raise ValueError(f"{name}: a model that streams by re-encoding takes input_ids alone, they are kept")
+            if isinstance(value, Tensor) and name not in ALLOWED_TENSORS:
+                raise ValueError(
+                    f"{name}: expected None, got a tensor; a model that streams by re-encoding takes input_ids only, "
+                    "as rebuilding its context needs the ids"
+                )
         ids = kwargs.get("input_ids")
         if ids is None:
-            return self.run_decoder(**kwargs)  # which says what is missing
+            return self.run_decoder(**kwargs)  # raises the model's own error
         if ids.ndim != 2:
             raise ValueError(f"input_ids: expected [batch, tokens], got {list(ids.shape)}")
-        batch, tokens = ids.shape
-        cache = self.stream_of(kwargs, batch, tokens)
+        batch, num_tokens = ids.shape
+        cache = self.checked_cache(kwargs, batch, num_tokens)
         if torch.is_grad_enabled():
             check_no_gradients(*self.decoder.parameters())
 
@@ -56,20 +60,20 @@ class ReencodePatch(StreamPatch):
         )
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         kwargs |= {"attention_mask": None, "use_cache": True, "return_dict": True}
-        cache.begin_forward(batch, tokens, ids)
+        cache.begin_forward(batch, num_tokens, ids)
         try:
-            padding = _padding(mask, cache, tokens)
-            if position_ids is not None and not cache.counts_from_prompt:
-                token_mask = None if padding is None else padding.token_mask
-                check_positions(position_ids, stream_positions(cache, token_mask, tokens, ids.device), token_mask)
-            arrivals = cache.arrivals(ids, padding)
-            # Where there is nothing but padding, any token shows what the outputs look like.
-            run = arrivals or [LaneInput(Lane(self.layout, [0], ids.new_empty(1, 0)), ids.new_zeros(1, 1), None)]
-            kinds, states = zip(*(self._run_lane(arrival, kwargs) for arrival in run), strict=True)
+            padding = _padding(mask, cache, num_tokens)
+            if position_ids is not None and not cache.counts_from_generate:
+                present = None if padding is None else padding.present
+                check_positions(position_ids, stream_positions(cache, present, num_tokens, ids.device), present)
+            inputs = cache.lane_inputs(ids, padding)
+            # If all is padding, run one arbitrary token for the class and shapes of the outputs.
+            run = inputs or [LaneInput(Lane(self.layout, [0], ids.new_empty(1, 0)), ids.new_zeros(1, 1), None)]
+            output_classes, states = zip(*(self._run_lane(lane_input, kwargs) for lane_input in run), strict=True)
             last_hidden_state, *hidden_states = (
-                _place(parts, arrivals, batch, tokens) for parts in zip(*states, strict=True)
+                _scatter(parts, inputs, batch, num_tokens) for parts in zip(*states, strict=True)
             )
-            output = kinds[0](
+            output = output_classes[0](
                 last_hidden_state=last_hidden_state,
                 **{self.cache_argument: cache if use_cache else None},
                 hidden_states=tuple(hidden_states) or None,
@@ -77,40 +81,42 @@ class ReencodePatch(StreamPatch):
         except BaseException:
             cache.abandon_forward()
             raise
-        cache.finish_forward(arrivals, padding)
+        cache.finish_forward(inputs, padding)
         return output if return_dict else output.to_tuple()
 
-    def _run_lane(self, arrival: LaneInput, kwargs: dict[str, Any]) -> tuple[type, tuple[Tensor | None, ...]]:
-        """Class of the decoder's output, and its states for what has arrived: the last hidden ones, then every layer's.
+    def _run_lane(self, lane_input: LaneInput, kwargs: dict[str, Any]) -> tuple[type, tuple[Tensor | None, ...]]:
+        """Run the new tokens of a lane.
 
-        Not all layers' are there if some were asked for by index.
+        Returns the class of the decoder's output, and its states: the last hidden states, then those of each layer if
+        asked for. A layer's are None if only some layers were asked for, by index.
         """
         parts = []
-        for piece, first, new in arrival.lane.pieces(arrival.ids):
-            positions = torch.arange(first, first + piece.shape[1], device=piece.device).unsqueeze(0)
-            provided = {"input_ids": piece, "position_ids": positions, self.cache_argument: arrival.lane.context}
+        for ids, first_position, num_new in lane_input.lane.segments(lane_input.ids):
+            positions = torch.arange(first_position, first_position + ids.shape[1], device=ids.device).unsqueeze(0)
+            context = lane_input.lane.context
+            provided = {"input_ids": ids, "position_ids": positions, self.cache_argument: context}
             output = self.run_decoder(**{**kwargs, **provided})
             states = (output.last_hidden_state, *(output.hidden_states or ()))
-            parts.append([None if x is None else x[:, -new:] for x in states])
+            parts.append([None if x is None else x[:, -num_new:] for x in states])
         joined = (None if xs[0] is None else torch.cat(xs, dim=1) for xs in zip(*parts, strict=True))
         return type(output), tuple(joined)
 
 
-def _place(parts: Sequence[Tensor | None], arrivals: list[LaneInput], batch: int, tokens: int) -> Tensor | None:
-    """States of what has arrived in one tensor ``[batch, tokens, hidden]``, each where its token is; else zeros."""
-    if parts[0] is None or (arrivals and arrivals[0].where is None):
+def _scatter(parts: Sequence[Tensor | None], inputs: list[LaneInput], batch: int, num_tokens: int) -> Tensor | None:
+    """Join the states of all lanes to ``[batch, tokens, hidden]``, with zeros at padding."""
+    if parts[0] is None or (inputs and inputs[0].target is None):
         return parts[0]
-    placed = parts[0].new_zeros(batch, tokens, parts[0].shape[-1])
-    for arrival, part in zip(arrivals, parts, strict=False):
-        placed[arrival.where] = part
-    return placed
+    joined = parts[0].new_zeros(batch, num_tokens, parts[0].shape[-1])
+    for lane_input, part in zip(inputs, parts, strict=False):
+        joined[lane_input.target] = part
+    return joined
 
 
-def _padding(attention_mask: Tensor | None, cache: ReencodeCache, tokens: int) -> Padding | None:
-    """Padding among the new tokens, anywhere in their rows; None if there is none."""
-    token_mask = new_token_mask(attention_mask, cache, tokens)
-    if token_mask is None:
+def _padding(attention_mask: Tensor | None, cache: ReencodeCache, num_tokens: int) -> Padding | None:
+    """Padding among the new tokens, at any columns; None without padding."""
+    present = present_tokens(attention_mask, cache, num_tokens)
+    if present is None:
         return None
-    # Read even where that stops a GPU: how many tokens come decides what runs.
-    counts = token_mask.sum(dim=1).tolist()
-    return None if min(counts) == tokens else Padding(token_mask, counts)
+    # Read on the host, although that synchronizes a GPU: the number of tokens per row decides which forwards run.
+    num_new = present.sum(dim=1).tolist()
+    return None if min(num_new) == num_tokens else Padding(present, num_new)

@@ -1,4 +1,4 @@
-"""Which models stream by re-encoding, and the trial before one is enabled."""
+"""Detect models with absolute positions, and enable them after a trial against the original."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from sinkattn.ops import RingLayout
 
 
 def has_absolute_positions(model: PreTrainedModel) -> bool:
-    """Whether a model adds positions to its embeddings, found out by running it.
+    """Whether a model adds positions to its embeddings; runs the model.
 
-    A rotation of queries and keys, or a bias by distance, makes no difference to a token that sees itself alone.
+    The output for a single token changes with its position then. With a rotation of queries and keys, or a bias by
+    distance, it does not: the token sees only itself.
     """
     decoder = find_decoder(model)
     parameters = inspect.signature(decoder.forward).parameters
@@ -42,28 +43,30 @@ def has_absolute_positions(model: PreTrainedModel) -> bool:
 
 
 def enable_by_reencoding(model: PreTrainedModel, layout: RingLayout) -> None:
-    """Make a model that adds positions to its embeddings stream by re-encoding, after a trial.
+    """Enable a model that adds positions to its embeddings, after a trial.
 
     Raises:
-        UnsupportedModelError: its outputs are not what they should be; it is left as it was.
+        UnsupportedModelError: if outputs differ from the original's; the model is left unchanged.
     """
     if trained_length(model) is None:
-        raise UnsupportedModelError(f"{type(model).__name__}: its configuration does not say how many positions it has")
-    # Cheap, and across two rebuilds, whatever the layout that is wanted.
-    trial = RingLayout(min(2, layout.num_sinks), min(4, layout.window), 0)
-    grown = trial.num_sinks + trial.window
-    ids = sample_ids(model, grown + rebuild_period(trial) + 1)
-    patch = ReencodePatch(model, find_decoder(model), trial)
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its configuration has no number of positions (max_position_embeddings)"
+        )
+    # A small layout, whatever the one asked for, so that a short trial has two rebuilds.
+    trial_layout = RingLayout(min(2, layout.num_sinks), min(4, layout.window), 0)
+    full = trial_layout.num_sinks + trial_layout.window
+    ids = sample_ids(model, full + rebuild_period(trial_layout) + 1)
+    patch = ReencodePatch(model, find_decoder(model), trial_layout)
     with evaluation_mode(model):
         _check_causal(type(model).__name__, patch.decoder, ids)
-        want, again = (_in_contexts(patch.decoder, ids, trial) for _ in range(2))
+        want, again = (_expected_hidden_states(patch.decoder, ids, trial_layout) for _ in range(2))
         try:
             patch.install()
             options = {patch.cache_argument: SinkCache(model)}
-            # Cut so that everything is computed in the shapes in which it was.
-            calls = ids.tensor_split((trial.num_sinks, grown), dim=1)
+            # Calls that run the decoder on the same shapes as the expected outputs.
+            calls = ids.tensor_split((trial_layout.num_sinks, full), dim=1)
             got = torch.cat([patch.decoder(input_ids=call, **options)[0] for call in calls if call.shape[1]], dim=1)
-            # Nothing is rounded otherwise than it was, unless kernels add up in another order each time.
+            # Rounding is the same too, unless kernels do not always sum in the same order.
             allowed = max(64 * torch.finfo(torch.float32).eps, 2 * relative_error(again, want))
             check_agreement(type(model).__name__, "its hidden states", relative_error(got, want), allowed)
         except BaseException:
@@ -73,26 +76,27 @@ def enable_by_reencoding(model: PreTrainedModel, layout: RingLayout) -> None:
 
 
 def _check_causal(name: str, decoder: PreTrainedModel, ids: Tensor) -> None:
-    """Refuse a decoder whose tokens see what comes after them. ids: ``[2, tokens]``."""
+    """Refuse a decoder whose tokens see later ones. ids: ``[2, tokens]``."""
 
-    def earlier(row: int | None) -> Tensor:
-        # Hidden states of the first row without its last token, with the last token of a row replaced.
-        fed = ids.clone()
-        if row is not None:
-            fed[row, -1] = ids[row, 0]
-        return decoder(input_ids=fed, use_cache=False)[0][0, :-1]
+    def earlier_states(changed_row: int | None) -> Tensor:
+        # Hidden states of the first row before its last token, with the last token of one row changed.
+        changed = ids.clone()
+        if changed_row is not None:
+            changed[changed_row, -1] = ids[changed_row, 0]
+        return decoder(input_ids=changed, use_cache=False)[0][0, :-1]
 
-    want = earlier(None)
-    # All shapes are the same, so nothing is rounded otherwise, unless scales of a quantisation are those of a batch.
-    error, noise = relative_error(earlier(0), want), relative_error(earlier(1), want)
+    want = earlier_states(None)
+    # Shapes are the same, so rounding is too, unless activations are quantised with one scale for the whole batch: then
+    # a change in the other row has an effect as well.
+    error, noise = relative_error(earlier_states(0), want), relative_error(earlier_states(1), want)
     if error > max(1e-5, 2 * noise):
         raise UnsupportedModelError(f"{name}: is not causal: outputs change by {error:.1e} with the token after")
 
 
-def _in_contexts(decoder: PreTrainedModel, ids: Tensor, layout: RingLayout) -> Tensor:
-    """Hidden states ``[batch, tokens, hidden]`` that the decoder as it is has for each token at the end of its context.
+def _expected_hidden_states(decoder: PreTrainedModel, ids: Tensor, layout: RingLayout) -> Tensor:
+    """Hidden states ``[batch, tokens, hidden]`` of the original decoder for each token at the end of its context.
 
-    Every context is encoded from nothing, the sinks first.
+    Each context is encoded from scratch, the sinks first.
     """
     device, parts = ids.device, []
     name = cache_name(inspect.signature(decoder.forward).parameters)

@@ -1,1 +1,1 @@
-"""The patch of an enabled model: what all models share (stream_patch), and attention over rings (ring_patch)."""
+"""Patches of enabled models: argument checks of all (stream_patch), and attention over rings (ring_patch)."""

@@ -1,4 +1,4 @@
-"""`StreamPatch`: what is patched on every enabled model, and the checks of every call's arguments."""
+"""`StreamPatch`: the part of the patch that all enabled models share, with the checks of every call's arguments."""
 
 from __future__ import annotations
 
@@ -16,51 +16,51 @@ from sinkattn.hf.model_patch import ModelPatch
 from sinkattn.hf.versions import CACHE_NAMES, cache_name, forward_cache, take_cache
 from sinkattn.ops import RingLayout
 
-# Forwards read these from the configuration when a call does not pass them.
+# Arguments whose default the model reads from its own configuration and the decoder from its copy.
 CONFIG_FLAGS = ("output_hidden_states", "return_dict", "use_cache")
 
 
 class StreamPatch(ModelPatch):
-    """A `ModelPatch` with what all kinds of streaming share: `generate`, argument checks, and the cache of a call."""
+    """A `ModelPatch` that replaces `generate`, checks the arguments of calls and provides their cache."""
 
     cache_class = SinkCache
 
     def __init__(self, model: PreTrainedModel, decoder: PreTrainedModel, layout: RingLayout) -> None:
         super().__init__(model, decoder, layout)
-        # Other models may share the configuration, so an enabled decoder may read a copy.
+        # The original: a subclass may give the decoder a copy, as other models may share this one.
         self.config = decoder.config
         self.parameters = list(inspect.signature(decoder.forward).parameters)
         self.cache_argument = cache_name(self.parameters)
         self.model_cache_argument = forward_cache(model)
 
     def install(self) -> None:
-        """Put everything in place."""
+        """Patch the model."""
         super().install()
         if hasattr(type(self.model), "generate"):
             self.set_attribute(self.model, "generate", partial(generate, self.model))
         if self.model is not self.decoder:
-            self._hooks.append(self.model.register_forward_pre_hook(_before_forward, with_kwargs=True))
+            self._hooks.append(self.model.register_forward_pre_hook(_model_pre_hook, with_kwargs=True))
 
-    def by_name(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of the decoder's forward, all by name."""
+    def named_arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a call of the decoder's forward, positional ones by name too."""
         return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
 
-    def stream_of(self, kwargs: dict[str, Any], batch: int, tokens: int) -> SinkCache:
-        """Take the cache that a call goes on with out of ``kwargs``, or make one; raises if the call is refused."""
-        if tokens == 0:
+    def checked_cache(self, kwargs: dict[str, Any], batch: int, num_tokens: int) -> SinkCache:
+        """Check the arguments of a call; take its cache out of ``kwargs``, or make one."""
+        if num_tokens == 0:
             raise ValueError(
-                "input_ids: expected at least one token that the cache has not seen; generate takes the whole sequence "
-                "so far, sinkattn.hf.stream_tokens the new tokens alone"
+                "input_ids: expected at least one token that the cache has not seen, got none; generate takes the "
+                "whole sequence so far, sinkattn.hf.stream_tokens only the new tokens"
             )
         if self.decoder.training:
             raise RuntimeError("model: is in training mode; sinkattn is for inference, call model.eval()")
         if kwargs.get("output_attentions") or self.config.output_attentions or self.decoder.config.output_attentions:
-            raise ValueError("output_attentions: attention weights are never formed by sinkattn, got True")
+            raise ValueError("output_attentions: expected False, got True; sinkattn never forms attention weights")
         for name in CONFIG_FLAGS:
             if getattr(self.config, name, None) != getattr(self.decoder.config, name, None):
                 raise ValueError(
-                    f"{name}: was changed in the model's configuration while it is enabled, which its decoder does not "
-                    "see; change it before sinkattn.enable, or give it to each call"
+                    f"{name}: was changed in the model's configuration after sinkattn.enable, which its decoder does "
+                    "not read; change it before, or pass it to each call"
                 )
         name, cache = take_cache(kwargs)
         check_cache(self, name, cache)
@@ -68,19 +68,19 @@ class StreamPatch(ModelPatch):
             cache = SinkCache(self.model)
         cache.apply_pending_update()
         mask = kwargs.get("attention_mask")
-        # Of the new tokens, of all, or of those that generate knows of.
-        widths = (tokens, cache.tokens_seen + tokens, cache.get_seq_length() + tokens)
+        # Of the new tokens, of the whole stream, or of the part of it that generate counts.
+        widths = tuple(past + num_tokens for past in (0, cache.tokens_seen, cache.get_seq_length()))
         if mask is not None and not (isinstance(mask, Tensor) and any(mask.shape == (batch, n) for n in widths)):
             got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"attention_mask: expected {[batch, widths[1]]}, or None, got {got}")
         return cache
 
 
-def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Forward pre-hook of an enabled model.
+def _model_pre_hook(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of an enabled model: check the cache, record the ids, and rename the cache argument.
 
-    Its class may ignore, in silence, a cache under the other name. And the ids that it is given are noted, for its
-    decoder may get embeddings.
+    The model's class may silently ignore a cache under the other name. The decoder may be given embeddings, so the
+    ids that the model is given are recorded here.
     """
     patch = model.__dict__["_sinkattn"]
     for name in CACHE_NAMES:

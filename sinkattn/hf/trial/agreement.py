@@ -1,8 +1,8 @@
-"""Whether two runs of a model agree: each layer's attention on the same inputs, and what the model makes of it.
+"""Compare two runs of a model layer by layer, with the same inputs to each attention layer.
 
-Rounding adds up over the layers of a pretrained model: its last outputs in bfloat16 can differ by half of their spread
-from those in float32. So runs are compared layer by layer. The first one is recorded; in every later one what a layer
-gets and gives is compared with the record, which then takes its place, so that nothing adds up.
+Comparing final outputs does not work: rounding adds up over the layers of a pretrained model, until logits in bfloat16
+differ from those in float32 by half of their spread. So the inputs and outputs of attention are recorded in the first
+run. In later runs they are compared with the record and replaced by it, so that differences do not add up.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from torch import Tensor, nn
 
 from sinkattn.hf.unsupported import UnsupportedModelError
 
-# Attention of the same inputs in fp32: rounding stays below 1e-4, even with scores of several hundred.
-BOUND = 1e-3
+# Relative error allowed for attention in fp32. Rounding stays below 1e-4, even with scores of several hundred.
+MAX_FP32_ERROR = 1e-3
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Root mean square of the difference, as a fraction of that of ``want``; a NaN counts as infinite.
+    """RMS of the difference as a fraction of the RMS of ``want``; infinite for NaN.
 
-    Of ``[batch, tokens, heads, head_dim]`` the largest of any head, so that heads with small values count as well.
+    For ``[batch, tokens, heads, head_dim]`` the largest over the heads, so that heads with small values count too.
     """
     got, want = got.double(), want.double()
     if torch.equal(got, want):
         return 0.0
     dims = (0, 1, 3) if want.ndim == 4 else None
     error, size = (torch.linalg.vector_norm(x, dim=dims) for x in (got - want, want))
-    # What is smaller than the rounding of other heads is none of a head's own.
+    # A head below 1e-5 of the largest one is within the rounding of that one.
     return float((error / size.clamp(min=1e-5 * size.max())).nan_to_num(nan=torch.inf, posinf=torch.inf).max())
 
 
 def check_agreement(name: str, where: str, error: float, allowed: float) -> None:
-    """Refuse a model whose swap is off by more than what is allowed."""
+    """Raise UnsupportedModelError if the swapped model differs by more than ``allowed``, or by NaN."""
     if not error <= allowed:
         raise UnsupportedModelError(
             f"{name}: on a short input the swapped model differs from the original by {error:.1e} in {where} "
@@ -42,43 +42,50 @@ def check_agreement(name: str, where: str, error: float, allowed: float) -> None
 
 
 @dataclass
-class Record:
-    """What attention modules get and give in the first run over a short stream, ``[batch, tokens, ...]``.
+class AttentionRecord:
+    """Inputs and outputs of attention modules in a first run over a short stream, ``[batch, tokens, ...]``.
 
-    In every later run, what they get and give is compared with the first run and replaced by it.
+    Later runs are compared with the first, and continue with its values.
     """
 
     errors: dict[tuple[nn.Module, str], float] = field(default_factory=dict)
-    """The largest relative error of each, over all runs since `compare`."""
-    begin: int = 0
-    """First token of the call under way."""
-    tokens: int = 0
-    """Tokens of the call under way."""
+    """Largest relative error by module and tensor name, since the last `pop_errors`."""
+    first_token: int = 0
+    """First token of the current call."""
+    num_tokens: int = 0
+    """Tokens of the current call."""
     _parts: dict[tuple[nn.Module, str], dict[int, Tensor]] = field(default_factory=dict)
-    """By the first token of their call."""
-    _recording: bool = True
+    """Recorded tensors by module and name, then by the first token of their call."""
+    _is_recording: bool = True
 
-    def settle(self, module: nn.Module, what: str, x: Tensor) -> Tensor:
-        """Record what a module gets or gives for the tokens of this call, or compare it; returns what is on record."""
-        parts = self._parts.setdefault((module, what), {})
-        if self._recording:
-            parts[self.begin] = x
+    def record_or_replay(self, module: nn.Module, name: str, x: Tensor) -> Tensor:
+        """In the first run record ``x``; later note its error. Returns the recorded tensor.
+
+        x: ``[batch, tokens, ...]``, for the tokens of the current call.
+        """
+        parts = self._parts.setdefault((module, name), {})
+        if self._is_recording:
+            parts[self.first_token] = x
             return x
-        want = torch.cat([part for begin, part in parts.items() if begin >= self.begin], dim=1)[:, : x.shape[1]]
-        self.note(module, what, relative_error(x, want))
+        want = torch.cat([part for first, part in parts.items() if first >= self.first_token], dim=1)[:, : x.shape[1]]
+        self.note_error(module, name, relative_error(x, want))
         return want
 
-    def settle_with_past(self, module: nn.Module, what: str, x: Tensor) -> Tensor:
-        """The same for keys or values that may come with those of earlier tokens in front."""
-        new = self.settle(module, what, x[:, -self.tokens :])
-        past = [part for begin, part in self._parts[module, what].items() if begin < self.begin]
+    def record_or_replay_with_past(self, module: nn.Module, name: str, x: Tensor) -> Tensor:
+        """The same for keys or values, which may begin with those of past tokens."""
+        new = self.record_or_replay(module, name, x[:, -self.num_tokens :])
+        past = [part for first, part in self._parts[module, name].items() if first < self.first_token]
         return torch.cat((*past, new), dim=1)[:, -x.shape[1] :]
 
-    def note(self, module: nn.Module, what: str, error: float) -> None:
+    def note_error(self, module: nn.Module, name: str, error: float) -> None:
         """Keep an error if it is the largest so far."""
-        self.errors[module, what] = max(self.errors.get((module, what), 0.0), error)
+        self.errors[module, name] = max(self.errors.get((module, name), 0.0), error)
 
-    def compare(self) -> dict[tuple[nn.Module, str], float]:
-        """Compare from now on, with new errors; returns those until now."""
-        errors, self.errors, self._recording = self.errors, {}, False
+    def end_recording(self) -> None:
+        """Compare later runs with what has been recorded."""
+        self._is_recording = False
+
+    def pop_errors(self) -> dict[tuple[nn.Module, str], float]:
+        """Return the errors so far and clear them."""
+        errors, self.errors = self.errors, {}
         return errors

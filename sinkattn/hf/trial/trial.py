@@ -1,9 +1,9 @@
-"""Trying a swap out: on a short stream an enabled model must agree with what it was, layer by layer.
+"""Try a swap out before `enable` installs it: on a short stream it must agree with the original model in every layer.
 
-Original and swap run the same calls, the original with a cache of transformers, so that everything but attention is
-computed alike, shape by shape. Attention runs in fp32 on both sides, on what the model's own dtype gives as queries,
-keys and values. The original rotates them by what the probe found: the probe has compared that with the model's own
-rotation, which is rounded to the model's dtype. In half precision the swap runs once more as it will be used.
+Both run the same calls, the original with a cache of transformers, so that everything but attention is computed in the
+same shapes. On both sides attention runs in fp32, on the queries, keys and values that the model gives in its own
+dtype. The original rotates them by the embedding that the probe found and has compared with the model's own, whose
+results are rounded to the model's dtype. In half precision the swap runs once more, in the model's dtype.
 """
 
 from __future__ import annotations
@@ -23,136 +23,140 @@ from sinkattn.hf.dry_run import sample_ids
 from sinkattn.hf.probe.probe import PROBE_TOKENS
 from sinkattn.hf.probe.result import ProbeResult
 from sinkattn.hf.swap.ring_patch import RingPatch
-from sinkattn.hf.trial.agreement import BOUND, Record, check_agreement, relative_error
-from sinkattn.hf.trial.original import ATTENTION, ROUNDED, OriginalRun, recorded_forward, settle_input, to_fp32
+from sinkattn.hf.trial.agreement import MAX_FP32_ERROR, AttentionRecord, check_agreement, relative_error
+from sinkattn.hf.trial.original import (
+    OUTPUT,
+    PERTURBED_OUTPUT,
+    OriginalRun,
+    record_or_replay_input,
+    recorded_forward,
+    to_fp32,
+)
 from sinkattn.hf.unsupported import UnsupportedModelError
 
-# Few, so that the ring is tried as well.
-TRIAL_SINKS = 2
+# Few enough that some tokens of the trial are in the ring.
+MAX_SINKS = 2
+# Tokens per call: a prefill, a second chunk and a decode step.
+CALL_SIZES = (4, 3, 1)
+# Random perturbations of the original; the effect of a single one may be small by chance.
+NUM_PERTURBATIONS = 3
 
 
-# Several tokens to begin, several that follow on several, and a decode step.
-TRIAL_CALLS = (4, 3, 1)
-
-
-# Draws of a random rounding: one alone may be small by luck.
-DRAWS = 3
-
-
-def try_out(model: PreTrainedModel, layout: ops.RingLayout, backend: ops.Backend, probe_result: ProbeResult) -> None:
-    """Refuse a model that does not agree with itself once it is swapped; it is left as it was.
+def run_trial(model: PreTrainedModel, layout: ops.RingLayout, backend: ops.Backend, probe_result: ProbeResult) -> None:
+    """Refuse a model whose swap does not agree with the original; leaves the model unchanged.
 
     Raises:
-        UnsupportedModelError: saying where the two differ, and by how much.
+        UnsupportedModelError: with the place and size of the difference.
     """
     name, decoder, eps = type(model).__name__, probe_result.decoder, torch.finfo(model.dtype).eps
-    # All tokens are in sight, but only just: a window that is too short by one shows.
-    sinks = min(layout.num_sinks, TRIAL_SINKS)
-    trial = Trial(model, ops.RingLayout(sinks, PROBE_TOKENS - sinks), backend, probe_result)
+    # The last query sees all tokens and no more would fit, so a window that is one token too short gives an error.
+    num_sinks = min(layout.num_sinks, MAX_SINKS)
+    trial = Trial(model, ops.RingLayout(num_sinks, PROBE_TOKENS - num_sinks), backend, probe_result)
     record, ids = trial.record, sample_ids(model, PROBE_TOKENS)
-    calls = ids.split(TRIAL_CALLS, dim=1)
-    generator = torch.Generator(ids.device).manual_seed(0)  # torch's own is the user's
+    calls = ids.split(CALL_SIZES, dim=1)
+    generator = torch.Generator(ids.device).manual_seed(0)  # leaves the global random state alone
 
-    def original(*calls: Tensor, rounding: float = 0.0) -> Tensor:
-        with OriginalRun(probe_result, record, rounding, generator).in_place():
-            return trial.run_calls(calls, DynamicCache(config=decoder.config))
+    def original(*calls: Tensor, noise: float = 0.0) -> Tensor:
+        with OriginalRun(probe_result, record, noise, generator).installed():
+            return trial.hidden_states(calls, DynamicCache(config=decoder.config))
 
-    def swapped(allowed: Callable[[nn.Module, str], float]) -> SinkCache:
+    def check_swap(allowed: Callable[[nn.Module, str], float]) -> SinkCache:
         try:
             trial.install()
             cache = SinkCache(model)
-            got = trial.run_calls(calls, cache)
+            got = trial.hidden_states(calls, cache)
         finally:
             trial.remove()
-        for (module, what), error in record.compare().items():
-            where = f"the {what} of layer {probe_result.layers[module].index}"
-            check_agreement(name, where, error, allowed(module, what))
-        check_agreement(name, "its hidden states", relative_error(got, want), max(BOUND, 2 * own))
+        for (module, tensor), error in record.pop_errors().items():
+            where = f"the {tensor} of layer {probe_result.layers[module].index}"
+            check_agreement(name, where, error, allowed(module, tensor))
+        allowed_at_end = max(MAX_FP32_ERROR, 2 * original_noise)
+        check_agreement(name, "its hidden states", relative_error(got, want), allowed_at_end)
         return cache
 
     with _full_fp32():
         want = original(*calls)
-        record.compare()
-        # Runs of the original differ where kernels add up in another order each time.
-        own = max(relative_error(original(*calls, rounding=eps / 2), want) for _ in range(DRAWS))
-        noise = record.compare()
+        record.end_recording()
+        # Runs of the original also differ by themselves if its kernels do not always sum in the same order.
+        original_noise = max(relative_error(original(*calls, noise=eps / 2), want) for _ in range(NUM_PERTURBATIONS))
+        noise = record.pop_errors()
 
-        def in_fp32(module: nn.Module, what: str) -> float:
-            if what != ATTENTION:
-                return max(8 * eps, 2 * noise[module, what])
-            # Scaled by their position, queries were rounded once more.
-            scaled = probe_result.layers[module].temperature is not None
-            return max(8 * eps if scaled else BOUND, 4 * noise[module, what])
+        def allowed_in_fp32(module: nn.Module, tensor: str) -> float:
+            if tensor != OUTPUT:
+                return max(8 * eps, 2 * noise[module, tensor])
+            # Queries scaled by their position were rounded to the model's dtype once more.
+            has_temperature = probe_result.layers[module].temperature is not None
+            return max(8 * eps if has_temperature else MAX_FP32_ERROR, 4 * noise[module, tensor])
 
-        def as_it_is_used(module: nn.Module, what: str) -> float:
-            rounding = noise.get((module, ROUNDED), noise[module, what])
+        def allowed_in_model_dtype(module: nn.Module, tensor: str) -> float:
+            rounding = noise.get((module, PERTURBED_OUTPUT), noise[module, tensor])
             return max(32 * eps, 4 * rounding)
 
-        states = _states_in_modules(probe_result)
-        cache = swapped(in_fp32)
-        if changed := _states_in_modules(probe_result) ^ states:
-            states = sorted({state for state, *_ in changed})
-            raise UnsupportedModelError(f"{name}: keeps a stream's state in its modules: {states}")
+        tensors_before = _tensors_in_modules(probe_result)
+        cache = check_swap(allowed_in_fp32)
+        if changed := _tensors_in_modules(probe_result) ^ tensors_before:
+            raise UnsupportedModelError(
+                f"{name}: keeps a stream's state in its modules: {sorted({tensor for tensor, *_ in changed})}"
+            )
         if eps > torch.finfo(torch.float32).eps:
-            trial.wide = False
-            swapped(as_it_is_used)
+            trial.in_fp32 = False
+            check_swap(allowed_in_model_dtype)
         if cache.has_states:
-            # A state that begins anew where it should go on is off by much more than rounding through all layers.
+            # A state that restarts in every call causes errors far above rounding, even through all layers.
             error, allowed = relative_error(original(ids), want), max(1e-2, 4 * eps)
             if error > allowed:
                 raise UnsupportedModelError(
-                    f"{name}: does not go on with its own stream: hidden states in several calls differ from those in "
-                    f"one by {error:.1e} (allowed: {allowed:.1e})"
+                    f"{name}: does not continue from its own cache: hidden states of several calls differ from those "
+                    f"of one call by {error:.1e} (allowed: {allowed:.1e})"
                 )
 
 
 class Trial(RingPatch):
-    """A swap whose attention is compared with the original's, in fp32 or as it will be used."""
+    """A swap whose attention is compared with the original's, in fp32 or in the model's dtype."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.record = Record()
-        self.wide = True
-        """Whether attention runs in fp32."""
+        self.record = AttentionRecord()
+        self.in_fp32 = True
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, **options) -> Tensor:
-        """Attention of one layer; where its family calls an attention function, what is on record."""
-        if self.probe_result.forwards:
+        """Attention of one layer on the recorded inputs; families with an adapter record theirs in `install`."""
+        if self.probe_result.adapter_forwards:
             return super().attend(module, query, key, value, scale, **options)
         inputs = {"queries": query, "keys": key, "values": value}
         if self.probe_result.layers[module].temperature is not None:
-            del inputs["queries"]  # the original has scaled its own by their position already
-        inputs = {what: settle_input(self.record, module, what, x) for what, x in inputs.items()}
+            del inputs["queries"]  # the recorded ones are scaled by their position already
+        inputs = {name: record_or_replay_input(self.record, module, name, x) for name, x in inputs.items()}
         inputs = {"queries": to_fp32(query), **inputs}
-        if not self.wide:
-            inputs = {what: x.to(query.dtype) for what, x in inputs.items()}
+        if not self.in_fp32:
+            inputs = {name: x.to(query.dtype) for name, x in inputs.items()}
         out = super().attend(module, *inputs.values(), scale, **options).transpose(1, 2)
-        return self.record.settle(module, ATTENTION, to_fp32(out)).transpose(1, 2).to(query.dtype)
+        return self.record.record_or_replay(module, OUTPUT, to_fp32(out)).transpose(1, 2).to(query.dtype)
 
-    def run_calls(self, calls: tuple[Tensor, ...], cache: Cache) -> Tensor:
-        """Hidden states ``[batch, tokens, hidden]`` of a short stream, by the decoder as it is now."""
-        parts, begin = [], 0
+    def hidden_states(self, calls: tuple[Tensor, ...], cache: Cache) -> Tensor:
+        """Run the decoder as it is now on consecutive chunks of ids; returns ``[batch, tokens, hidden]``."""
+        parts, first = [], 0
         for ids in calls:
-            tokens = ids.shape[1]
+            num_tokens = ids.shape[1]
             options: dict[str, Any] = {self.cache_argument: cache, "use_cache": True}
             if "position_ids" in self.parameters:
-                options["position_ids"] = torch.arange(begin, begin + tokens, device=ids.device).unsqueeze(0)
-            self.record.begin, self.record.tokens = begin, tokens
+                options["position_ids"] = torch.arange(first, first + num_tokens, device=ids.device).unsqueeze(0)
+            self.record.first_token, self.record.num_tokens = first, num_tokens
             parts.append(self.decoder(input_ids=ids, **options)[0])
-            begin += tokens
+            first += num_tokens
         return torch.cat(parts, dim=1)
 
     def install(self) -> None:
-        """Put the swap in place."""
+        """Install the swap, with adapter forwards that record or replay their output."""
         super().install()
-        for module, forward in self.probe_result.forwards.items():
-            on_record = partial(recorded_forward, module, forward, self.record, wide=self.wide)
-            self.set_forward(module, on_record)
+        for module, forward in self.probe_result.adapter_forwards.items():
+            recorded = partial(recorded_forward, module, forward, self.record, in_fp32=self.in_fp32)
+            self.set_forward(module, recorded)
 
 
 @contextmanager
 def _full_fp32() -> Iterator[None]:
-    """Multiply fp32 matrices in fp32, whatever the user has allowed (TF32)."""
+    """Multiply fp32 matrices in full precision, also if the user has enabled TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -161,13 +165,13 @@ def _full_fp32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _states_in_modules(probe_result: ProbeResult) -> set[tuple[str, int, int]]:
-    """Tensors that modules hold beside their parameters: a state would be there, and change with every call."""
-    rotaries = set(probe_result.rotaries)
+def _tensors_in_modules(probe_result: ProbeResult) -> set[tuple[str, int, int]]:
+    """(name, id, version) of buffers and tensor attributes: a state kept in a module would change in every call."""
+    rotary_modules = set(probe_result.rotary_modules)
     return {
         (f"{type(module).__name__}.{name}", id(x), x._version)
         for module in probe_result.decoder.modules()
-        if module not in rotaries
+        if module not in rotary_modules
         for name, x in (*vars(module).items(), *module.named_buffers(recurse=False))
         if isinstance(x, Tensor)
     }
