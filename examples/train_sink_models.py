@@ -56,8 +56,8 @@ from transformers import (
 from sinkattn.evaluate.exact_match import encode as encode_item
 from sinkattn.evaluate.exact_match import first_token
 from sinkattn.evaluate.items import Item, LineSource, line_question, line_text
+from sinkattn.evaluate.text import is_held_out, path_hash
 from sinkattn.hf.load import DEMO_MODEL
-from sinkattn.text import is_held_out, path_hash
 
 VARIANTS = ("vanilla", "start-token", "sink-token", "off-by-one")
 START_TOKEN = "<s>"

@@ -27,7 +27,6 @@ import sinkattn
 from sinkattn.cli.info import model_facts
 from sinkattn.hf import UnsupportedModelError
 from sinkattn.hf.adapters import probe_by_adapter
-from sinkattn.info import model_facts
 from sinkattn.reference import visible
 
 S, W = 4, 28

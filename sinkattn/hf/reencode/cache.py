@@ -16,7 +16,7 @@ from sinkattn.ops import check_tensor
 class Padding(NamedTuple):
     """Padding among the new tokens."""
 
-    present: Tensor
+    token_mask: Tensor
     """False at padding: bool ``[batch, tokens]``."""
     num_new: list[int]
     """Tokens of each row that are not padding."""
@@ -86,7 +86,7 @@ class ReencodeCache(SinkCache):
         self.lanes = [lane for _, lane in parts]
         if padding is not None:
             # Columns of each row, padding last.
-            order = (~padding.present).to(torch.int8).argsort(dim=1, stable=True)
+            order = (~padding.token_mask).to(torch.int8).argsort(dim=1, stable=True)
         inputs = []
         for count, lane in parts:
             if count:
@@ -101,7 +101,7 @@ class ReencodeCache(SinkCache):
         for lane, ids, _ in inputs:
             lane.append(ids)
         self._lanes_changed()
-        self.state.count_columns(None if padding is None else padding.present, before)
+        self.state.commit_columns(None if padding is None else padding.token_mask, before)
 
     def abandon_forward(self) -> None:
         """Discard the tokens of a forward that failed."""
@@ -109,15 +109,15 @@ class ReencodeCache(SinkCache):
         if self.tokens_seen == 0:
             self._drop_lanes()
 
-    def can_roll_back(self, counts: Tensor, rows: Tensor) -> bool:
+    def can_rollback(self, counts: Tensor, rows: Tensor) -> bool:
         """Whether ``counts[i]`` tokens, int64, can be taken back of row ``rows[i]``; see `Lane.max_rollback`."""
         limits = {row: lane.max_rollback for lane in self.lanes for row in lane.rows}
         return all(count <= limits[row] for count, row in zip(counts.tolist(), rows.tolist(), strict=True))
 
-    def roll_back(self, counts: int | Tensor) -> None:
+    def rollback(self, counts: int | Tensor) -> None:
         """Forget the last ``counts`` tokens of every row, int64 ``[batch]``; the number of columns stays the same.
 
-        Raises RuntimeError, with nothing changed, if `can_roll_back` is false.
+        Raises RuntimeError, with nothing changed, if `can_rollback` is false.
         """
         by_row = [counts] * self.batch_size if isinstance(counts, int) else counts.tolist()
         for lane in self.lanes:
@@ -132,7 +132,7 @@ class ReencodeCache(SinkCache):
             lane.rollback(count)
         self.lanes = [lane for _, lane in parts]
         self._lanes_changed()
-        self.state.note_rolled_back(counts)
+        self.state.note_rollback(counts)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was: integers ``[batch]``."""

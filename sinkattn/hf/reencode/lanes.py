@@ -171,7 +171,7 @@ class Lane:
             ids = torch.cat((ids[:, :num_sinks], ids[:, num_sinks + first - self.first_kept :]), dim=1)
         self.ids, self.first_kept = ids, first
 
-    def roll_back(self, count: int) -> None:
+    def rollback(self, count: int) -> None:
         """Forget the last ``count`` tokens, up to `max_rollback`; the next token rebuilds the context if needed."""
         self.seen -= count
         self.ids = self.ids[:, : self.ids.shape[1] - count]

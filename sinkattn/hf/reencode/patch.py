@@ -63,9 +63,9 @@ class ReencodePatch(StreamPatch):
         cache.begin_forward(batch, num_tokens, ids)
         try:
             padding = _padding(mask, cache, num_tokens)
-            if position_ids is not None and not cache.counts_from_generate:
-                present = None if padding is None else padding.present
-                check_positions(position_ids, stream_positions(cache, present, num_tokens, ids.device), present)
+            if position_ids is not None and not cache.counts_from_prompt:
+                token_mask = None if padding is None else padding.token_mask
+                check_positions(position_ids, stream_positions(cache, token_mask, num_tokens, ids.device), token_mask)
             inputs = cache.lane_inputs(ids, padding)
             # If all is padding, run one arbitrary token for the class and shapes of the outputs.
             run = inputs or [LaneInput(Lane(self.layout, [0], ids.new_empty(1, 0)), ids.new_zeros(1, 1), None)]
@@ -114,9 +114,9 @@ def _scatter(parts: Sequence[Tensor | None], inputs: list[LaneInput], batch: int
 
 def _padding(attention_mask: Tensor | None, cache: ReencodeCache, num_tokens: int) -> Padding | None:
     """Padding among the new tokens, at any columns; None without padding."""
-    present = present_tokens(attention_mask, cache, num_tokens)
-    if present is None:
+    token_mask = new_token_mask(attention_mask, cache, num_tokens)
+    if token_mask is None:
         return None
     # Read on the host, although that synchronizes a GPU: the number of tokens per row decides which forwards run.
-    num_new = present.sum(dim=1).tolist()
-    return None if min(num_new) == num_tokens else Padding(present, num_new)
+    num_new = token_mask.sum(dim=1).tolist()
+    return None if min(num_new) == num_tokens else Padding(token_mask, num_new)

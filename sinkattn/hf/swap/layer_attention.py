@@ -34,7 +34,7 @@ class Padding(NamedTuple):
 
     num_new: Tensor
     """Tokens of each row that are not padding: int64 ``[batch]``."""
-    present: Tensor
+    token_mask: Tensor
     """False at padding: bool ``[batch, tokens]``."""
     order: Tensor | None
     """Indices that move padding to the end of each row, int64 ``[batch, tokens]``; None for a single token."""

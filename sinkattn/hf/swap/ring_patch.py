@@ -21,7 +21,7 @@ from sinkattn.hf import adapters
 from sinkattn.hf.cache.layers import SinkLayer, StatefulSinkLayer
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.cache.state import SharedCacheState
-from sinkattn.hf.inputs import can_read_on_host, check_positions, present_tokens, stream_positions
+from sinkattn.hf.inputs import can_read_on_host, check_positions, new_token_mask, stream_positions
 from sinkattn.hf.model_config import config_with_attention, modules_with_config, rope_parameters
 from sinkattn.hf.probe.result import ProbeResult, Rotation
 from sinkattn.hf.probe.rotations import identity_rotation_hook
@@ -153,10 +153,10 @@ class RingPatch(StreamPatch):
             # Before any layer has changed a state.
             ops.check_no_gradients(*self.decoder.parameters(), kwargs.get("inputs_embeds"))
         padding = _padding(kwargs.get("attention_mask"), cache, num_tokens)
-        present = None if padding is None else padding.present
-        positions = stream_positions(cache, present, num_tokens, inputs.device)
-        if not cache.counts_from_generate:
-            check_positions(kwargs.get("position_ids"), positions, present)
+        token_mask = None if padding is None else padding.token_mask
+        positions = stream_positions(cache, token_mask, num_tokens, inputs.device)
+        if not cache.counts_from_prompt:
+            check_positions(kwargs.get("position_ids"), positions, token_mask)
 
         # Rotary modules return the identity now. Anything else that depends on position_ids gets the cache-relative
         # position.
@@ -175,7 +175,7 @@ class RingPatch(StreamPatch):
         finally:
             self._set_running(previous)
             if is_finished:
-                cache.finish_forward(present)
+                cache.finish_forward(token_mask)
             else:
                 cache.abandon_forward(written=running.num_layers_run > 0)
 
@@ -217,9 +217,9 @@ def _padding(attention_mask: Tensor | None, cache: SinkCache, num_tokens: int) -
     """Padding among the new tokens, at any columns; None without padding."""
     if cache.has_states and attention_mask is not None and not can_read_on_host(attention_mask, num_tokens):
         return None  # models with states refuse padding where the mask can be read, so a single token is real
-    present = present_tokens(attention_mask, cache, num_tokens)
-    if present is None:
+    token_mask = new_token_mask(attention_mask, cache, num_tokens)
+    if token_mask is None:
         return None
-    cache.check_padding(present)
-    order = None if num_tokens == 1 else (~present).to(torch.int8).argsort(dim=1, stable=True)
-    return Padding(present.sum(dim=1), present, order)
+    cache.check_padding(token_mask)
+    order = None if num_tokens == 1 else (~token_mask).to(torch.int8).argsort(dim=1, stable=True)
+    return Padding(token_mask.sum(dim=1), token_mask, order)
