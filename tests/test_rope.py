@@ -144,3 +144,9 @@ def test_ropes_that_rotate_alike_are_equal():
     others = [Rope(-inv_freq), Rope(inv_freq[:1]), Rope(inv_freq, 2.0), Rope(inv_freq, style="interleaved")]
     assert len({rope, *others}) == 5
     assert rope != "rope"
+
+
+def test_frequencies_are_copied_once_per_device():
+    rope, meta = Rope(torch.tensor([1.0, 0.1])), torch.device("meta")
+    assert rope._inv_freq_on(meta) is rope._inv_freq_on(meta)
+    assert rope._inv_freq_on(torch.device("cpu")) is rope.inv_freq

@@ -10,6 +10,9 @@ import sinkattn
 
 # Families for each way to stream, and for each combination of dtypes of queries, keys and values.
 FAMILIES = ["llama", "qwen3", "gemma2", "gpt_neox", "gpt_oss", "deepseek_v3", "lfm2", "falcon", "bloom", "gpt2", "opt"]
+# A router picks other experts when rounding reorders two close scores, which is no rounding error. With all experts
+# picked, only their weights are rounded.
+ALL_EXPERTS = {family: {"num_experts_per_tok": 4} for family in ("gpt_oss", "deepseek_v3")}
 ONE_LAYER = ["llama", "mistral", "qwen3", "gemma2", "gpt_neox", "gpt_oss", "deepseek_v3", "falcon"]
 
 
@@ -20,7 +23,8 @@ def bf16():
 @torch.no_grad()
 @pytest.mark.parametrize("family", ONE_LAYER)
 def test_as_near_to_fp32_as_the_model_as_it_was(family):
-    model, ids, tokens = families.build(family), random_ids(2, 60), list(range(3, 60, 4))
+    model = families.build(family, **ALL_EXPERTS.get(family, {}))
+    ids, tokens = random_ids(2, 60), list(range(3, 60, 4))
     layer = families.FAMILIES[family].lone[0]
     silence_others(model, layer)
 

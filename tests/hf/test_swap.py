@@ -60,6 +60,21 @@ def without_sink_rotation(monkeypatch) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("family", "groups"), [("llama", 1), ("gemma2", 2), ("gemma3_text", 2), ("gpt_oss", 2)])
+def test_rotary_tables_are_computed_once_per_forward_and_layer_group(family, groups, monkeypatch):
+    mixed = {"layer_types": ["sliding_attention", "full_attention"] * 2} if groups == 2 else {}
+    model, computed = sinkattn.enable(families.build(family, num_hidden_layers=4, **mixed), 4, 12), []
+    tables = sinkattn.Rope.stream_tables
+    monkeypatch.setattr(sinkattn.Rope, "stream_tables", lambda *a, **k: computed.append(1) or tables(*a, **k))
+    cache = sinkattn.SinkCache(model)
+    for tokens in (7, 1, 1):
+        computed.clear()
+        model(random_ids(1, tokens), cache=cache)
+        assert len(computed) == groups
+    assert len(cache.layers) > groups
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_short_input_equals_the_unpatched_model(family, dtype):
     model, ids = build(family, dtype), random_ids(2, S + W)
