@@ -78,10 +78,9 @@ def check_score_options(call: AttentionArguments) -> None:
         raise ValueError(f"scale: expected a finite number, got {call.scale}")
     if call.softcap is not None and not call.softcap > 0:
         raise ValueError(f"softcap: expected more than 0, or None, got {call.softcap}")
-    per_head = call.query.shape[1:2]
     for name, x in (("sink_logits", call.sink_logits), ("alibi_slopes", call.alibi_slopes)):
-        if x is not None and x.shape != per_head:
-            raise ValueError(f"{name}: expected shape {list(per_head)}, got {list(x.shape)}")
+        if x is not None and x.shape != call.query.shape[1:2]:
+            raise ValueError(f"{name}: expected shape {list(call.query.shape[1:2])}, got {list(x.shape)}")
 
 
 def check_triton(call: AttentionArguments) -> None:
