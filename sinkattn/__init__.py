@@ -5,15 +5,12 @@ without transformers, which is imported only on first use of `enable`, `disable`
 `UnsupportedModelError`.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sinkattn import reference
 from sinkattn.ops import RingLayout, build_info
 from sinkattn.ring_cache import RingKVCache, sink_attention
 from sinkattn.rope import Rope
-
-if TYPE_CHECKING:
-    from sinkattn.hf import SinkCache, UnsupportedModelError, disable, enable
 
 __version__ = "0.1.0"
 
@@ -30,10 +27,13 @@ __all__ = [
     "sink_attention",
 ]
 
+if TYPE_CHECKING:
+    from sinkattn.hf import SinkCache, UnsupportedModelError, disable, enable
+else:
+    # Type checkers must not see this function: they would accept any name.
+    def __getattr__(name: str) -> object:
+        if name in ("SinkCache", "UnsupportedModelError", "disable", "enable"):
+            from sinkattn import hf
 
-def __getattr__(name: str) -> Any:
-    if name in ("SinkCache", "UnsupportedModelError", "disable", "enable"):
-        from sinkattn import hf
-
-        return getattr(hf, name)
-    raise AttributeError(f"module 'sinkattn' has no attribute {name!r}")
+            return getattr(hf, name)
+        raise AttributeError(f"module 'sinkattn' has no attribute {name!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,22 +13,24 @@ from sinkattn import ops
 from sinkattn.hf.adapters import probe_by_adapter
 from sinkattn.hf.dry_run import evaluation_mode, preserve_state
 from sinkattn.hf.model_config import rope_parameters, trained_length
-from sinkattn.hf.model_patch import get_patch
+from sinkattn.hf.model_patch import get_patch, require_patch
 from sinkattn.hf.probe.probe import probe
 from sinkattn.hf.reencode.trial import enable_by_reencoding, has_absolute_positions
 from sinkattn.hf.swap.ring_patch import RingPatch
 from sinkattn.hf.trial.trial import run_trial
 from sinkattn.hf.unsupported import UnsupportedModelError
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def enable(
-    model: PreTrainedModel,
+    model: Model,
     num_sinks: int = 4,
     window: int = 1020,
     headroom: int = 0,
     *,
     backend: ops.Backend = "auto",
-) -> PreTrainedModel:
+) -> Model:
     """Patch a loaded transformers model, in place, to run on endless streams with constant memory and time per token.
 
     Every token sees the first ``num_sinks`` tokens and the ``window`` most recent ones, itself included, at positions
@@ -86,16 +89,13 @@ def enable(
     return model
 
 
-def disable(model: PreTrainedModel) -> PreTrainedModel:
+def disable(model: Model) -> Model:
     """Undo `enable`: restore the model exactly. Returns the same model; raises ValueError if it is not enabled."""
-    patch = get_patch(model)
-    if patch is None:
-        raise ValueError("model: expected a model prepared by sinkattn.enable(model), got one that is not enabled")
-    patch.remove()
+    require_patch(model).remove()
     return model
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def _unwrap(model: Any) -> nn.Module:
     """The model that torch.compile or peft has wrapped."""
     if hasattr(model, "_orig_mod"):
         return model._orig_mod

@@ -65,6 +65,7 @@ def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor | None]]
 
 def sample_ids(model: PreTrainedModel, num_tokens: int) -> Tensor:
     """Fixed ids for a trial: int64 ``[2, num_tokens]``."""
-    weight = model.get_input_embeddings().weight
+    embeddings: Any = model.get_input_embeddings()
+    weight: Tensor = embeddings.weight
     # Spread over the vocabulary. The rows differ, so that mixing them up changes the outputs.
     return ((torch.arange(2 * num_tokens, device=weight.device) * 7919 + 13) % weight.shape[0]).view(2, num_tokens)

@@ -44,7 +44,7 @@ def load(
     except (OSError, ValueError, ImportError) as error:
         lines = str(error).strip().splitlines()
         raise ValueError(f"model: cannot load {name}: {lines[0] if lines else type(error).__name__}") from error
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers decorates `to` without its self
 
 
 def default_window(model: PreTrainedModel, num_sinks: int, max_window: int = 1020) -> int:

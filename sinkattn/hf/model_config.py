@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sinkattn.hf.unsupported import UnsupportedModelError
@@ -35,7 +34,7 @@ def config_with_attention(config: PreTrainedConfig, name: str) -> PreTrainedConf
     return config
 
 
-def modules_with_config(decoder: PreTrainedModel, config: PreTrainedConfig) -> list[nn.Module]:
+def modules_with_config(decoder: PreTrainedModel, config: PreTrainedConfig) -> list[Any]:
     """Modules of a decoder whose attribute ``config`` is this configuration."""
     return [module for module in decoder.modules() if module.__dict__.get("config") is config]
 

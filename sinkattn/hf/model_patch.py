@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sinkattn.ops import RingLayout
 
@@ -19,10 +19,10 @@ class ModelPatch:
 
     Attributes:
         id: identifies the patch; a cache works only with the patch that it was created for.
-        cache_class: class of the cache that ``SinkCache(model)`` creates.
+        cache_class: class of the cache that ``SinkCache(model)`` creates, `SinkCache` or a subclass.
     """
 
-    cache_class: type[Cache]
+    cache_class: type[Any]
 
     def __init__(self, model: PreTrainedModel, decoder: PreTrainedModel, layout: RingLayout) -> None:
         self.id = uuid.uuid4().hex
@@ -69,11 +69,11 @@ class ModelPatch:
         """Layers of a new cache."""
         raise NotImplementedError
 
-    def forward(self, *args, **kwargs) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the decoder while the model is enabled."""
         raise NotImplementedError
 
-    def run_decoder(self, **kwargs) -> Any:
+    def run_decoder(self, **kwargs: Any) -> Any:
         """Run the decoder's original forward."""
         attributes = self._attributes
         previous = next(old for module, name, _, old in attributes if module is self.decoder and name == "forward")
@@ -85,12 +85,20 @@ def get_patch(model: nn.Module) -> ModelPatch | None:
     return next((m.__dict__["_sinkattn"] for m in model.modules() if "_sinkattn" in m.__dict__), None)
 
 
+def require_patch(model: nn.Module) -> ModelPatch:
+    """Patch of an enabled model; raises ValueError if the model is not enabled."""
+    patch = get_patch(model)
+    if patch is None:
+        raise ValueError("model: expected a model prepared by sinkattn.enable(model), got one that is not enabled")
+    return patch
+
+
 def _original_forward(module: nn.Module, previous: Callable | None) -> Callable:
     return previous or partial(type(module).forward, module)
 
 
 def _dispatch(
-    patch: ModelPatch, module: nn.Module, forward: Callable, previous: Callable | None, *args, **kwargs
+    patch: ModelPatch, module: nn.Module, forward: Callable, previous: Callable | None, *args: Any, **kwargs: Any
 ) -> Any:
     """Call the patched forward while the patch is installed, else the original."""
     is_enabled = patch.model.__dict__.get("_sinkattn") is patch

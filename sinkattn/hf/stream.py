@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -89,15 +90,23 @@ def stream_tokens(
         if temperature == 0:
             return logits.argmax(dim=-1, keepdim=True)
         # These warpers ignore the previous tokens, so any ids will do.
-        scores = warpers(any_ids, logits.float())
+        scores = warpers(any_ids, logits.float())  # type: ignore[arg-type]  # annotated as LongTensor, a legacy type
         return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)
 
     return _tokens(model, prompt, cache, choose, max_new_tokens, frozenset(stop_ids), prefill_chunk)
 
 
-def _tokens(model, prompt, cache, choose, max_new_tokens, stop_ids, prefill_chunk) -> Iterator[int]:
-    options = {forward_cache(model): cache, "use_cache": True, **keep_last_logits(model)}
-    pending = prompt.split(prefill_chunk, dim=1)
+def _tokens(
+    model: PreTrainedModel,
+    prompt: Tensor,
+    cache: SinkCache,
+    choose: Callable[[Tensor], Tensor],
+    max_new_tokens: int | None,
+    stop_ids: Collection[int],
+    prefill_chunk: int,
+) -> Iterator[int]:
+    options: dict[str, Any] = {forward_cache(model): cache, "use_cache": True, **keep_last_logits(model)}
+    pending: Sequence[Tensor] = prompt.split(prefill_chunk, dim=1)
     del prompt
     count = 0
     while max_new_tokens is None or count < max_new_tokens:
@@ -120,7 +129,7 @@ def keep_last_logits(model: PreTrainedModel) -> dict[str, int]:
 
 
 def stream_text(
-    tokenizer: PreTrainedTokenizerFast, tokens: Iterable[int], prompt_ids: Sequence[int] = ()
+    tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int], prompt_ids: Sequence[int] = ()
 ) -> Iterator[str]:
     """Decode tokens one by one; yields a string, maybe empty, for each token, and held bytes at the end.
 

@@ -33,7 +33,7 @@ def cache_name(names: Collection[str]) -> str | None:
     return next((name for name in CACHE_NAMES if name in names), None)
 
 
-GENERATE_CACHE: str = cache_name(inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters)
+GENERATE_CACHE = cache_name(inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters) or "cache"
 """Name of the cache among the arguments of `generate`."""
 
 

@@ -5,6 +5,8 @@ The CPU kernel is C++ (csrc/attention.cpp).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -96,14 +98,14 @@ def sink_attention_(
 
 
 @torch.library.register_fake("sinkattn::sink_attention_")
-def _(*arguments) -> Tensor:
+def _(*arguments: Any) -> Tensor:
     call = AttentionArguments(*arguments)
     check_same_device(**{name: x for name, x in call._asdict().items() if isinstance(x, Tensor)})
     batch, heads, tokens, _ = call.query.shape
     return call.query.new_empty(batch, tokens, heads, call.values.shape[3]).transpose(1, 2)
 
 
-def _attend_with_triton(*arguments) -> Tensor:
+def _attend_with_triton(*arguments: Any) -> Tensor:
     call = AttentionArguments(*arguments)
     # Checks take longer than the launch, so a call like one before is not checked again.
     described = tuple((x.dtype, x.device, x.shape, x.stride()) if isinstance(x, Tensor) else x for x in call)

@@ -42,7 +42,18 @@ def append_(
 
 
 @torch.library.register_fake("sinkattn::append_")
-def _(keys, values, key, value, seen, lengths, cos, sin, num_sinks, interleaved) -> None:
+def _(
+    keys: Tensor,
+    values: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    lengths: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_sinks: int,
+    interleaved: bool,
+) -> None:
     check_same_device(keys, values=values, key=key, value=value, seen=seen, lengths=lengths, cos=cos, sin=sin)
 
 
@@ -55,7 +66,7 @@ def rollback_(seen: Tensor, peak: Tensor, counts: Tensor, *, headroom: int) -> N
 
 
 @torch.library.register_fake("sinkattn::rollback_")
-def _(seen, peak, counts, headroom) -> None:
+def _(seen: Tensor, peak: Tensor, counts: Tensor, headroom: int) -> None:
     return None
 
 
@@ -65,7 +76,7 @@ def reorder_(keys: Tensor, values: Tensor, source: Tensor) -> None:
 
 
 @torch.library.register_fake("sinkattn::reorder_")
-def _(keys, values, source) -> None:
+def _(keys: Tensor, values: Tensor, source: Tensor) -> None:
     return None
 
 
@@ -75,7 +86,7 @@ def reset_(keys: Tensor, values: Tensor, rows: Tensor) -> None:
 
 
 @torch.library.register_fake("sinkattn::reset_")
-def _(keys, values, rows) -> None:
+def _(keys: Tensor, values: Tensor, rows: Tensor) -> None:
     return None
 
 
@@ -85,7 +96,7 @@ def linearise(keys: Tensor, values: Tensor, seen: Tensor, *, num_sinks: int, win
 
 
 @torch.library.register_fake("sinkattn::linearise")
-def _(keys, values, seen, num_sinks, window) -> tuple[Tensor, Tensor]:
+def _(keys: Tensor, values: Tensor, seen: Tensor, num_sinks: int, window: int) -> tuple[Tensor, Tensor]:
     batch, kv_heads, _, head_dim = keys.shape
     shape = (batch, kv_heads, num_sinks + window)
     return keys.new_empty(*shape, head_dim), values.new_empty(*shape, values.shape[3])

@@ -3,12 +3,15 @@
 The probe cannot record their attention. An adapter provides two functions instead: `position_encoding` returns the
 family's rotary embedding or ALiBi slopes, and `forward` computes queries, keys and values as the family does and
 attends over the ring. The trial of `enable` checks the result against the original, as for every other model.
+
+Modules of a family are annotated as Any: their attributes are known to its class only, which is not imported.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +41,9 @@ def probe_by_adapter(model: PreTrainedModel) -> ProbeResult | None:
         UnsupportedModelError: for a configuration that the adapter does not support.
     """
     decoder = find_decoder(model)
-    adapter_names = {module: name for module in decoder.modules() if (name := _adapter_name(module)) is not None}
+    adapter_names: dict[Any, str] = {
+        module: name for module in decoder.modules() if (name := _adapter_name(module)) is not None
+    }
     if not adapter_names:
         return None
     result = ProbeResult(decoder, [])
@@ -57,7 +62,7 @@ def _adapter_name(module: nn.Module) -> str | None:
     return next((ADAPTERS[name] for name in names if name in ADAPTERS), None)
 
 
-def placeholder_mask(*args, device: torch.device | None = None, **kwargs) -> Tensor:
+def placeholder_mask(*args: Any, device: torch.device | None = None, **kwargs: Any) -> Tensor:
     """Mask function of decoders with an adapter: attention ignores the mask, but some decoders index it."""
     return torch.zeros(1, 1, 1, 1, device=device)
 

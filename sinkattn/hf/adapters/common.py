@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sinkattn.hf.probe.result import Rotation
 from sinkattn.rope import Rope
@@ -19,7 +21,7 @@ def split_heads(fused: Tensor, num_kv_heads: int, num_heads: int) -> tuple[Tenso
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
-def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Attention of one layer over its ring: ``[batch, tokens, heads * head_dim]``."""
     if module.training:
         raise RuntimeError(
@@ -28,7 +30,7 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: 
     return module._sinkattn.attend(module, query, key, value, scale).transpose(1, 2).flatten(2)
 
 
-def module_rotation(rotary: nn.Module) -> Rotation:
+def module_rotation(rotary: Any) -> Rotation:
     """Rotation of the first elements of each head, paired in halves, by the frequencies of a rotary module."""
     # A short input resets length-dependent frequencies to those of short inputs.
     position = torch.zeros(1, 1, dtype=torch.int64, device=rotary.inv_freq.device)
@@ -36,7 +38,7 @@ def module_rotation(rotary: nn.Module) -> Rotation:
     return Rotation(Rope.from_module(rotary), 0)
 
 
-def sinusoidal_rotation(attention: nn.Module) -> Rotation:
+def sinusoidal_rotation(attention: Any) -> Rotation:
     """Rotation of neighbouring elements by the frequencies of the original Transformer, as in GPT-J.
 
     The family's own tables of sines and cosines are in the model's dtype and end at the longest trained position.

@@ -7,16 +7,17 @@ thousand tokens differ by a few percent of their spread.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from sinkattn.hf.adapters.common import attend, module_rotation, split_heads
 from sinkattn.hf.probe.result import Rotation
 from sinkattn.hf.unsupported import UnsupportedModelError
 
 
-def position_encoding(decoder: PreTrainedModel) -> tuple[Rotation | None, Tensor | None]:
+def position_encoding(decoder: Any) -> tuple[Rotation | None, Tensor | None]:
     """Rotary embedding or ALiBi slopes."""
     from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
@@ -34,7 +35,7 @@ def position_encoding(decoder: PreTrainedModel) -> tuple[Rotation | None, Tensor
     return None, bias[:, 0, 1] * decoder.h[0].self_attention.inv_norm_factor
 
 
-def forward(module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
+def forward(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """Forward of the attention module."""
     query, key, value = split_heads(module.query_key_value(hidden_states), module.num_kv_heads, module.num_heads)
     out = attend(module, query, key, value, module.inv_norm_factor)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from typing import Any
+
+from torch import Tensor
 
 from sinkattn.hf.adapters.common import attend, module_rotation, split_heads
 from sinkattn.hf.probe.result import Rotation
 
 
-def position_encoding(decoder: PreTrainedModel) -> tuple[Rotation, None]:
+def position_encoding(decoder: Any) -> tuple[Rotation, None]:
     """Rotary embedding."""
     return module_rotation(decoder.rotary_emb), None
 
 
-def forward(module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, None, Tensor | None]:
+def forward(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None, Tensor | None]:
     """Forward of the attention module."""
     heads = module.num_attention_heads
     query, key, value = split_heads(module.query_key_value(hidden_states), heads, heads)

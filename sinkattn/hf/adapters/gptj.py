@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from typing import Any
+
+from torch import Tensor
 
 from sinkattn.hf.adapters.common import attend, sinusoidal_rotation
 from sinkattn.hf.probe.result import Rotation
 
 
-def position_encoding(decoder: PreTrainedModel) -> tuple[Rotation, None]:
+def position_encoding(decoder: Any) -> tuple[Rotation, None]:
     """Rotary embedding."""
     return sinusoidal_rotation(decoder.h[0].attn), None
 
 
-def forward(module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
+def forward(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """Forward of the attention module."""
     query, key, value = (
         projection(hidden_states).unflatten(-1, (module.num_attention_heads, module.head_dim)).transpose(1, 2)

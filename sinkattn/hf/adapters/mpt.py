@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from typing import Any
+
+from torch import Tensor
 
 from sinkattn.hf.adapters.common import attend
 
 
-def position_encoding(decoder: PreTrainedModel) -> tuple[None, Tensor]:
+def position_encoding(decoder: Any) -> tuple[None, Tensor]:
     """ALiBi slopes."""
     # The bias of the first of two tokens, at distance -1 from the last.
     bias = decoder.build_mpt_alibi_tensor(decoder.num_heads, 2, device=decoder.wte.weight.device)
     return None, -bias[:, 0, 0]
 
 
-def forward(module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
+def forward(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """Forward of the attention module."""
     fused = module.Wqkv(hidden_states)
     if module.clip_qkv:

@@ -53,6 +53,17 @@ class IdHistory:
         """First column that is still recorded."""
         return max(0, self._peak_columns - self.capacity)
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the ids; something must have been recorded."""
+        return self._recorded()[0].device
+
+    def _recorded(self) -> tuple[Tensor, Tensor]:
+        """``prefix_ids`` and ``recent_ids``; something must have been recorded."""
+        if self.prefix_ids is None or self.recent_ids is None:
+            raise RuntimeError("IdHistory: expected recorded ids, got an empty history")
+        return self.prefix_ids, self.recent_ids
+
     def record(
         self,
         begin: int,
@@ -76,55 +87,61 @@ class IdHistory:
                 torch.compile, which would guard on ``begin`` and recompile; ignored once there is padding.
         """
         tokens = ids.shape[1]
-        if self.prefix_ids is None:
+        prefix_ids, recent_ids = self.prefix_ids, self.recent_ids
+        if prefix_ids is None or recent_ids is None:
             # Not inference tensors, even under torch.inference_mode(): later forwards may run outside of it.
             with torch.inference_mode(False):
-                self.prefix_ids, self.recent_ids = (
+                prefix_ids, recent_ids = (
                     torch.zeros(len(ids), size + 1, dtype=torch.int64, device=ids.device)
                     for size in (MAX_PREFIX_IDS, self.capacity)
                 )
+            self.prefix_ids, self.recent_ids = prefix_ids, recent_ids
         if token_mask is None and not self.has_padding:
             if column_index is not None:
-                self.prefix_ids.index_copy_(1, column_index.clamp(max=MAX_PREFIX_IDS), ids)
-                self.recent_ids.index_copy_(1, column_index % self.capacity, ids)
+                prefix_ids.index_copy_(1, column_index.clamp(max=MAX_PREFIX_IDS), ids)
+                recent_ids.index_copy_(1, column_index % self.capacity, ids)
             else:
                 if begin < MAX_PREFIX_IDS:
-                    self.prefix_ids[:, begin : min(begin + tokens, MAX_PREFIX_IDS)] = ids[:, : MAX_PREFIX_IDS - begin]
-                self._write_ring(self.recent_ids, begin, ids)
+                    prefix_ids[:, begin : min(begin + tokens, MAX_PREFIX_IDS)] = ids[:, : MAX_PREFIX_IDS - begin]
+                self._write_ring(recent_ids, begin, ids)
         else:
             if token_mask is None:
                 token_mask = torch.ones_like(ids, dtype=torch.bool)
-            self._record_tokens(seen, ids, token_mask)
+            self._record_tokens(prefix_ids, recent_ids, seen, ids, token_mask)
             self.record_columns(begin, ids, token_mask if already_fed is None else token_mask | already_fed)
         self._peak_columns = max(self._peak_columns, begin + tokens)
 
-    def _record_tokens(self, seen: Tensor, ids: Tensor, token_mask: Tensor) -> None:
-        self._separate_columns()
+    def _record_tokens(
+        self, prefix_ids: Tensor, recent_ids: Tensor, seen: Tensor, ids: Tensor, token_mask: Tensor
+    ) -> None:
+        _, peak_tokens = self._separate_columns()
         rank = token_mask.cumsum(dim=1) - 1
         number, count = seen.unsqueeze(1) + rank, token_mask.sum(dim=1)
         is_recent = token_mask & (rank >= count.unsqueeze(1) - self.capacity)
         is_prefix = token_mask & (number < MAX_PREFIX_IDS)
-        self.recent_ids.scatter_(1, torch.where(is_recent, number % self.capacity, self.capacity), ids)
-        self.prefix_ids.scatter_(1, torch.where(is_prefix, number, MAX_PREFIX_IDS), ids)
-        self._peak_tokens = torch.maximum(self._peak_tokens, seen + count)
+        recent_ids.scatter_(1, torch.where(is_recent, number % self.capacity, self.capacity), ids)
+        prefix_ids.scatter_(1, torch.where(is_prefix, number, MAX_PREFIX_IDS), ids)
+        self._peak_tokens = torch.maximum(peak_tokens, seen + count)
 
-    def _separate_columns(self) -> None:
-        """Record columns apart from tokens from now on."""
-        if self.column_ids is None:
+    def _separate_columns(self) -> tuple[Tensor, Tensor]:
+        """Record columns apart from tokens from now on. Returns ``column_ids`` and ``_peak_tokens``."""
+        column_ids, peak_tokens = self.column_ids, self._peak_tokens
+        if column_ids is None or peak_tokens is None:
+            _, recent_ids = self._recorded()
             with torch.inference_mode(False):
-                self.column_ids = self.recent_ids[:, : self.capacity].clone()
-                self._peak_tokens = torch.full(
-                    (len(self.prefix_ids),), self._peak_columns, device=self.prefix_ids.device
-                )
+                column_ids = recent_ids[:, : self.capacity].clone()
+                peak_tokens = torch.full((len(recent_ids),), self._peak_columns, device=recent_ids.device)
+            self.column_ids, self._peak_tokens = column_ids, peak_tokens
+        return column_ids, peak_tokens
 
     def record_columns(self, begin: int, ids: Tensor, token_mask: Tensor) -> None:
         """Record only the columns from ``begin`` on; their tokens must be recorded already.
 
         ids int64, token_mask bool ``[batch, columns]``, False for padding.
         """
-        self._separate_columns()
+        column_ids, _ = self._separate_columns()
         padding = torch.where(ids < 0, UNKNOWN_PADDING_ID, ~ids)
-        self._write_ring(self.column_ids, begin, torch.where(token_mask, ids, padding))
+        self._write_ring(column_ids, begin, torch.where(token_mask, ids, padding))
         self._peak_columns = max(self._peak_columns, begin + ids.shape[1])
 
     def renumber_columns(self, ids: Tensor, token_mask: Tensor) -> None:
@@ -151,7 +168,7 @@ class IdHistory:
 
         seen: tokens of each row.
         """
-        prefix, recent = self.prefix_ids.cpu(), self.recent_ids.cpu()
+        prefix, recent = (ids.cpu() for ids in self._recorded())
         peaks = [self._peak_columns] * len(seen) if self._peak_tokens is None else self._peak_tokens.tolist()
         rows = []
         for row, (count, peak) in enumerate(zip(seen, peaks, strict=True)):
@@ -163,6 +180,7 @@ class IdHistory:
 
     def known_columns(self, end: int) -> Tensor:
         """Ids of the columns from `oldest_column` to ``end`` of a batch with padding: int64 ``[batch, n]``, on CPU."""
+        assert self.column_ids is not None  # the batch has padding
         return self.column_ids.cpu()[:, torch.arange(self.oldest_column, max(self.oldest_column, end)) % self.capacity]
 
     def token_mask(self, begin: int, end: int) -> Tensor | None:
@@ -172,19 +190,21 @@ class IdHistory:
         """
         if begin < self.oldest_column:
             return None
-        if not self.has_padding:
-            return torch.ones(len(self.prefix_ids), end - begin, dtype=torch.bool, device=self.prefix_ids.device)
+        if self.column_ids is None:
+            prefix_ids, _ = self._recorded()
+            return torch.ones(len(prefix_ids), end - begin, dtype=torch.bool, device=prefix_ids.device)
         columns = torch.arange(begin, end, device=self.column_ids.device)
         return is_token(self.column_ids[:, columns % self.capacity])
 
     def take_rows(self, index: Tensor) -> None:
         """Row i becomes what row ``index[i]`` was; the number of rows may change."""
-        if self.prefix_ids is not None:
-            index = index.to(self.prefix_ids.device)
-            with torch.inference_mode(False):
-                self.prefix_ids, self.recent_ids = self.prefix_ids[index], self.recent_ids[index]
-                if self.has_padding:
-                    self.column_ids, self._peak_tokens = self.column_ids[index], self._peak_tokens[index]
+        if self.prefix_ids is None or self.recent_ids is None:
+            return
+        index = index.to(self.prefix_ids.device)
+        with torch.inference_mode(False):
+            self.prefix_ids, self.recent_ids = self.prefix_ids[index], self.recent_ids[index]
+            if self.column_ids is not None and self._peak_tokens is not None:
+                self.column_ids, self._peak_tokens = self.column_ids[index], self._peak_tokens[index]
 
 
 def is_token(column_ids: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
@@ -25,7 +27,7 @@ class SinkLayer(CacheLayerMixin):
         self.ring: RingKVCache | None = None
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]  # a property, as in some layers of transformers
         """Whether tokens can be rolled back at any length of the stream."""
         return self.layout.headroom > 0
 
@@ -54,9 +56,9 @@ class SinkLayer(CacheLayerMixin):
         self.is_initialized = False
         self.__dict__.pop("batch_size", None)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the new keys and values unchanged: the attention function appends them to the ring."""
-        if self.state.num_new_tokens is None:
+        if not self.state.num_new_tokens:
             raise RuntimeError("cache: a SinkCache works only in the model that sinkattn.enable prepared")
         return key_states, value_states
 
@@ -72,7 +74,7 @@ class SinkLayer(CacheLayerMixin):
         """
         state = self.state
         seen, layout = state.num_columns, state.layout
-        if state.num_new_tokens is not None:
+        if state.num_new_tokens:
             return min(seen, layout.num_sinks + layout.window - 1)
         return seen - (state.generate_offset or 0)
 
@@ -89,8 +91,8 @@ class SinkLayer(CacheLayerMixin):
         """Row i becomes what row ``index[i]`` was; the number of rows may change."""
         if self.ring is not None:
             self.ring.take_rows(index)
-            if self.state.counter_ring is not self.ring:
-                self.ring.share_seen(self.state.counter_ring)
+            if self.state.counters is not self.ring:
+                self.ring.share_seen(self.state.counters)
             self.keys, self.values = self.ring.keys, self.ring.values
             self.batch_size = len(index)
 
@@ -100,7 +102,7 @@ class SinkLayer(CacheLayerMixin):
             self.ring.reset()
 
 
-class StatefulSinkLayer(SinkLayer, LinearAttentionAndFullAttentionLayer):
+class StatefulSinkLayer(SinkLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]  # bases differ in `device`
     """Ring and states of a layer with attention and a convolutional or recurrent state (Falcon-H1)."""
 
     def __init__(self, state: SharedCacheState, layout: RingLayout, number_of_states: int) -> None:
@@ -108,18 +110,18 @@ class StatefulSinkLayer(SinkLayer, LinearAttentionAndFullAttentionLayer):
         LinearAttentionLayer.__init__(self, number_of_states)
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]  # as in SinkLayer
         """Whether tokens can be rolled back at any length of the stream."""
-        return SinkLayer.is_croppable.fget(self) and LinearAttentionLayer.is_croppable.fget(self)
+        return super().is_croppable and LinearAttentionLayer.is_croppable.__get__(self)
 
-    def lazy_initialization(self, *args, **kwargs) -> None:
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Positional arguments allocate the ring, keyword arguments the states."""
         (SinkLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was."""
         SinkLayer.reorder_cache(self, beam_idx)
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]  # annotated as LongTensor, a legacy type
 
     def reset(self) -> None:
         """Start new streams in the same memory."""

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, Line
 from sinkattn.hf.cache.id_history import IdHistory
 from sinkattn.hf.cache.layers import SinkLayer
 from sinkattn.hf.cache.state import SharedCacheState
-from sinkattn.hf.model_patch import ModelPatch, get_patch
+from sinkattn.hf.model_patch import ModelPatch, get_patch, require_patch
 from sinkattn.ops import RingLayout
 
 
@@ -31,15 +31,16 @@ class SinkCache(Cache):
         ValueError: if the model is not enabled, or max_batch_size is below 1.
     """
 
-    def __new__(cls, model: PreTrainedModel | None = None, *args, **kwargs) -> SinkCache:
+    layers: list[Any]
+    """A `SinkLayer` for each layer that attends; those of transformers for other kinds of state."""
+
+    def __new__(cls, model: PreTrainedModel | None = None, *args: Any, **kwargs: Any) -> SinkCache:
         """Create the class of cache that the model's patch names."""
         patch = None if model is None else get_patch(model)  # None when copied or unpickled
         return super().__new__(cls if patch is None else patch.cache_class)
 
     def __init__(self, model: PreTrainedModel, max_batch_size: int | None = None) -> None:
-        patch = get_patch(model)
-        if patch is None:
-            raise ValueError("model: expected a model prepared by sinkattn.enable(model), got one that is not enabled")
+        patch = require_patch(model)
         if max_batch_size is not None and max_batch_size < 1:
             raise ValueError(f"max_batch_size: expected 1 or more, got {max_batch_size}")
         self.patch_id: str = patch.id
@@ -136,7 +137,7 @@ class SinkCache(Cache):
     def begin_forward(self, batch: int, tokens: int, ids: Tensor | None) -> None:
         """Start a forward of ``tokens`` new tokens per row; raises, with nothing changed, if the cache refuses it."""
         state = self.state
-        if state.num_new_tokens is not None:
+        if state.num_new_tokens:
             raise RuntimeError("cache: is in the middle of a forward already, in this thread or another")
         if (seen := self.seen) is not None and len(seen) != batch and state.num_columns:
             raise ValueError(f"cache: holds {len(seen)} streams, got a batch of {batch}")
@@ -155,7 +156,7 @@ class SinkCache(Cache):
 
         token_mask: bool ``[batch, tokens]``; None without padding.
         """
-        ring, tokens = self.state.counter_ring, self.state.num_new_tokens
+        ring, tokens = self.state.counters, self.state.num_new_tokens
         self.state.commit_columns(token_mask, ring.seen)
         ring.advance(tokens if token_mask is None else token_mask.sum(dim=1))
 
@@ -169,7 +170,8 @@ class SinkCache(Cache):
             written: whether any layer may have written them.
         """
         state = self.state
-        columns, tokens, state.num_new_tokens, state.forward_ids = state.num_columns, state.num_new_tokens, None, None
+        columns, tokens = state.num_columns, state.num_new_tokens
+        state.num_new_tokens, state.forward_ids = 0, None
         if columns == 0:
             self._free_memory()
             return
@@ -178,7 +180,7 @@ class SinkCache(Cache):
             "new stream"
         )
         if written:
-            state.counter_ring.note_uncounted(tokens)
+            state.counters.note_uncounted(tokens)
             state.peak_columns = max(state.peak_columns, columns + tokens)
             for layout in {layer.layout for layer in self._sink_layers}:
                 oldest_kept = columns + tokens - layout.ring
@@ -189,10 +191,10 @@ class SinkCache(Cache):
 
     def _free_memory(self) -> None:
         self.state.counter_ring = None
-        for layer in self._state_layers:
-            LinearAttentionLayer.__init__(layer, layer.number_of_states)
-        for layer in self._sink_layers:
-            layer.free()
+        for state_layer in self._state_layers:
+            LinearAttentionLayer.__init__(state_layer, state_layer.number_of_states)
+        for sink_layer in self._sink_layers:
+            sink_layer.free()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Roll back the last ``-tokens_to_remove`` columns (a negative number, as in transformers).
@@ -211,7 +213,7 @@ class SinkCache(Cache):
             return
         if columns:
             if any(
-                not (layer.record_past and LinearAttentionLayer.is_croppable.fget(layer))
+                not (layer.record_past and LinearAttentionLayer.is_croppable.__get__(layer))
                 for layer in self._state_layers
             ):
                 raise RuntimeError(
@@ -238,8 +240,8 @@ class SinkCache(Cache):
         """Whether row ``rows[i]`` can be rolled back by ``counts[i]`` tokens, both int64."""
         if self.has_states and counts.any():
             return False
-        rows = rows.to(self.seen.device)
-        max_rollback = self.state.counter_ring.max_rollback(self._effective_headroom)
+        max_rollback = self.state.counters.max_rollback(self._effective_headroom)
+        rows = rows.to(max_rollback.device)
         return bool((counts.to(rows.device) <= max_rollback[rows]).all())
 
     def rollback(self, counts: int | Tensor) -> None:
@@ -247,7 +249,7 @@ class SinkCache(Cache):
 
         Raises RuntimeError, with nothing changed, if not `can_rollback`.
         """
-        self.state.counter_ring.rollback(counts, headroom=self._effective_headroom)
+        self.state.counters.rollback(counts, headroom=self._effective_headroom)
         self.state.note_rollback(counts)
 
     @property
@@ -258,15 +260,16 @@ class SinkCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # annotated as LongTensor, a legacy type
         self.state.take_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times, its copies next to each other: several continuations of one stream."""
         if repeats < 1:
             raise ValueError(f"repeats: expected 1 or more, got {repeats}")
-        if self.seen is not None:
-            rows = torch.arange(len(self.seen), device=self.seen.device)
+        seen = self.seen
+        if seen is not None:
+            rows = torch.arange(len(seen), device=seen.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -275,15 +278,15 @@ class SinkCache(Cache):
         A bool mask ``[batch]`` keeps the rows where it is True. Raises ValueError, with nothing changed, for indices
         out of range or more rows than ``max_batch_size``.
         """
-        if self.seen is None:
+        seen = self.seen
+        if seen is None:
             return
-        indices = self._check_rows(indices)
+        indices = self._check_rows(indices, len(seen), seen.device)
         self._take_rows(indices)
         self.state.take_rows(indices)
 
-    def _check_rows(self, indices: Tensor) -> Tensor:
-        rows = len(self.seen)
-        indices = torch.as_tensor(indices, device=self.seen.device)
+    def _check_rows(self, indices: Tensor, rows: int, device: torch.device) -> Tensor:
+        indices = torch.as_tensor(indices, device=device)
         if indices.dtype == torch.bool and indices.shape == (rows,):
             indices = indices.nonzero().flatten()
         if indices.ndim != 1 or not len(indices) or indices.is_floating_point():
@@ -298,7 +301,8 @@ class SinkCache(Cache):
     def _take_rows(self, indices: Tensor) -> None:
         for layer in self.layers:
             if isinstance(layer, LinearAttentionCacheLayerMixin):
-                LinearAttentionLayer.reorder_cache(layer, indices)  # accepts another number of rows
+                # Accepts another number of rows.
+                LinearAttentionLayer.reorder_cache(layer, indices)  # type: ignore[arg-type]  # as in reorder_cache
         # First the ring that owns the counters, because the others then take the new ones from it.
         for layer in sorted(self._sink_layers, key=lambda layer: layer.ring is not self.state.counter_ring):
             layer.take_rows(indices)

@@ -37,8 +37,8 @@ class SharedCacheState:
     """Whether the model never got inputs that ids do not describe, such as images."""
     forward_ids: Tensor | None = None
     """Ids of the forward in progress; None if unknown."""
-    num_new_tokens: int | None = None
-    """Columns of the forward in progress; None between forwards."""
+    num_new_tokens: int = 0
+    """Columns of the forward in progress; 0 between forwards."""
 
     in_generate: bool = False
     """Whether `generate` is running; it makes the mask of past columns itself."""
@@ -65,6 +65,13 @@ class SharedCacheState:
     can_prefill_again: bool = True
     """Whether `generate` may reset streams that cannot continue, and prefill all of its ids again."""
 
+    @property
+    def counters(self) -> RingKVCache:
+        """`counter_ring`, after the first forward."""
+        if self.counter_ring is None:
+            raise RuntimeError("cache: expected streams that have tokens, got a cache without any")
+        return self.counter_ring
+
     def check_past_mask(self, past: Tensor) -> None:
         """Raise ValueError if a mask of past columns, ``[batch, columns]``, is not the one that they were fed with.
 
@@ -75,7 +82,7 @@ class SharedCacheState:
         begin = self.history.oldest_column
         past = past[:, begin:] != 0
         token_mask = self.history.token_mask(begin, self.num_columns)
-        if not torch.equal(token_mask, past):
+        if token_mask is not None and not torch.equal(token_mask, past):
             row, column = (token_mask != past).nonzero()[0].tolist()
             raise ValueError(
                 f"attention_mask: expected {int(token_mask[row, column])} in row {row}, column {begin + column}, as "
@@ -90,7 +97,7 @@ class SharedCacheState:
             ids: int64 ``[batch, columns]``, all ids of `generate`.
             fed: bool ``[batch, columns]``, ids that the streams have already; some rows may have more than others.
         """
-        device = self.history.prefix_ids.device
+        device = self.history.device
         ids, fed = ids.to(device), fed.to(device)
         self.history.renumber_columns(ids[:, :column], fed[:, :column])
         self.num_columns = column
@@ -114,7 +121,7 @@ class SharedCacheState:
         The columns from ``column`` on are recorded as these ids, ``[batch, columns]``, without being in the rings, so
         that `generate` can match its ids with them.
         """
-        device = self.history.prefix_ids.device
+        device = self.history.device
         self.unusable_reason = reason
         self.history.record_columns(column, ids.to(device), token_mask.to(device))
         self.num_columns = column + ids.shape[1]
@@ -141,7 +148,7 @@ class SharedCacheState:
         self.history.record(begin, seen, ids, token_mask, already_fed=already_fed, column_index=column_index)
         self.num_columns += tokens
         self.peak_columns = max(self.peak_columns, self.num_columns)
-        self.num_new_tokens = self.forward_ids = self.unfed_padding = None
+        self.num_new_tokens, self.forward_ids, self.unfed_padding = 0, None, None
 
     def note_rollback(self, counts: int | Tensor) -> None:
         """Note that the last ``counts`` tokens of each row, int64 ``[batch]``, were rolled back."""

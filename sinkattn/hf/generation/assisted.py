@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sinkattn.hf.generation.options import call_setting
-from sinkattn.hf.model_patch import get_patch
+from sinkattn.hf.model_patch import get_patch, require_patch
 
 # Candidates per step of an assistant whose generation config does not set them: the default of transformers.
 DEFAULT_ASSISTANT_TOKENS = 20
@@ -49,7 +49,7 @@ def check_assistant(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
 
 
 def _check_headroom(model: PreTrainedModel, num_candidates: int, name: str) -> None:
-    headroom = get_patch(model).layout.headroom
+    headroom = require_patch(model).layout.headroom
     if num_candidates > headroom:
         raise ValueError(
             f"headroom: expected {num_candidates} or more, as assisted decoding rolls back so many tokens, got "

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from sinkattn.hf.cache.id_history import common_prefix_length
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.generation.options import call_setting, eos_ids
-from sinkattn.hf.model_patch import get_patch
+from sinkattn.hf.model_patch import require_patch
 from sinkattn.hf.versions import forward_cache
 
 
@@ -37,6 +37,7 @@ def _sync_rows(
         feed: called with ids and mask, ``[rows, tokens]``, to feed them.
     """
     generated, lengths = generated.cpu(), lengths.cpu()
+    assert cache.seen is not None  # the call has fed its prompt
     num_fed, seen = cache.tokens_seen - start, cache.seen.tolist()
     known = cache.state.history.known_tokens(seen)
     returned = len(generated) * beams // len(seen)
@@ -99,7 +100,7 @@ def sync_rows_with_hypotheses(
         lengths = torch.where(is_end.any(dim=1), torch.where(lengths < first, lengths, first), lengths)
 
     def feed(ids: Tensor, mask: Tensor) -> None:
-        decoder = get_patch(model).decoder
+        decoder = require_patch(model).decoder
         options = {forward_cache(decoder): cache, "use_cache": True}
         with torch.no_grad():
             decoder(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **options)

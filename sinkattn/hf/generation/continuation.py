@@ -62,11 +62,12 @@ def plan_continuation(
         ValueError: ids that could be new or those of the streams, naming the token that differs.
         RuntimeError: the streams cannot continue.
     """
+    assert cache.seen is not None  # the streams are not empty
     rows, tokens = ids.shape[:2]
     token_mask = _input_mask(attention_mask, cache, rows, tokens)
     cache.check_padding(token_mask)
     ids_on_cpu = ids.cpu()
-    matches = None
+    matches: list[Match] | None = None
     if ids.ndim == 2 and (attention_mask is None or attention_mask.shape[1] == tokens):
         matches = match_rows(cache, ids_on_cpu, token_mask)
     if matches is None:
@@ -117,7 +118,7 @@ def _input_mask(attention_mask: Tensor | None, cache: SinkCache, rows: int, toke
             f"attention_mask: expected {[rows, tokens]}, or {[rows, past + tokens]} with the past, got "
             f"{list(attention_mask.shape)}"
         )
-    if rows == len(cache.seen):
+    if cache.seen is not None and rows == len(cache.seen):
         cache.state.check_past_mask(attention_mask[:, :-tokens])
     return (attention_mask[:, -tokens:] != 0).cpu()
 
@@ -135,18 +136,19 @@ def _plan_full_sequences(
     Returns the plan, and the tokens of each row that are kept, int64 ``[rows]``.
     """
     tokens = ids.shape[1]
-    token_mask, feed_from, rollback = torch.stack([match.token_mask for match in matches]), [], []
+    token_mask = torch.stack([match.token_mask for match in matches])
+    first_columns, counts = [], []
     for match in matches:
         column, num_common = match.feed_from, match.num_common
         if column == tokens:  # feed at least the last one
             column, num_common = column - 1, num_common - 1
-        feed_from.append(column)
-        rollback.append(match.cached_row.seen - num_common)
-    feed_from, rollback = torch.tensor(feed_from), torch.tensor(rollback)
+        first_columns.append(column)
+        counts.append(match.cached_row.seen - num_common)
+    feed_from, rollback = torch.tensor(first_columns), torch.tensor(counts)
     rows = torch.tensor([match.cached_row.row for match in matches])
     longest_rollback = int(rollback.max())
     # States can neither be rolled back nor skip tokens that they have seen.
-    can_continue = cache.is_usable and not (cache.has_states and (longest_rollback or len(set(feed_from.tolist())) > 1))
+    can_continue = cache.is_usable and not (cache.has_states and (longest_rollback or len(set(first_columns)) > 1))
     can_continue = can_continue and cache.can_rollback(rollback, rows)
     if not can_prefill_again and (longest_rollback or not can_continue):
         cache.check_usable()
@@ -171,6 +173,7 @@ def _plan_full_sequences(
     new_rows, new_rollback = rows.repeat_interleave(repeats), rollback.repeat_interleave(repeats)
 
     def update_cache() -> None:
+        assert cache.seen is not None  # the streams are not empty
         if new_rows.tolist() != list(range(len(cache.seen))):
             cache.batch_select_indices(new_rows)
         if can_continue:

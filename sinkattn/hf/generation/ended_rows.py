@@ -20,7 +20,7 @@ class RecordedCriterion(StoppingCriteria):
         self.criterion = criterion
         self.done: Tensor | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Call the criterion and record its result."""
         self.done = self.criterion(input_ids, scores, **kwargs)
         return self.done
@@ -73,7 +73,7 @@ class EndedRows(StoppingCriteria):
         kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, ended])
         return ended
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Update which rows have ended; all False, so that it ends none."""
         done = self.own_criteria(input_ids, scores, **kwargs)
         for criterion in self.user_criteria:

@@ -16,7 +16,7 @@ from sinkattn.hf.generation.continuation import ContinuationPlan, plan_continuat
 from sinkattn.hf.generation.ended_rows import EndedRows
 from sinkattn.hf.generation.options import call_setting, eos_ids
 from sinkattn.hf.inputs import has_only_ids
-from sinkattn.hf.model_patch import get_patch
+from sinkattn.hf.model_patch import require_patch
 from sinkattn.hf.versions import CHUNKS_HOLD_THE_PAST, GENERATE_CACHE, take_cache
 
 GENERATION_CONFIG = GenerationConfig()
@@ -24,13 +24,14 @@ GENERATION_CONFIG = GenerationConfig()
 POSITIONAL_ARGUMENTS = list(inspect.signature(GenerationMixin.generate).parameters)[2:]
 
 
-def generate(model: PreTrainedModel, inputs: Tensor | None = None, *args, **kwargs):
+def generate(model: PreTrainedModel, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
     """`generate` of the model's class, with a new `SinkCache` unless one is passed.
 
     With a cache that is not empty, ``inputs`` may be only the new ids, or all ids of the streams and more, as in
     transformers: see `plan_continuation`. Embeddings are always new tokens. Padding that `generate` feeds to rows that
     have ended does not enter their streams.
     """
+    model_class: Any = type(model)  # one with GenerationMixin, which its annotation does not say
     kwargs |= dict(zip(POSITIONAL_ARGUMENTS, args, strict=False))
     if kwargs.get("use_cache") is False:
         raise ValueError(
@@ -54,14 +55,14 @@ def generate(model: PreTrainedModel, inputs: Tensor | None = None, *args, **kwar
             "attention_mask: expected padding on the left, as generate continues from the last column, got 0 there"
         )
     cache_name, given_cache = take_cache(kwargs)
-    check_cache(get_patch(model), cache_name, given_cache)
+    check_cache(require_patch(model), cache_name, given_cache)
     cache = SinkCache(model) if given_cache is None else given_cache
     # A saved generation config may have use_cache=False; then every step would feed all tokens again.
     kwargs |= {GENERATE_CACHE: cache, "use_cache": True}
     prompt = kwargs.get("inputs_embeds")
     prompt = (kwargs.get("input_ids") if inputs is None else inputs) if prompt is None else prompt
     if not isinstance(prompt, Tensor) or prompt.ndim < 2:
-        return type(model).generate(model, inputs, **kwargs)
+        return model_class.generate(model, inputs, **kwargs)
 
     state = cache.state
     if state.in_generate:
@@ -91,13 +92,13 @@ def generate(model: PreTrainedModel, inputs: Tensor | None = None, *args, **kwar
         state.generate_offset = cache.tokens_seen - plan.feed_from
     else:
         plan = ContinuationPlan(_prompt_mask(model, prompt, mask, kwargs), 0, prompt.shape[1], lambda: None)
-        plan = record_prompt_span(cache, plan, torch.zeros(rows, dtype=int), repeats)
+        plan = record_prompt_span(cache, plan, torch.zeros(rows, dtype=torch.int64), repeats)
     ended_rows = None
     if beams == 1 and rows * repeats > 1:
         ended_rows = EndedRows.watch(model, cache, kwargs)
     state.in_generate, state.pending_update = True, plan.update_cache
     try:
-        output = type(model).generate(model, inputs, **kwargs)
+        output = model_class.generate(model, inputs, **kwargs)
         state.generate_interrupted = False
     finally:
         state.in_generate = False

@@ -72,6 +72,7 @@ def match_rows(cache: SinkCache, ids: Tensor, token_mask: Tensor) -> list[Match]
         ValueError: a row that could be new or repeat a stream, or rows of both kinds.
     """
     state, history = cache.state, cache.state.history
+    assert cache.seen is not None  # the streams are not empty
     seen, num_columns = cache.seen.tolist(), cache.tokens_seen
     column_ids = history.known_columns(num_columns) if history.has_padding else [None] * len(seen)
     prompt_spans = [(0, count) for count in seen]
@@ -118,13 +119,13 @@ def match_rows(cache: SinkCache, ids: Tensor, token_mask: Tensor) -> list[Match]
 
 def _best_match(rows: list[CachedRow], ids: Tensor, token_mask: Tensor) -> Match:
     """The match with the longest common prefix; the first of equally long ones."""
-    best = None
-    for cached_row in rows:
-        match = _match_row(cached_row, ids, token_mask)
-        if best is None or match.num_common > best.num_common:
-            best = match
+    best = _match_row(rows[0], ids, token_mask)
+    for cached_row in rows[1:]:
         if best.num_common == best.cached_row.seen:
             break
+        match = _match_row(cached_row, ids, token_mask)
+        if match.num_common > best.num_common:
+            best = match
     return best
 
 

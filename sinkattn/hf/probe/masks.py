@@ -12,10 +12,13 @@ from torch import Tensor
 MAX_WINDOW = 1 << 18
 
 
+MaskKind = Literal["full", "window", "chunk"]
+
+
 class MaskPattern(NamedTuple):
     """Pattern of a causal mask: a query sees all earlier tokens, the last ``size`` or its chunk of ``size``."""
 
-    kind: Literal["full", "window", "chunk"]
+    kind: MaskKind
     size: int = 0
 
 
@@ -32,7 +35,8 @@ def classify_mask(mask_function: Callable, device: torch.device | None) -> MaskP
         if any(is_visible(query, query + 1 + distance).any() for query in queries):
             return None
         size = int(is_visible(distance, 0).sum())  # queries that see the first token
-        for kind in ("full",) if size == MAX_WINDOW else ("window", "chunk"):
+        kinds: tuple[MaskKind, ...] = ("full",) if size == MAX_WINDOW else ("window", "chunk")
+        for kind in kinds:
             reach = [MAX_WINDOW if kind == "full" else size if kind == "window" else q % size + 1 for q in queries]
             if all(torch.equal(is_visible(q, q - distance), distance < r) for q, r in zip(queries, reach, strict=True)):
                 return MaskPattern(kind, 0 if kind == "full" else size)

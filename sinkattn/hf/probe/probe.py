@@ -9,8 +9,9 @@ mask functions that the model passes to transformers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from sinkattn.hf.dry_run import evaluation_mode
@@ -52,9 +53,9 @@ def probe(model: PreTrainedModel) -> ProbeResult:
     name = type(model).__name__
     decoder = find_decoder(model)
     result = ProbeResult(decoder, [module for module in decoder.modules() if inv_freq_buffers(module)])
-    embeddings = model.get_input_embeddings().weight
-    positions = torch.arange(PROBE_TOKENS, device=embeddings.device)
-    ids = (positions * 7919 + 13) % embeddings.shape[0]  # fixed, so that every probe gives the same result
+    embeddings: Any = model.get_input_embeddings()
+    positions = torch.arange(PROBE_TOKENS, device=embeddings.weight.device)
+    ids = (positions * 7919 + 13) % embeddings.weight.shape[0]  # fixed, so that every probe gives the same result
     with evaluation_mode(model):
         rotated = record_forward(decoder, ids)
         with without_rotation(result.rotary_modules):
@@ -151,7 +152,7 @@ def _position_tables(decoder: PreTrainedModel) -> list[str]:
     return [name for name, _ in decoder.named_parameters() if any(word in name for word in words)]
 
 
-def _temperature(module: nn.Module) -> Temperature | None:
+def _temperature(module: Any) -> Temperature | None:
     # In layers without rotary embedding Llama 4 takes the position from the length of the cache.
     if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
         return Temperature(float(module.floor_scale), float(module.attn_scale))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,8 @@ ATTENTION_NAME = "sinkattn_probe"
 class AttentionCall:
     """Arguments of one call of the attention function."""
 
-    module: nn.Module
+    module: Any
+    """The `nn.Module` that attends; its attributes, such as ``layer_idx``, are those of its family."""
     query: Tensor
     key: Tensor
     value: Tensor
@@ -35,7 +37,7 @@ class Recording:
     calls: list[AttentionCall] = field(default_factory=list)
     mask_patterns: list[MaskPattern | None] = field(default_factory=list)
     """Pattern of each mask that the model asked for; None if not full causal, sliding window or chunked."""
-    output: Tensor | None = None
+    output: Tensor = field(init=False)
     """Last hidden states."""
 
     @staticmethod
@@ -51,14 +53,24 @@ class Recording:
 _recording: ContextVar[Recording] = ContextVar("sinkattn_recording")
 
 
-def _record_attention(module, query, key, value, attention_mask, **options) -> tuple[Tensor, None]:
+def _record_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
     _recording.get().calls.append(AttentionCall(module, query, key, value, attention_mask, options))
     # Return the values: independent of queries and keys, so rotation does not change the inputs of later layers.
     group_size = query.shape[1] // value.shape[1]
     return value.repeat_interleave(group_size, dim=1).transpose(1, 2).contiguous(), None
 
 
-def _record_mask(batch_size, q_length, kv_length, *args, mask_function=None, device=None, **kwargs) -> Tensor:
+def _record_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *args: Any,
+    mask_function: Callable | None = None,
+    device: torch.device | None = None,
+    **kwargs: Any,
+) -> Tensor:
     patterns = _recording.get().mask_patterns
     patterns.append(MaskPattern("full") if mask_function is None else classify_mask(mask_function, device))
     # Return the pattern's index in a mask-shaped tensor, which models may slice.

@@ -111,11 +111,12 @@ def find_rotation(
     head_dim = unrotated.key.shape[-1]
     pairs = ((rotated.query, unrotated.query), (rotated.key, unrotated.key))
     for rope in ropes:
-        if rope.rotary_dim > head_dim:
+        rotary_dim = 2 * len(rope.inv_freq)
+        if rotary_dim > head_dim:
             continue
         cos, sin = rope.tables(positions)
         # Multi-head latent attention rotates the last elements of a head.
-        for offset in dict.fromkeys((0, head_dim - rope.rotary_dim)):
+        for offset in dict.fromkeys((0, head_dim - rotary_dim)):
             rotation = Rotation(rope, offset)
             if all(_is_close(want, _rotate(x, cos, sin, rotation), rotation) for want, x in pairs):
                 return rotation
@@ -140,7 +141,8 @@ def _is_close(want: Tensor, got: Tensor, rotation: Rotation) -> bool:
 def _pair_norms(x: Tensor, rotation: Rotation) -> Tensor:
     """Norm of each rotated pair, and of each element that is not rotated, over batch, heads and tokens."""
     rope, offset = rotation
+    end = offset + 2 * len(rope.inv_freq)
     norms = x.double().square().sum(dim=(0, 1, 2))
-    rotary = norms[offset : offset + rope.rotary_dim]
+    rotary = norms[offset:end]
     pairs = rotary.view(-1, 2).sum(dim=1) if rope.interleaved else rotary.view(2, -1).sum(dim=0)
-    return torch.cat((norms[:offset], pairs, norms[offset + rope.rotary_dim :])).sqrt()
+    return torch.cat((norms[:offset], pairs, norms[end:])).sqrt()

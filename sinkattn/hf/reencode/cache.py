@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,17 +96,24 @@ class ReencodeCache(SinkCache):
                 inputs.append(LaneInput(lane, ids[target], target))
         return inputs
 
-    def finish_forward(self, inputs: list[LaneInput], padding: Padding | None) -> None:
-        """Commit the forward: append its tokens to their lanes."""
+    def finish_forward(self, token_mask: Tensor | None, inputs: Sequence[LaneInput] = ()) -> None:
+        """Commit the forward: append its tokens, the ``inputs``, to their lanes.
+
+        token_mask: bool ``[batch, tokens]``; None without padding.
+        """
         before = self.seen
+        assert before is not None  # lane_inputs has created lanes
         for lane, ids, _ in inputs:
             lane.append(ids)
         self._lanes_changed()
-        self.state.commit_columns(None if padding is None else padding.token_mask, before)
+        self.state.commit_columns(token_mask, before)
 
-    def abandon_forward(self) -> None:
-        """Discard the tokens of a forward that failed."""
-        self.state.num_new_tokens = self.state.forward_ids = None
+    def abandon_forward(self, *, written: bool) -> None:
+        """Discard the tokens of a forward that failed.
+
+        written: has no effect; lanes get tokens only in `finish_forward`.
+        """
+        self.state.num_new_tokens, self.state.forward_ids = 0, None
         if self.tokens_seen == 0:
             self._drop_lanes()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,8 @@ class ContextLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
     supports_early_init = False
+    keys: Tensor  # None, as in every layer of transformers, until is_initialized
+    values: Tensor
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -68,7 +71,7 @@ class ContextLayer(CacheLayerMixin):
             )
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values ``[batch, heads, tokens, head_dim]``; returns the whole context."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -103,6 +106,17 @@ class ContextLayer(CacheLayerMixin):
         return selected
 
 
+class ContextCache(Cache):
+    """Context of a lane: one `ContextLayer` for each layer of the model, created when it first runs."""
+
+    layers: list[Any]
+
+    def __init__(self, capacity: int) -> None:
+        # transformers calls this to create a layer, so it need not be a class.
+        create_layer: Any = partial(ContextLayer, capacity)
+        super().__init__(layer_class_to_replicate=create_layer)
+
+
 class Lane:
     """Streams of equal length: the ids that a rebuild may need, and one context.
 
@@ -121,7 +135,7 @@ class Lane:
         """Tokens of each stream."""
         self.first_kept = layout.num_sinks
         """Index in the stream of the first id after the sinks in ``ids``."""
-        self.context = Cache(layer_class_to_replicate=partial(ContextLayer, layout.num_sinks + layout.window))
+        self.context = ContextCache(layout.num_sinks + layout.window)
         self.encoded = (layout.num_sinks, 0)
         """`context_start` of the tokens in the context, and how many of them are valid, from the sinks on."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sinkattn.hf.cache.layers import SinkLayer
+from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.cache.state import SharedCacheState
 from sinkattn.hf.inputs import check_positions, new_token_mask, stream_positions
 from sinkattn.hf.reencode.cache import LaneInput, Padding, ReencodeCache
@@ -34,7 +35,7 @@ class ReencodePatch(StreamPatch):
         """One layer, which reports the tokens seen; the lanes of the cache hold keys and values."""
         return [SinkLayer(state, self.layout)]
 
-    def forward(self, *args, **kwargs) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the decoder: run each lane, with a rebuild where its context is full, and join the outputs."""
         kwargs = self.named_arguments(args, kwargs)
         for name, value in kwargs.items():
@@ -50,6 +51,7 @@ class ReencodePatch(StreamPatch):
             raise ValueError(f"input_ids: expected [batch, tokens], got {list(ids.shape)}")
         batch, num_tokens = ids.shape
         cache = self.checked_cache(kwargs, batch, num_tokens)
+        assert isinstance(cache, ReencodeCache)
         if torch.is_grad_enabled():
             check_no_gradients(*self.decoder.parameters())
 
@@ -63,8 +65,8 @@ class ReencodePatch(StreamPatch):
         cache.begin_forward(batch, num_tokens, ids)
         try:
             padding = _padding(mask, cache, num_tokens)
+            token_mask = None if padding is None else padding.token_mask
             if position_ids is not None and not cache.counts_from_prompt:
-                token_mask = None if padding is None else padding.token_mask
                 check_positions(position_ids, stream_positions(cache, token_mask, num_tokens, ids.device), token_mask)
             inputs = cache.lane_inputs(ids, padding)
             # If all is padding, run one arbitrary token for the class and shapes of the outputs.
@@ -79,9 +81,9 @@ class ReencodePatch(StreamPatch):
                 hidden_states=tuple(hidden_states) or None,
             )
         except BaseException:
-            cache.abandon_forward()
+            cache.abandon_forward(written=False)
             raise
-        cache.finish_forward(inputs, padding)
+        cache.finish_forward(token_mask, inputs)
         return output if return_dict else output.to_tuple()
 
     def _run_lane(self, lane_input: LaneInput, kwargs: dict[str, Any]) -> tuple[type, tuple[Tensor | None, ...]]:
@@ -94,8 +96,8 @@ class ReencodePatch(StreamPatch):
         for ids, first_position, num_new in lane_input.lane.segments(lane_input.ids):
             positions = torch.arange(first_position, first_position + ids.shape[1], device=ids.device).unsqueeze(0)
             context = lane_input.lane.context
-            provided = {"input_ids": ids, "position_ids": positions, self.cache_argument: context}
-            output = self.run_decoder(**{**kwargs, **provided})
+            options = {**kwargs, "input_ids": ids, "position_ids": positions, self.cache_argument: context}
+            output = self.run_decoder(**options)
             states = (output.last_hidden_state, *(output.hidden_states or ()))
             parts.append([None if x is None else x[:, -num_new:] for x in states])
         joined = (None if xs[0] is None else torch.cat(xs, dim=1) for xs in zip(*parts, strict=True))
@@ -104,15 +106,16 @@ class ReencodePatch(StreamPatch):
 
 def _scatter(parts: Sequence[Tensor | None], inputs: list[LaneInput], batch: int, num_tokens: int) -> Tensor | None:
     """Join the states of all lanes to ``[batch, tokens, hidden]``, with zeros at padding."""
-    if parts[0] is None or (inputs and inputs[0].target is None):
+    present = [part for part in parts if part is not None]  # all or none of them
+    if not present or (inputs and inputs[0].target is None):
         return parts[0]
-    joined = parts[0].new_zeros(batch, num_tokens, parts[0].shape[-1])
-    for lane_input, part in zip(inputs, parts, strict=False):
+    joined = present[0].new_zeros(batch, num_tokens, present[0].shape[-1])
+    for lane_input, part in zip(inputs, present, strict=False):
         joined[lane_input.target] = part
     return joined
 
 
-def _padding(attention_mask: Tensor | None, cache: ReencodeCache, num_tokens: int) -> Padding | None:
+def _padding(attention_mask: Tensor | None, cache: SinkCache, num_tokens: int) -> Padding | None:
     """Padding among the new tokens, at any columns; None without padding."""
     token_mask = new_token_mask(attention_mask, cache, num_tokens)
     if token_mask is None:

@@ -17,7 +17,7 @@ from sinkattn.hf.reencode.lanes import context_start, rebuild_period
 from sinkattn.hf.reencode.patch import ReencodePatch
 from sinkattn.hf.trial.agreement import check_agreement, relative_error
 from sinkattn.hf.unsupported import UnsupportedModelError
-from sinkattn.hf.versions import cache_name
+from sinkattn.hf.versions import cache_name, forward_cache
 from sinkattn.ops import RingLayout
 
 
@@ -99,9 +99,9 @@ def _expected_hidden_states(decoder: PreTrainedModel, ids: Tensor, layout: RingL
     Each context is encoded from scratch, the sinks first.
     """
     device, parts = ids.device, []
-    name = cache_name(inspect.signature(decoder.forward).parameters)
-    for start, tokens in groupby(range(ids.shape[1]), key=lambda token: context_start(token, layout)):
-        tokens = list(tokens)
+    name = forward_cache(decoder)
+    for start, group in groupby(range(ids.shape[1]), key=lambda token: context_start(token, layout)):
+        tokens = list(group)
         options: dict[str, Any] = {name: DynamicCache(config=decoder.config), "use_cache": True}
         outputs, position = [], 0
         for call in (ids[:, : layout.num_sinks], ids[:, start : tokens[-1] + 1]):

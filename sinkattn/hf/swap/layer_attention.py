@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.model_patch import ModelPatch
 from sinkattn.hf.probe.result import LayerInfo, Rotation, Temperature
 from sinkattn.ring_cache import RingKVCache
-from sinkattn.rope import table_dtype
+from sinkattn.rope import Rope, table_dtype
 
 ATTENTION_NAME = "sinkattn"
 
@@ -55,11 +55,13 @@ class RunningForward:
     tables: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Cosines and sines by index of layer group."""
 
-    def rotary_tables(self, group: LayerGroup, ring: RingKVCache, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of a group; computed once per forward."""
+    def rotary_tables(
+        self, group: LayerGroup, rope: Rope, ring: RingKVCache, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of a group, whose rotation is ``rope``; computed once per forward."""
         if group.index not in self.tables:
             layout = group.layout
-            self.tables[group.index] = group.rotation.rope.stream_tables(
+            self.tables[group.index] = rope.stream_tables(
                 ring.seen, self.num_tokens, num_sinks=layout.num_sinks, window=layout.window, dtype=table_dtype(dtype)
             )
         return self.tables[group.index]
@@ -75,7 +77,7 @@ def attend_over_ring(
     *,
     scale: float,
     backend: ops.Backend,
-    **options,
+    **options: Any,
 ) -> Tensor:
     """Append new keys and values to the ring of a layer, and attend over it.
 
@@ -111,7 +113,7 @@ def attend_over_ring(
         if offset:
             # The kernels rotate the first elements of a head. Scores do not depend on the order of elements.
             query, key = (torch.cat((x[..., offset:], x[..., :offset]), dim=-1) for x in (query, key))
-        cos, sin = forward.rotary_tables(group, ring, key.dtype)
+        cos, sin = forward.rotary_tables(group, rope, ring, key.dtype)
     if info.temperature is not None:
         query = _scale_queries(query, info.temperature, forward.positions)
     order = None if padding is None else padding.order
@@ -167,7 +169,7 @@ def _attention_forward(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of enabled models, as transformers calls it: returns ``[batch, tokens, heads, head_dim]``."""
     patch = module.__dict__.get("_sinkattn")
@@ -178,7 +180,7 @@ def _attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _no_mask(*args, **kwargs) -> None:
+def _no_mask(*args: Any, **kwargs: Any) -> None:
     """Mask function of enabled models: the kernels mask by themselves."""
     return None
 

@@ -7,6 +7,7 @@ transformers' attention function, an adapter replaces the forwards of the attent
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -59,7 +60,7 @@ class RingPatch(StreamPatch):
 
     def _check_decoder(self) -> None:
         name = type(self.model).__name__
-        needed = {self.cache_argument or "cache", "attention_mask"}
+        needed = {self.cache_argument, "attention_mask"}
         if not self.probe_result.adapter_forwards:
             needed.add("position_ids")  # some families with ALiBi do not take it
         if missing := needed - set(self.parameters):
@@ -128,8 +129,8 @@ class RingPatch(StreamPatch):
         if has_longrope and hasattr(type(self.model), "generate"):
             # The model's method drops the cache where longrope switches frequencies, by the length of the sequence. An
             # enabled model never switches: num_sinks + window fits into the length of the short ones.
-            prepare = partial(GenerationMixin.prepare_inputs_for_generation, self.model)
-            self.set_attribute(self.model, "prepare_inputs_for_generation", prepare)
+            prepare: Callable = GenerationMixin.prepare_inputs_for_generation
+            self.set_attribute(self.model, "prepare_inputs_for_generation", partial(prepare, self.model))
         for rotary in self.probe_result.rotary_modules:
             self._hooks.append(rotary.register_forward_hook(identity_rotation_hook))
         for module, forward in self.probe_result.adapter_forwards.items():
@@ -140,7 +141,7 @@ class RingPatch(StreamPatch):
         for module in modules_with_config(self.decoder, original):
             self.set_attribute(module, "config", config)
 
-    def forward(self, *args, **kwargs) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the decoder: check the arguments, provide cache and positions, and advance ``seen`` at the end."""
         kwargs = self.named_arguments(args, kwargs)
         inputs = kwargs.get("input_ids")
@@ -197,7 +198,7 @@ class RingPatch(StreamPatch):
         scale: float,
         *,
         dropout: float = 0.0,
-        **options,
+        **options: Any,
     ) -> Tensor:
         """Attention of one layer over its ring, in the forward that runs; see `attend_over_ring`."""
         if dropout:

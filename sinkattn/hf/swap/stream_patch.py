@@ -13,7 +13,7 @@ from sinkattn.hf.cache.sink_cache import SinkCache, check_cache
 from sinkattn.hf.generation.generate import generate
 from sinkattn.hf.inputs import has_only_ids
 from sinkattn.hf.model_patch import ModelPatch
-from sinkattn.hf.versions import CACHE_NAMES, cache_name, forward_cache, take_cache
+from sinkattn.hf.versions import CACHE_NAMES, forward_cache, take_cache
 from sinkattn.ops import RingLayout
 
 # Arguments whose default the model reads from its own configuration and the decoder from its copy.
@@ -30,7 +30,7 @@ class StreamPatch(ModelPatch):
         # The original: a subclass may give the decoder a copy, as other models may share this one.
         self.config = decoder.config
         self.parameters = list(inspect.signature(decoder.forward).parameters)
-        self.cache_argument = cache_name(self.parameters)
+        self.cache_argument = forward_cache(decoder)
         self.model_cache_argument = forward_cache(model)
 
     def install(self) -> None:

@@ -77,10 +77,10 @@ class OriginalRun:
         random = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=self.generator)
         return x * (1 + self.noise * (2 * random - 1))
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options) -> tuple:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> tuple:
         """Attention of one layer by transformers: ``[batch, tokens, heads, head_dim]``, and weights."""
-        inputs = {"queries": query, "keys": key, "values": value}
-        inputs = [record_or_replay_input(self.record, module, *each) for each in inputs.items()]
+        named = {"queries": query, "keys": key, "values": value}
+        inputs = [record_or_replay_input(self.record, module, *each) for each in named.items()]
         if isinstance(mask, Tensor) and mask.is_floating_point():
             mask = mask.to(inputs[0].dtype)
         function = AttentionInterface().get(self.implementation) or self.default_attention or _eager_attention(module)
@@ -100,7 +100,7 @@ class OriginalRun:
         return out.to(query.dtype), weights
 
 
-_current_run: ContextVar[OriginalRun | None] = ContextVar("sinkattn_original_run", default=None)
+_current_run: ContextVar[OriginalRun] = ContextVar("sinkattn_original_run")
 _interface_lock = threading.RLock()
 
 
@@ -109,23 +109,23 @@ def _capture_default_attention() -> Iterator[None]:
     """Store the default function that an attention module passes to the lookup by name, and to nothing else."""
 
     def get_interface(name: str, default: Callable) -> Callable:
-        if name == ATTENTION_NAME and (run := _current_run.get()) is not None:
+        if name == ATTENTION_NAME and (run := _current_run.get(None)) is not None:
             run.default_attention = default
         return AttentionInterface.get_interface(ALL_ATTENTION_FUNCTIONS, name, default)
 
     with _interface_lock:
-        ALL_ATTENTION_FUNCTIONS.get_interface = get_interface
+        ALL_ATTENTION_FUNCTIONS.__dict__["get_interface"] = get_interface
         try:
             yield
         finally:
-            del ALL_ATTENTION_FUNCTIONS.get_interface
+            del ALL_ATTENTION_FUNCTIONS.__dict__["get_interface"]
 
 
-def _attention(module, query, key, value, attention_mask, **options) -> tuple:
-    return _current_run.get().attend(module, query, key, value, attention_mask, **options)
+def _attention(module: nn.Module, *args: Any, **options: Any) -> tuple:
+    return _current_run.get().attend(module, *args, **options)
 
 
-def _mask(*args, **kwargs) -> Any:
+def _mask(*args: Any, **kwargs: Any) -> Any:
     function = AttentionMaskInterface().get(_current_run.get().implementation)
     return None if function is None else function(*args, **kwargs)
 
@@ -173,10 +173,10 @@ def recorded_forward(
     module: nn.Module,
     forward: Callable,
     record: AttentionRecord,
-    *args,
+    *args: Any,
     in_fp32: bool = True,
     perturb: Callable[[Tensor], Tensor] = _identity,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple:
     """Run the forward of an attention module and record or replay its output; for families with an adapter."""
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)

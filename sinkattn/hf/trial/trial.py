@@ -119,7 +119,9 @@ class Trial(RingPatch):
         self.record = AttentionRecord()
         self.in_fp32 = True
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, **options) -> Tensor:
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, **options: Any
+    ) -> Tensor:
         """Attention of one layer on the recorded inputs; families with an adapter record theirs in `install`."""
         if self.probe_result.adapter_forwards:
             return super().attend(module, query, key, value, scale, **options)
@@ -130,8 +132,9 @@ class Trial(RingPatch):
         inputs = {"queries": to_fp32(query), **inputs}
         if not self.in_fp32:
             inputs = {name: x.to(query.dtype) for name, x in inputs.items()}
-        out = super().attend(module, *inputs.values(), scale, **options).transpose(1, 2)
-        return self.record.record_or_replay(module, OUTPUT, to_fp32(out)).transpose(1, 2).to(query.dtype)
+        out = super().attend(module, inputs["queries"], inputs["keys"], inputs["values"], scale, **options)
+        out = self.record.record_or_replay(module, OUTPUT, to_fp32(out.transpose(1, 2)))
+        return out.transpose(1, 2).to(query.dtype)
 
     def hidden_states(self, calls: tuple[Tensor, ...], cache: Cache) -> Tensor:
         """Run the decoder as it is now on consecutive chunks of ids; returns ``[batch, tokens, hidden]``."""
