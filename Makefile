@@ -74,12 +74,14 @@ test-newest: $(READY)  ## the same on the newest transformers that there is
 	  status=0; \
 	fi; exit $$status
 
-check: check-python check-cpp  ## lint, formatting, strict compilation, C++ tests under sanitizers
+check: check-python check-cpp  ## lint, formatting, types, strict compilation, C++ tests under sanitizers
 
 check-python: $(READY)
 	@echo "==> ruff"
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@echo "==> mypy"
+	@$(PY) -m mypy
 
 # Headers and kernel are free of torch, so their tests run alone, under sanitizers.
 check-cpp: $(READY)
@@ -121,7 +123,7 @@ gpu: $(READY)  ## all that needs a GPU: its tests, then its benchmarks
 	@$(MAKE) --no-print-directory bench-gpu
 
 clean:  ## remove what was built; .venv stays
-	rm -rf build dist *.egg-info sinkattn/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks $(READY)
+	rm -rf build dist *.egg-info sinkattn/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks $(READY)
 	find sinkattn tests bench examples -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
