@@ -103,7 +103,7 @@ void rollback_(const Tensor& seen, const Tensor& peak, const Tensor& counts, int
     // Tokens that were rolled back before have already overwritten older ones: headroom counts from the peak.
     const int64_t new_peak = std::max(peak_data[row], seen_data[row]);
     require(
-        count == 0 || new_peak - (seen_data[row] - count) <= headroom, "rollback: row ", row, " can go back ",
+        count == 0 || new_peak - (seen_data[row] - count) <= headroom, "rollback: row ", row, " can roll back ",
         std::max<int64_t>(0, headroom - (new_peak - seen_data[row])), " tokens more (headroom ", headroom, "), got ",
         count);
   }

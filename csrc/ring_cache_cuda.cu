@@ -129,7 +129,7 @@ void rollback_(const Tensor& seen, const Tensor& peak, const Tensor& counts, int
       " tokens in row ", failure.row, ", got ", failure.count);
   const int64_t gone_back = std::max<int64_t>(0, failure.peak - failure.seen);
   require(
-      false, "rollback: row ", failure.row, " can go back ", std::max<int64_t>(0, headroom - gone_back),
+      false, "rollback: row ", failure.row, " can roll back ", std::max<int64_t>(0, headroom - gone_back),
       " tokens more (headroom ", headroom, "), got ", failure.count);
 }
 

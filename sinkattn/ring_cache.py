@@ -21,8 +21,7 @@ class RingKVCache:
         batch_size, kv_heads, head_dim: shape of the cache; one row per stream.
         num_sinks: first tokens that are never evicted (0 or more).
         window: most recent tokens a query sees, itself included (1 or more).
-        headroom: spare ring slots: the number of tokens that can be rolled back. Calls of up to ``headroom + 1``
-            tokens are appended before they attend.
+        headroom: spare ring slots: the number of tokens that can always be rolled back.
         value_dim: head_dim of the values, if different.
         dtype: float32, float16, bfloat16 or float64; default: torch's.
         device: default: torch's.

@@ -15,6 +15,7 @@ from factories import make_qkv, make_rope, max_error, strided
 from test_ops import op_calls
 
 from sinkattn import RingKVCache, ops, reference, sink_attention
+from sinkattn.rope import table_dtype
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -54,7 +55,7 @@ def test_append_equals_the_cpu(style, rotary_dim, head_dim, dtype):
             options = {"num_sinks": 4, "lengths": torch.tensor([tokens, 0, tokens - 1])}
             if pairs:
                 rope = make_rope(2 * pairs, style)
-                cos, sin = rope.tables(seen[:, None] + torch.arange(tokens), ops.table_dtype(dtype))
+                cos, sin = rope.tables(seen[:, None] + torch.arange(tokens), table_dtype(dtype))
                 options |= {"cos": cos, "sin": sin, "interleaved": rope.interleaved}
             cache = make_cache(3, 25, head_dim, dtype)
             assert_equal_on_gpu("append_", {**cache, "key": key, "value": value, "seen": seen}, **options)

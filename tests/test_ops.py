@@ -422,8 +422,8 @@ def test_bad_attention_is_refused(case):
 
 MOVES = [
     ("append_", "cos sin", lambda x: x[:1], r"cos, sin: expected \[batch, tokens, pairs\]"),
-    ("rollback_", "counts", tensor(3, 0), r"rollback: row 0 can go back 2 tokens more \(headroom 2\), got 3"),
-    ("rollback_", "counts", tensor(0, 2), r"rollback: row 1 can go back 1 tokens more \(headroom 2\), got 2"),
+    ("rollback_", "counts", tensor(3, 0), r"rollback: row 0 can roll back 2 tokens more \(headroom 2\), got 3"),
+    ("rollback_", "counts", tensor(0, 2), r"rollback: row 1 can roll back 1 tokens more \(headroom 2\), got 2"),
     ("rollback_", "counts", tensor(0, -1), r"rollback: expected 0 to 9 tokens in row 1, got -1"),
     ("rollback_", "counts", tensor(4, 0), r"rollback: expected 0 to 3 tokens in row 0, got 4"),
     ("reorder_", "source", tensor(0, 2), r"source: expected 0 to 1, got 2 in row 1"),

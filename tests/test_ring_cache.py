@@ -361,7 +361,7 @@ BAD_MOVES = {
         RuntimeError,
         r"lengths: expected 0 to 3, got 4 in row 0",
     ),
-    "rollback-far": (lambda ring: ring.rollback(4), RuntimeError, r"row 0 can go back 3 tokens more .*, got 4"),
+    "rollback-far": (lambda ring: ring.rollback(4), RuntimeError, r"row 0 can roll back 3 tokens more .*, got 4"),
     "rollback-rows": (lambda ring: ring.rollback(torch.tensor([1])), ValueError, r"counts: expected shape \[2\]"),
     "rollback-dtype": (lambda ring: ring.rollback(torch.ones(2)), TypeError, r"counts: expected dtype torch.int64"),
     "reorder-source": (

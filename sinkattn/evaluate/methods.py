@@ -93,7 +93,7 @@ class Method(Predictor, Protocol):
     def step(self, token: int) -> None:
         """Feed one token, predict the next and wait for the device. This is what is timed.
 
-        The token may be taken back afterwards.
+        The token may be rolled back afterwards.
         """
 
 
@@ -185,7 +185,7 @@ class Dense(Cached):
         self._seen = 0
 
     def step(self, token: int) -> None:
-        """See `Method.step`. The token is taken back, so that every timed step reads a cache of the same length."""
+        """See `Method.step`. The token is removed again, so that every timed step reads a cache of the same length."""
         super().step(token)
         for layer in self.cache.layers:
             if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:

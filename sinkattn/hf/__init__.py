@@ -1,4 +1,4 @@
-"""sinkattn for transformers models; the only part that imports transformers."""
+"""sinkattn for transformers models; nothing below it imports transformers."""
 
 from sinkattn.hf.api import disable, enable
 from sinkattn.hf.cache.sink_cache import SinkCache

@@ -50,7 +50,7 @@ def enable(
         num_sinks: tokens at the start of a stream that always stay visible.
         window: most recent tokens that a query sees, itself included. If only some layers of the model have a sliding
             window of their own, those keep it.
-        headroom: spare slots: the number of tokens that can always be taken back. Prompt lookup and assisted decoding
+        headroom: spare slots: the number of tokens that can always be rolled back. Prompt lookup and assisted decoding
             need as many as they propose at once (``prompt_lookup_num_tokens``, ``num_assistant_tokens``).
         backend: "auto", "cpu", "triton" or "reference"; the environment variable SINKATTN_BACKEND overrides it.
 

@@ -192,7 +192,7 @@ def decode_launch(shape: CallShape) -> Launch:
 def rotate_launch(shape: CallShape) -> Launch:
     """Launch of the kernel that rotates the new keys of a chunk."""
     numbers = {
-        **_rotary_numbers(shape, Config(0, 32, warps=4, stages=1)),
+        **_common_numbers(shape, Config(0, 32, warps=4, stages=1)),
         **_strides("key", shape.key_strides),
     }
     return Launch(rotate_kernel, (triton.cdiv(shape.tokens, 32) * shape.num_kv_rows,), numbers)
@@ -216,7 +216,7 @@ def _strides(tensor: str, strides: tuple[int, ...]) -> dict[str, int]:
     return {f"{tensor}_{name}": stride for name, stride in zip(("row", "head", "token"), strides, strict=False)}
 
 
-def _rotary_numbers(shape: CallShape, config: Config) -> dict[str, Any]:
+def _common_numbers(shape: CallShape, config: Config) -> dict[str, Any]:
     return {
         "tokens": shape.tokens,
         "kv_heads": shape.kv_heads,
@@ -235,7 +235,7 @@ def _rotary_numbers(shape: CallShape, config: Config) -> dict[str, Any]:
 def _attention_numbers(shape: CallShape, config: Config) -> dict[str, Any]:
     softcap = shape.softcap
     return {
-        **_rotary_numbers(shape, config),
+        **_common_numbers(shape, config),
         **_strides("query", shape.query_strides),
         **_strides("value", shape.value_strides),
         "slots": shape.slots,

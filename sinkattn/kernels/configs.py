@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-MAX_SPLITS = 128
+MAX_RING_SPLITS = 128
 
 
 class Config(NamedTuple):
@@ -51,16 +51,16 @@ def _shared_is_large(capability: int) -> bool:
     return 90 <= capability < 120
 
 
-def num_kv_splits(num_kv_rows: int, slots: int, block_n: int, num_sms: int) -> int:
+def num_kv_splits(num_kv_rows: int, ring: int, block_n: int, num_sms: int) -> int:
     """Programs per (row, KV head), from shapes only: how many tokens the ring holds is known only on the device.
 
     Either one program does everything, or several share the ring and one more does sinks and new tokens. The number
     minimises an estimate of the time: waves of programs, with two programs per SM, times the key blocks of a program
     plus two, which stand for its other work.
     """
-    blocks = -(-slots // block_n)
+    blocks = -(-ring // block_n)
     splits = min(
-        range(1, min(blocks, MAX_SPLITS) + 1),
+        range(1, min(blocks, MAX_RING_SPLITS) + 1),
         key=lambda splits: -(-num_kv_rows * splits // (2 * num_sms)) * (-(-blocks // splits) + 2),
     )
     return splits if splits == 1 else splits + 1

@@ -1,8 +1,8 @@
 """The decode kernel: few new tokens per stream against a whole window, in one launch, split over programs.
 
-A query sees [old ring][sinks][new tokens]. Ring slots are read in memory order, as softmax does not depend on the order
-of keys. Everything that changes between tokens is read from ``seen`` on the device, so a captured launch stays correct
-for the whole stream.
+A query sees [old ring][sinks][new tokens]. Ring slots are read in storage order, as softmax does not depend on the
+order of keys. Everything that changes between tokens is read from ``seen`` on the device, so a captured launch stays
+correct for the whole stream.
 """
 
 import triton
@@ -36,11 +36,11 @@ def decode_kernel(
 
     The ``tokens * GROUP`` queries of that KV head are the rows of one tile. With several splits, all but one share the
     ring. The other one, ``last_split``, does sinks and new tokens. With APPEND, which needs ``tokens == 1``, it also
-    writes the new token to its slot; no program reads that slot, since its old token has just left the window. The
+    writes the new token to its slot; no program reads that slot, since its old token is out of the window. The
     program that finishes last combines all splits.
 
-    partials: fp32 scratch, ``[tokens * GROUP, VALUE_DIM + 2]`` for every (kv_row, split). arrivals: int32
-    ``[num_kv_rows]`` completion counters, zero before and after.
+    partials: fp32 scratch, ``[tokens * GROUP, VALUE_DIM]`` for every (kv_row, split), then ``[tokens * GROUP, 2]``
+    (maximum, sum) for every one. arrivals: int32 ``[num_kv_rows]`` completion counters, zero before and after.
     """
     kv_row, split, num_splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     row, head = (kv_row // kv_heads).to(tl.int64), (kv_row % kv_heads).to(tl.int64)

@@ -58,7 +58,7 @@ def _(
 
 
 def rollback_(seen: Tensor, peak: Tensor, counts: Tensor, *, headroom: int) -> None:
-    """Forget the last ``counts`` tokens of every row; ``peak`` keeps the most that a row has ever seen.
+    """Forget the last ``counts`` tokens of every row; ``peak`` is the most ever written to a row.
 
     All int64 ``[batch]``. Raises RuntimeError, with nothing changed, when a row cannot go back that far.
     """

@@ -54,7 +54,7 @@ def test_rollback_and_replay():
     got = [feed(model, cache, ids[:, i : i + 1]) for i in range(100, 150)]
     whole = feed(model, sinkattn.SinkCache(model), ids)
     torch.testing.assert_close(torch.cat(got, dim=1), whole[:, 100:])
-    with pytest.raises(RuntimeError, match=r"can go back 5 tokens more \(headroom 5\), got 6"):
+    with pytest.raises(RuntimeError, match=r"can roll back 5 tokens more \(headroom 5\), got 6"):
         cache.crop(-6)
     with pytest.raises(ValueError, match="expected a negative number"):
         cache.crop(10)
@@ -194,7 +194,7 @@ def test_what_an_interrupted_forward_wrote_limits_a_rollback():
     with pytest.raises(ZeroDivisionError):
         feed(model, cache, ids[:, :3])
     handle.remove()
-    with pytest.raises(RuntimeError, match="can go back 1 tokens more"):
+    with pytest.raises(RuntimeError, match="can roll back 1 tokens more"):
         cache.crop(-2)
     cache.crop(torch.tensor(-1))
     whole = feed(model, sinkattn.SinkCache(model), ids)

@@ -338,7 +338,7 @@ def test_how_far_back_a_stream_can_go(gpt2):
     # One row has dropped ids that it would need: no row is changed.
     cache = sinkattn.SinkCache(model)
     feed_rows(model, cache, [row[:, : min(length, 30)] for row, length in zip(rows, LENGTHS, strict=True)])
-    with pytest.raises(RuntimeError, match=r"row 2 can go back 9 tokens more \(headroom 4\), got 10"):
+    with pytest.raises(RuntimeError, match=r"row 2 can roll back 9 tokens more \(headroom 4\), got 10"):
         cache.rollback(torch.tensor([0, 3, 10, 0]))
     assert cache.seen.tolist() == [3, 20, 30, 30]
     cache.rollback(torch.tensor([0, 3, 9, 0]))

@@ -100,7 +100,7 @@ def test_values_beyond_float16_are_its_own(load):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_one_token_off_is_refused_in_every_dtype(dtype, fault, load, monkeypatch):
     fault(monkeypatch)
-    with pytest.raises(UnsupportedModelError, match=r"swapped model differs from the original by .* in the attention"):
+    with pytest.raises(UnsupportedModelError, match=r"patched model differs from the original by .* in the attention"):
         enable(load(dtype), S, W)
 
 
@@ -108,5 +108,5 @@ def test_one_token_off_is_refused_in_every_dtype(dtype, fault, load, monkeypatch
 def test_one_token_off_is_refused_with_int8(int8, load, monkeypatch):
     config, dtype = int8
     a_window_too_short(monkeypatch)
-    with pytest.raises(UnsupportedModelError, match=r"swapped model differs from the original by .* in the attention"):
+    with pytest.raises(UnsupportedModelError, match=r"patched model differs from the original by .* in the attention"):
         enable(load(dtype, config), S, W)

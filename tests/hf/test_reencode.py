@@ -272,10 +272,10 @@ def test_rollback_limits(streaming):
     assert cache.is_croppable
     cache.crop(torch.tensor(-2))
     # The earliest next token is 35. Its context starts at 27, like those of tokens 33 to 38.
-    with pytest.raises(RuntimeError, match=r"can go back 5 tokens more \(headroom 5\), got 6"):
+    with pytest.raises(RuntimeError, match=r"can roll back 5 tokens more \(headroom 5\), got 6"):
         cache.crop(-6)
     cache.crop(-5)
-    with pytest.raises(RuntimeError, match="can go back 0 tokens more"):
+    with pytest.raises(RuntimeError, match="can roll back 0 tokens more"):
         cache.crop(-1)
     with pytest.raises(ValueError, match="expected a negative number"):
         cache.crop(1)

@@ -95,7 +95,7 @@ def test_one_token_off_is_refused_in_any_dtype(layers, fault, dtype, monkeypatch
     model = deep("llama", dtype, layers)
     sinkattn.disable(sinkattn.enable(model, S, W))
     fault(monkeypatch)
-    with pytest.raises(UnsupportedModelError, match=r"swapped model differs from the original by .* in the attention"):
+    with pytest.raises(UnsupportedModelError, match=r"patched model differs from the original by .* in the attention"):
         sinkattn.enable(model, S, W)
 
 
@@ -129,7 +129,7 @@ def test_a_context_that_begins_one_token_off_is_refused(dtype, monkeypatch):
             yield (torch.cat((ids[:, 1:2], ids[:, 1:]), dim=1) if first and ids.shape[1] > count else ids), first, count
 
     monkeypatch.setattr(lanes.Lane, "segments", off)
-    with pytest.raises(UnsupportedModelError, match="the swapped model differs from the original"):
+    with pytest.raises(UnsupportedModelError, match="the patched model differs from the original"):
         sinkattn.enable(model, S, W)
 
 
@@ -209,7 +209,7 @@ def test_a_model_is_compared_in_its_own_attention_function(dtype):
         if right:
             sinkattn.enable(model, S, W)
         else:
-            with pytest.raises(UnsupportedModelError, match="swapped model differs from the original"):
+            with pytest.raises(UnsupportedModelError, match="patched model differs from the original"):
                 sinkattn.enable(model, S, W)
 
 
@@ -219,7 +219,7 @@ def test_a_model_is_compared_in_the_function_that_is_registered_for_it(dtype):
     AttentionMaskInterface.register("twice_the_scale", eager_mask)
     model = build("llama", dtype)
     model.set_attn_implementation("twice_the_scale")
-    with pytest.raises(UnsupportedModelError, match="swapped model differs from the original"):
+    with pytest.raises(UnsupportedModelError, match="patched model differs from the original"):
         sinkattn.enable(model, S, W)
 
 
@@ -232,7 +232,7 @@ def test_a_fault_in_half_precision_alone_is_refused(family, dtype, monkeypatch):
         return attend(keys, values, query, *args, scale=scale * (1 + (query.dtype == dtype)), **options)
 
     monkeypatch.setattr(ops, "sink_attention_", off)
-    with pytest.raises(UnsupportedModelError, match="swapped model differs from the original"):
+    with pytest.raises(UnsupportedModelError, match="patched model differs from the original"):
         sinkattn.enable(families.build(family, dtype), S, W)
 
 
@@ -244,7 +244,7 @@ def test_a_fault_in_a_decode_step_alone_is_refused(dtype, monkeypatch):
         return attend(keys, values, query, *args, scale=scale * (1 + (query.shape[2] == 1)), **options)
 
     monkeypatch.setattr(ops, "sink_attention_", off)
-    with pytest.raises(UnsupportedModelError, match="swapped model differs from the original"):
+    with pytest.raises(UnsupportedModelError, match="patched model differs from the original"):
         sinkattn.enable(build("llama", dtype), S, W)
 
 
@@ -263,7 +263,7 @@ def test_neither_a_large_residual_nor_other_heads_hide_a_fault(dtype, monkeypatc
 
     monkeypatch.setattr(ops, "sink_attention_", first_heads_turned)
     for model in (bloom, llama):
-        with pytest.raises(UnsupportedModelError, match="swapped model differs from the original"):
+        with pytest.raises(UnsupportedModelError, match="patched model differs from the original"):
             sinkattn.enable(model, S, W)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from sinkattn.kernels.configs import MAX_SPLITS, block_size, num_kv_splits
+from sinkattn.kernels.configs import MAX_RING_SPLITS, block_size, num_kv_splits
 
 
 @pytest.mark.parametrize("lines", [1, 8, 24, 64, 128, 320, 512, 5000])
@@ -17,7 +17,7 @@ def test_parts_fill_the_processors(lines, slots):
     assert splits <= blocks
     rounds = -(-lines * splits // (2 * processors)) * -(-blocks // splits)
     ideal = lines * blocks / (2 * processors)
-    assert rounds <= max(1.25 * ideal + 3, -(-blocks // MAX_SPLITS))
+    assert rounds <= max(1.25 * ideal + 3, -(-blocks // MAX_RING_SPLITS))
 
 
 def test_blocks_are_powers_of_two_of_16_or_more():

@@ -45,16 +45,16 @@ class SharedCacheState:
     pending_update: Callable[[], None] | None = None
     """Brings the cache to where the prompt of `generate` continues it; called by the first forward."""
     generate_offset: int | None = None
-    """Columns before the prompt of the running `generate`, which counts from there.
+    """Subtracted from `num_columns` by `get_seq_length` while `generate` runs: columns before those of its own ids.
 
     None outside of `generate` and for a new stream.
     """
     generate_interrupted: bool = False
     """Whether the last `generate` has run its first forward, but did not finish."""
     fed_ahead: tuple[Tensor, Tensor] | None = None
-    """All ids of `generate` and a mask of those that the streams have already, ``[batch, columns]`` each.
+    """All ids of the running `generate`, and True where the stream has the id already, ``[batch, columns]`` each.
 
-    Set while some rows have tokens of columns that are still to be fed to others.
+    Set while columns are fed that only some rows lack.
     """
     ended_rows: Tensor | None = None
     """Rows that have ended and get padding from `generate`: bool ``[batch]``."""
@@ -106,7 +106,7 @@ class SharedCacheState:
             self.fed_ahead = (ids, fed)
 
     def count_columns_ahead(self) -> None:
-        """Count the columns of `fed_ahead` that `generate` has not fed, as padding in the rows that lack them."""
+        """Count columns of `fed_ahead` that `generate` ended before feeding, as padding in rows without their token."""
         if self.fed_ahead is not None:
             (ids, fed), self.fed_ahead, begin = self.fed_ahead, None, self.num_columns
             end = int(fed.any(dim=0).nonzero()[-1]) + 1

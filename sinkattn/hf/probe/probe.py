@@ -30,7 +30,7 @@ from sinkattn.hf.unsupported import UnsupportedModelError
 
 PROBE_TOKENS = 8
 
-# Arguments of the attention function that the swap applies.
+# Arguments of the attention function that the patched model handles.
 APPLIED_OPTIONS = {"scaling", "dropout", "sliding_window", "softcap", "s_aux"}
 # Arguments that do not change the result of attention.
 IGNORED_OPTIONS = {

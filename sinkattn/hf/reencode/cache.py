@@ -118,7 +118,7 @@ class ReencodeCache(SinkCache):
             self._drop_lanes()
 
     def can_rollback(self, counts: Tensor, rows: Tensor) -> bool:
-        """Whether ``counts[i]`` tokens, int64, can be taken back of row ``rows[i]``; see `Lane.max_rollback`."""
+        """Whether ``counts[i]`` tokens, int64, can be rolled back in row ``rows[i]``; see `Lane.max_rollback`."""
         limits = {row: lane.max_rollback for lane in self.lanes for row in lane.rows}
         return all(count <= limits[row] for count, row in zip(counts.tolist(), rows.tolist(), strict=True))
 
@@ -132,7 +132,7 @@ class ReencodeCache(SinkCache):
             for row in lane.rows:
                 if by_row[row] > lane.max_rollback:
                     raise RuntimeError(
-                        f"cache: row {row} can go back {lane.max_rollback} tokens more (headroom "
+                        f"cache: row {row} can roll back {lane.max_rollback} tokens more (headroom "
                         f"{self.layout.headroom}), got {by_row[row]}"
                     )
         parts = [part for lane in self.lanes for part in lane.split(by_row).items()]

@@ -147,7 +147,7 @@ class Lane:
 
     @property
     def max_rollback(self) -> int:
-        """Tokens that can be taken back: afterwards ``ids`` must still contain the context of the next token."""
+        """Tokens that can be rolled back: afterwards ``ids`` must still contain the context of the next token."""
         return self.seen - first_token_with_start(self.first_kept, self.layout)
 
     def segments(self, new: Tensor) -> Iterator[tuple[Tensor, int, int]]:

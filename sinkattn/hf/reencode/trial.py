@@ -72,6 +72,7 @@ def enable_by_reencoding(model: PreTrainedModel, layout: RingLayout) -> None:
         except BaseException:
             patch.remove()
             raise
+    # The patch that was tried stays installed, now with the layout asked for.
     patch.layout = layout
 
 

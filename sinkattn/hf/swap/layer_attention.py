@@ -83,7 +83,7 @@ def attend_over_ring(
 
     Args:
         forward: the forward that runs.
-        info: the layer's attention module.
+        info: how the layer masks, rotates and scales.
         group: the layer's group.
         query: ``[batch, heads, tokens, head_dim]``, not rotated, as are keys.
         key: ``[batch, KV heads, tokens, head_dim]``.

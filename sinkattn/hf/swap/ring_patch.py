@@ -1,8 +1,8 @@
 """Swap attention over rings into a loaded transformers model, and out again.
 
-The swap uses extension points of transformers: an attention function, a mask function and a cache. On this one model it
-adds a hook to each rotary module and wraps the decoder's forward; classes stay unchanged. For families that do not call
-transformers' attention function, an adapter replaces the forwards of the attention modules.
+The patch uses extension points of transformers: an attention function, a mask function and a cache. On this one model
+it adds a hook to each rotary module and wraps the decoder's forward; classes stay unchanged. For families that do not
+call transformers' attention function, an adapter replaces the forwards of the attention modules.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The trial of `enable`: the attention of the swapped model must agree with the original's in every layer."""
+"""The trial of `enable`: the attention of the patched model must agree with the original's in every layer."""

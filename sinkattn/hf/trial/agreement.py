@@ -33,10 +33,10 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def check_agreement(name: str, where: str, error: float, allowed: float) -> None:
-    """Raise UnsupportedModelError if the swapped model differs by more than ``allowed``, or by NaN."""
+    """Raise UnsupportedModelError if the patched model differs by more than ``allowed``, or by NaN."""
     if not error <= allowed:
         raise UnsupportedModelError(
-            f"{name}: on a short input the swapped model differs from the original by {error:.1e} in {where} "
+            f"{name}: on a short input the patched model differs from the original by {error:.1e} in {where} "
             f"(allowed: {allowed:.1e})"
         )
 

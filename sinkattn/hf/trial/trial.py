@@ -1,9 +1,9 @@
-"""Try a swap out before `enable` installs it: on a short stream it must agree with the original model in every layer.
+"""Try a patch before `enable` installs it: on a short stream it must agree with the original model in every layer.
 
 Both run the same calls, the original with a cache of transformers, so that everything but attention is computed in the
 same shapes. On both sides attention runs in fp32, on the queries, keys and values that the model gives in its own
 dtype. The original rotates them by the embedding that the probe found and has compared with the model's own, whose
-results are rounded to the model's dtype. In half precision the swap runs once more, in the model's dtype.
+results are rounded to the model's dtype. In half precision the patched model runs once more, in the model's dtype.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NUM_PERTURBATIONS = 3
 
 
 def run_trial(model: PreTrainedModel, layout: ops.RingLayout, backend: ops.Backend, probe_result: ProbeResult) -> None:
-    """Refuse a model whose swap does not agree with the original; leaves the model unchanged.
+    """Refuse a model that does not agree with the original once it is patched; leaves the model unchanged.
 
     Raises:
         UnsupportedModelError: with the place and size of the difference.
@@ -112,7 +112,7 @@ def run_trial(model: PreTrainedModel, layout: ops.RingLayout, backend: ops.Backe
 
 
 class Trial(RingPatch):
-    """A swap whose attention is compared with the original's, in fp32 or in the model's dtype."""
+    """A `RingPatch` whose attention is compared with the original's, in fp32 or in the model's dtype."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
