@@ -37,7 +37,7 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 PINS := $(STAMPS)/constraints.txt
 READY := $(STAMPS)/sinkattn
-CORE := $(addprefix tests/hf/test_,swap.py trial.py versions.py generate.py generate_modes.py continuation.py cache.py adapters.py)
+CORE := $(addprefix tests/hf/test_,swap.py trial.py versions.py generate.py generate_modes.py continuation.py continuation_rows.py cache.py adapters.py)
 
 STRICT := -std=c++17 -Wall -Wextra -Werror
 
@@ -52,10 +52,10 @@ demo: $(READY)  ## run the demo
 	@$(PY) -m sinkattn demo $(ARGS)
 
 test: $(READY) $(STAMPS)/pretrained  ## run the tests
-	@$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-oldest: $(READY) $(OLDEST)  ## the core of the model tests, on the oldest transformers supported
-	@PYTHONPATH=$(CURDIR)/$(OLDEST) $(PY) -m pytest -n $(WORKERS) --dist loadfile -p no:cacheprovider $(CORE) $(ARGS)
+	@PYTHONPATH=$(CURDIR)/$(OLDEST) $(PY) -m pytest -n $(WORKERS) --dist worksteal -p no:cacheprovider $(CORE) $(ARGS)
 
 # A release that nobody here has seen yet must not stop other work: it fails the run only once it is the pinned one.
 test-newest: $(READY)  ## the same on the newest transformers that there is
@@ -68,7 +68,7 @@ test-newest: $(READY)  ## the same on the newest transformers that there is
 	fi; \
 	$(PIP) install --target $(NEWEST) transformers || exit; \
 	export PYTHONPATH=$(CURDIR)/$(NEWEST); status=0; \
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile -p no:cacheprovider --tb=short $(CORE) $(ARGS) || status=$$?; \
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -p no:cacheprovider --tb=short $(CORE) $(ARGS) || status=$$?; \
 	if [ $$status != 0 ] && ! grep -q "^transformers==$$newest\b" constraints.txt; then \
 	  echo "transformers $$newest is newer than the tested set; what it breaks is listed above and does not fail this run"; \
 	  status=0; \

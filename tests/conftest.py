@@ -1,4 +1,4 @@
-"""Fixtures of all tests: one seed, and fresh memory that is never quietly zero."""
+"""Fixtures of all tests: a fixed seed, uninitialised memory filled with NaN, and the demo model."""
 
 import functools
 import os
@@ -7,16 +7,16 @@ import sys
 import pytest
 import torch
 
-# Triton reads this when it is first imported: where there is no GPU its interpreter runs the kernels, on CPU tensors.
+# Without a GPU, Triton's interpreter runs the kernels on CPU tensors. Triton reads this variable when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-torch.set_num_threads(1)  # the tensors are tiny: a second thread costs far more than it brings
+torch.set_num_threads(1)  # for tensors this small, starting a second thread costs more than it saves
 
 
 @pytest.fixture(autouse=True)
 def same_start(monkeypatch):
-    """Every test draws the same numbers and chooses its backend itself, whatever ran or was set before it."""
+    """Seed torch before each test, and unset the variable that overrides the backend."""
     torch.manual_seed(0)
     monkeypatch.delenv("SINKATTN_BACKEND", raising=False)
 
@@ -35,10 +35,42 @@ def _poisoned(allocate):
 
 @pytest.fixture(autouse=True)
 def poison_fresh_memory(monkeypatch):
-    """Fill with NaN what the package allocates without a value, so that nothing unwritten is read unnoticed."""
+    """Fill uninitialised memory that the package allocates with NaN, so that reading it is noticed."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 
 
+@pytest.fixture(scope="session")
+def shipped():
+    """The model that ships with sinkattn, and its tokenizer."""
+    from sinkattn.hf.load import load
+
+    return load(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def model(shipped):
+    return shipped[0]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(shipped):
+    return shipped[1]
+
+
+@pytest.fixture(scope="session")
+def few_timed_tokens():
+    """Time 4 tokens of each method at the end of an evaluation, not 200: no test judges these times."""
+    from sinkattn.evaluate import perplexity
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(perplexity, "NUM_TIMED", 4)
+        yield
+
+
 def pytest_addoption(parser):
-    parser.addoption("--write-models-table", action="store_true", help="write docs/models.md from what the tests find")
+    parser.addoption(
+        "--write-models-table",
+        action="store_true",
+        help="write docs/models.md from tests/hf/test_families.py",
+    )

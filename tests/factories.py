@@ -9,14 +9,14 @@ from sinkattn import Rope
 
 
 def strided(x: Tensor) -> Tensor:
-    """The same numbers as a slice of something larger: a last stride of 2, no dimension contiguous with the next."""
+    """A copy as a view of a larger tensor: the last stride is 2, and no two dimensions are contiguous."""
     larger = x.new_full([*(size + 2 for size in x.shape[:-1]), 2 * x.shape[-1] + 3], torch.nan)
     view = larger[tuple(slice(1, size + 1) for size in x.shape[:-1])][..., 1 : 2 * x.shape[-1] + 1 : 2]
     return view.copy_(x)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal random numbers with strides that are never trivial."""
+    """Normal random numbers, in a tensor that is not contiguous."""
     return strided(torch.randn(*shape, dtype=torch.float64).to(dtype))
 
 
@@ -30,7 +30,7 @@ def make_qkv(
     value_dim: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of ``batch`` streams, not rotated."""
+    """Query, key and value of ``batch`` streams, before the rotary embedding."""
     return (
         randn(batch, heads, tokens, head_dim, dtype=dtype),
         randn(batch, kv_heads, tokens, head_dim, dtype=dtype),
@@ -39,15 +39,15 @@ def make_qkv(
 
 
 def make_rope(rotary_dim: int = 16, style: str = "half", base: float = 10000.0) -> Rope:
-    """The usual geometric frequencies, in fp32 as models keep them."""
+    """Rotary embedding with the usual geometric frequencies, in fp32 as in models."""
     return Rope(base ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim), style=style)
 
 
 def run(attend, ring, query: Tensor, key: Tensor, value: Tensor, calls, **options) -> Tensor:
-    """Outputs for whole streams that are fed to ``attend`` in several calls.
+    """Feed whole streams to ``attend`` in several calls, and return the outputs of all tokens.
 
-    An int in ``calls`` brings so many tokens to every row, a list so many to each row, with the right filled by
-    tokens that do not count. Outputs for tokens that never came stay zero.
+    Each item of ``calls`` is the number of new tokens: an int for all rows alike, a list for each row, whose rows are
+    padded on the right. Outputs of tokens that no call feeds stay zero.
     """
     batch, heads, tokens, _ = query.shape
     out = query.new_zeros(batch, heads, tokens, value.shape[-1])
@@ -63,11 +63,11 @@ def run(attend, ring, query: Tensor, key: Tensor, value: Tensor, calls, **option
             part = attend(*chunk, ring, lengths=torch.tensor(counts), **options)
             for row, (start, count) in enumerate(zip(done, counts, strict=True)):
                 out[row, :, start : start + count] = part[row, :, :count]
-                assert not part[row, :, count:].any(), "padding gives zeros"
+                assert not part[row, :, count:].any(), "outputs of padding are zero"
         done = [start + count for start, count in zip(done, counts, strict=True)]
     return out
 
 
 def max_error(out: Tensor, oracle: Tensor) -> float:
-    """Largest absolute difference; a NaN counts as infinite."""
+    """Largest absolute difference; NaN counts as infinity."""
     return (out.double() - oracle).abs().nan_to_num(nan=torch.inf).max().item()

@@ -136,10 +136,13 @@ def test_demo(capsys):
     assert "Picture: out.png, figures: out.json" in captured.out
 
 
-def test_demo_reads_a_pipe(tmp_path):
-    process = start(*SMALL, "--text", "-", "--json", "out.json", stdin=subprocess.PIPE)
-    _, error = process.communicate("x = 1\n" * 100, timeout=120)
-    assert process.returncode == 0, error
+def test_demo_reads_a_pipe(monkeypatch):
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as stream:
+        stream.write("x = 1\n" * 100)
+    with os.fdopen(read) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert cli.main([*SMALL, "--text", "-", "--json", "out.json"]) == 0
     assert json.loads(Path("out.json").read_text())["text"]["description"] == "stdin"
     assert Path("demo.png").is_file()
 
@@ -250,7 +253,8 @@ def test_info_says_what_the_environment_asks_for(capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_memory_and_time_are_constant():
-    process = start("demo", "--device", "cpu", "--tokens", "20000", "--dense-tokens", "200", "--json", "out.json")
+    sizes = ["--tokens", "20000", "--dense-tokens", "200", "--samples", "10"]
+    process = start("demo", "--device", "cpu", *sizes, "--json", "out.json")
     _, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
     constant = json.loads(Path("out.json").read_text())["sinkattn_constant"]

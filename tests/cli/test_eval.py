@@ -21,6 +21,8 @@ from sinkattn.evaluate.items import code_items, line_items
 from sinkattn.evaluate.methods import CacheSize, OneShot, Recomputed, Streamed
 from sinkattn.evaluate.text import StandardLibrary
 
+pytestmark = pytest.mark.usefixtures("few_timed_tokens")
+
 ROOT = Path(__file__).parents[2]
 
 SMALL = {

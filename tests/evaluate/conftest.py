@@ -1,4 +1,4 @@
-"""The shipped model, whose figures the tests know, and a stream of its held-out text."""
+"""Held-out text of the model that ships with sinkattn."""
 
 from itertools import islice
 
@@ -6,22 +6,6 @@ import pytest
 import torch
 
 from sinkattn.evaluate.text import StandardLibrary, TokenStream
-from sinkattn.hf.load import load
-
-
-@pytest.fixture(scope="session")
-def shipped():
-    return load(device="cpu")
-
-
-@pytest.fixture(scope="session")
-def model(shipped):
-    return shipped[0]
-
-
-@pytest.fixture(scope="session")
-def tokenizer(shipped):
-    return shipped[1]
 
 
 @pytest.fixture

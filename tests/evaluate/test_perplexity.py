@@ -14,6 +14,8 @@ from sinkattn.evaluate.methods import CacheSize
 from sinkattn.evaluate.perplexity import Settings
 from sinkattn.evaluate.text import Pipe, StandardLibrary, TextError, TokenStream
 
+pytestmark = pytest.mark.usefixtures("few_timed_tokens")
+
 CACHES = (CacheSize(0, 64), CacheSize(4, 60))
 
 

@@ -1,7 +1,17 @@
 import pytest
-from hf_models import FAMILIES
+from continued import FedTokenCounter
+from hf_models import ROTARY
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=ROTARY)
 def family(request) -> str:
     return request.param
+
+
+@pytest.fixture
+def count_fed():
+    """Make a `FedTokenCounter` of a model, and remove its hook after the test."""
+    made = []
+    yield lambda model: made.append(FedTokenCounter(model)) or made[-1]
+    for fed in made:
+        fed.hook.remove()

@@ -1,6 +1,6 @@
-"""The families of transformers that are tried: tiny models of each, and what sinkattn makes of them.
+"""Model families of transformers that are tested: how to build a tiny model of each, and how sinkattn handles it.
 
-Classes are looked up by name when a model is built, so that a family which an older transformers lacks is skipped.
+Classes are looked up by name when a model is built. Tests skip families that the installed transformers lacks.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import torch
 import transformers
 
 VOCABULARY = 97
-NATIVE_WINDOW = 10  # narrower than sinks and window of the tests, so that it matters
+NATIVE_WINDOW = 10  # narrower than the window of the tests, so that it has an effect
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 512,
     "bos_token_id": 1,
     "eos_token_id": None,
     "pad_token_id": 0,
 }
 
-ABSENT = "absent"  # in place of a size that a configuration does not take
+GROUPED_QUERIES = {"num_key_value_heads": 2}
+ABSENT = "absent"  # value of a size that is not passed to the configuration
 
 GENERIC, HYBRID, ADAPTER, MLA, REENCODE = "generic", "hybrid", "adapter", "expanded MLA", "re-encode"
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
@@ -44,15 +44,15 @@ class Family:
     config: str
     """Name of its configuration class."""
     options: dict[str, Any]
-    """What its configuration takes beyond `SIZES`."""
+    """Options of its configuration besides `SIZES`."""
     path: str = GENERIC
-    """How sinkattn attends in it."""
+    """How sinkattn supports it."""
     refusal: str | None = None
-    """Pattern of the message with which `enable` refuses it; None if it is admitted."""
+    """Pattern of the error message of `enable`; None if the family is supported."""
     lone: tuple[int, ...] = (0,)
-    """Attention layers, one of each kind, that can be tried alone; empty where something else mixes tokens, too."""
+    """One attention layer of each kind that can be tested alone; empty if other modules mix tokens as well."""
     mask: bool = True
-    """Whether a model under a sliding mask computes the same: it takes such masks, and no absolute positions."""
+    """Whether the unpatched model takes a sliding-window mask and has no absolute positions."""
 
 
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -60,10 +60,10 @@ EXPERTS = {**MOE, "num_experts": 4}
 LOCAL_EXPERTS = {**MOE, "num_local_experts": 4}
 ROUTED_EXPERTS = {**MOE, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 DENSE_AND_SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
-# A layer of each kind.
+# One layer of each kind.
 MIXED = {"sliding_window": NATIVE_WINDOW, "layer_types": [SLIDING, FULL]}
 BOTH = (0, 1)
-# The last two layers use keys and values of the first two.
+# The last two layers share the keys and values of the first two.
 SHARED_KEYS = {
     "num_hidden_layers": 4,
     "num_kv_shared_layers": 2,
@@ -71,7 +71,7 @@ SHARED_KEYS = {
     "layer_types": [SLIDING, FULL, SLIDING, FULL],
 }
 LORA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
-# A few keys are chosen for each query.
+# Sparse attention: an indexer selects a few keys for each query.
 INDEXED = {
     **LORA,
     **ROUTED_EXPERTS,
@@ -668,18 +668,24 @@ def missing(family: str) -> str | None:
 
 
 def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides):
-    """Model of a family in eager attention and evaluation mode, every parameter perturbed.
-
-    Fresh norms and biases would hide mistakes. Skips the test if transformers does not have the family.
-    """
+    """Model of a family; skips the test if transformers does not have it."""
     if (lacking := missing(family)) is not None:
         pytest.skip(lacking)
     entry = FAMILIES[family]
-    # Some configurations write to the lists that they are given.
-    options = deepcopy({**SIZES, "attn_implementation": "eager", **entry.options, **overrides})
+    model_class, config_class = getattr(transformers, entry.model), getattr(transformers, entry.config)
+    return build_model(model_class, config_class, dtype, seed, **{**GROUPED_QUERIES, **entry.options, **overrides})
+
+
+def build_model(model_class, config_class, dtype: torch.dtype = torch.float32, seed: int = 0, **options):
+    """Model of a class in evaluation mode, in eager attention unless the options say otherwise.
+
+    Every parameter is perturbed: fresh norms and biases would hide mistakes.
+    """
     torch.manual_seed(seed)
-    config = getattr(transformers, entry.config)(**{name: value for name, value in options.items() if value != ABSENT})
-    model = getattr(transformers, entry.model)(config).eval()
+    options = {"attn_implementation": "eager", **SIZES, **options}
+    # A copy, as some configurations write to the lists that they are given.
+    config = config_class(**deepcopy({name: value for name, value in options.items() if value != ABSENT}))
+    model = model_class(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

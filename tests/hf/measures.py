@@ -1,4 +1,4 @@
-"""How far an enabled model is from what it must compute, measured without its caches: see `Differences`."""
+"""Differences between the logits of an enabled model and of the unpatched model, for the table of families."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from sinkattn.reference import visible
 S, W = 4, 12
 TOKENS = 80
 CHUNKS = (1, 7)
-# Around every border: the last sink, the native window, the window, the cache, one turn of the ring, the end.
+# Tokens at the boundaries: last sink, native window, window, full cache, first wrap of the ring, last token.
 ASKED = (0, 3, 4, 9, 10, 15, 16, 17, 28, 41, 60, 79)
 
-# What modules are called in which tokens see each other, within a layer.
+# Names of the modules within a layer in which tokens see each other.
 MIXER = re.compile(r"self_attn|attn|(self_|multi_head_)?attention|norm_attn_norm\.attn|linear_attn|conv|mamba|mixer")
 
 
 def spread(x: torch.Tensor) -> float:
-    """How much outputs differ from each other."""
+    """Standard deviation over the last dimension, RMS over the others."""
     return float((x - x.mean(dim=-1, keepdim=True)).square().mean().sqrt())
 
 
@@ -40,21 +40,21 @@ def rms_error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class Differences:
-    """Differences of an enabled model of a family, each a fraction of the spread of its outputs; None: says nothing."""
+    """RMS errors of an enabled model, as fractions of the spread of the logits; None if a comparison does not apply."""
 
     short: float | None
-    """From the model as it was, on ``S + W`` tokens."""
+    """Against the unpatched model, on ``S + W`` tokens."""
     gathered: float | None
-    """In one attention layer: from the model as it was, on nothing but the tokens that a query sees."""
+    """With one active attention layer: against the unpatched model on only the visible tokens of each query."""
     chunks: float
-    """Token by token, and in chunks, from one call."""
+    """Token by token, and in chunks: against one call."""
     sliding: float | None
-    """All layers, no sinks: from the model as it was, under a mask."""
+    """With all layers and no sinks: against the unpatched model with a sliding-window mask."""
 
 
 @torch.no_grad()
 def measure(family: str) -> tuple[Differences, str]:
-    """Differences of a family, and its rotary embeddings in words; raises what `sinkattn.enable` raises."""
+    """Differences of a family, and a description of its rotary embeddings; raises what `sinkattn.enable` raises."""
     model, ids = build(family), random_ids(2, TOKENS)
     start = ids[:, : S + W]
     as_it_was = _logits(model, start)
@@ -79,13 +79,13 @@ def measure(family: str) -> tuple[Differences, str]:
 
 
 def stream(model: Any, ids: torch.Tensor, size: int) -> torch.Tensor:
-    """Logits of an enabled model that is given ``size`` tokens at a time."""
+    """Logits of an enabled model that is fed ``size`` tokens at a time."""
     cache = sinkattn.SinkCache(model)
     return torch.cat([model(part, cache=cache).logits for part in ids.split(size, dim=1)], dim=1)
 
 
 def sliding_mask(model: Any, window: int = W) -> torch.Tensor | dict[str, torch.Tensor | None]:
-    """Mask of ``window`` tokens, or of a layer's own window if that is narrower, as the model takes it."""
+    """Mask of ``window`` tokens, or of a layer's native window if it is narrower, in the form that the model takes."""
     config = model.config.get_text_config(decoder=True)
     native = getattr(config, "sliding_window", None) or window
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -95,12 +95,12 @@ def sliding_mask(model: Any, window: int = W) -> torch.Tensor | dict[str, torch.
         return _mask(window)
     narrow = _mask(min(window, native))
     masks = dict.fromkeys((FULL, "chunked_attention", "hybrid"), _mask(window))
-    # Layers that keep a state take a mask of padding, which there is none of.
+    # Recurrent layers take a padding mask; there is no padding.
     return {**masks, SLIDING: narrow, "hybrid_sliding": narrow, "linear_attention": None, "conv": None}
 
 
 def seen_by(model: Any, layer: int, token: int) -> list[int]:
-    """Tokens that the query of a token sees in one layer: its own window if it has a narrow one among others."""
+    """Tokens visible to a query in one layer: the native window of a sliding layer, else sinks and window."""
     config = model.config.get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None)
     if kinds and kinds[layer] == SLIDING:
@@ -109,13 +109,13 @@ def seen_by(model: Any, layer: int, token: int) -> list[int]:
 
 
 def reencoded_context(token: int) -> list[int]:
-    """Tokens that are in the context of a token in a model that streams by re-encoding."""
+    """Tokens in the context of a token in a model that streams by re-encoding."""
     first = context_start(token, sinkattn.ops.RingLayout(S, W, 0))
     return [*range(min(S, token + 1)), *range(first, token + 1)]
 
 
 def silence_others(model: Any, lone: int) -> None:
-    """Leave one layer in which tokens see each other; the others add nothing, in the model as it was or enabled."""
+    """Zero the output of every attention or state layer but one, in the unpatched or the enabled model."""
     layers = next(
         module for module in model.modules() if isinstance(module, nn.ModuleList) and all(map(_mixers, module))
     )
@@ -127,7 +127,7 @@ def silence_others(model: Any, lone: int) -> None:
 def _mixers(layer: nn.Module) -> list[nn.Module]:
     modules = dict(layer.named_modules())
     if "self_attention.dense" in modules:
-        return [modules["self_attention.dense"]]  # bloom adds the residual within its attention
+        return [modules["self_attention.dense"]]  # BLOOM adds the residual within its attention
     return [module for name, module in modules.items() if MIXER.fullmatch(name)]
 
 
@@ -139,7 +139,7 @@ def _nothing(module: nn.Module, args: Any, output: Any) -> Any:
 
 def _gathered(model: Any, ids: torch.Tensor, seen: Callable[[int], list[int]]) -> float:
     want = []
-    # Tokens that see equally many run as rows of one batch.
+    # Tokens with equally many visible tokens run as rows of one batch.
     for _, tokens in groupby(ASKED, key=lambda token: len(seen(token))):
         rows = [ids[:, seen(token)] for token in tokens]
         want += _logits(model, torch.cat(rows))[:, -1].split(len(ids))
@@ -158,7 +158,7 @@ def _mask(window: int) -> torch.Tensor:
 
 
 def _in_words(kinds: list[str]) -> str:
-    """Rotary embeddings of all layers: each kind once, with the number of its layers where there are several."""
+    """Each kind of rotary embedding once, with its number of layers where there are several kinds."""
     counts = {kind: kinds.count(kind) for kind in kinds}
     if len(counts) == 1:
         return next(iter(counts))

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from hf_models import VOCABULARY, build_model, random_ids
+from measures import rms_error
 from test_generate import greedy
-from test_swap import rms_error, stream, without_sink_rotation
+from test_swap import stream, without_sink_rotation
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BloomConfig,

@@ -5,7 +5,7 @@ import copy
 import families
 import pytest
 import torch
-from hf_models import build, random_ids
+from hf_models import build, enabled, random_ids
 
 import sinkattn
 from sinkattn.hf.versions import forward_cache
@@ -27,7 +27,7 @@ def replay(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def test_memory_is_constant_and_allocated_once():
-    model = sinkattn.enable(build("llama"), S, W, headroom=2)
+    model = enabled("llama", S, W, headroom=2)
     cache, ids = sinkattn.SinkCache(model), random_ids(3, 400)
     assert cache.nbytes == 0
     assert cache.get_seq_length() == 0
@@ -44,7 +44,7 @@ def test_memory_is_constant_and_allocated_once():
 
 
 def test_rollback_and_replay():
-    model = sinkattn.enable(build("llama"), S, W, headroom=5)
+    model = enabled("llama", S, W, headroom=5)
     cache, ids = sinkattn.SinkCache(model), random_ids(1, 150)
     feed(model, cache, ids[:, :100])
     feed(model, cache, random_ids(1, 5, seed=9))
@@ -64,7 +64,7 @@ def test_rollback_and_replay():
 
 
 def test_without_headroom_nothing_can_be_taken_back():
-    model = sinkattn.enable(build("llama"), S, W)
+    model = enabled("llama", S, W)
     cache = sinkattn.SinkCache(model)
     cache.crop(-3)  # transformers may crop an empty cache
     feed(model, cache, random_ids(1, S + W + 1))
@@ -91,7 +91,7 @@ def test_until_a_ring_is_full_everything_can_be_taken_back(family):
 
 
 def test_reorder_equals_replay():
-    model = sinkattn.enable(build("llama"), S, W)
+    model = enabled("llama", S, W)
     cache, ids = sinkattn.SinkCache(model), random_ids(4, 90)
     feed(model, cache, ids)
     source = torch.tensor([2, 0, 0, 1], dtype=torch.int32)
@@ -102,7 +102,7 @@ def test_reorder_equals_replay():
 
 
 def test_reset_and_fork():
-    model = sinkattn.enable(build("llama"), S, W)
+    model = enabled("llama", S, W)
     cache, ids, new = sinkattn.SinkCache(model), random_ids(2, 90), random_ids(2, 3, seed=5)
     feed(model, cache, ids)
     fork = copy.deepcopy(cache)
@@ -127,7 +127,7 @@ def test_after_a_reset_another_batch_may_come(family):
 
 
 def test_batches_are_checked():
-    model = sinkattn.enable(build("llama"), S, W)
+    model = enabled("llama", S, W)
     cache = sinkattn.SinkCache(model, max_batch_size=2)
     with pytest.raises(ValueError, match="max_batch_size is 2, got a batch of 3"):
         feed(model, cache, random_ids(3, 4))
@@ -155,7 +155,7 @@ def test_batches_are_checked():
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_interrupted_forward_leaves_a_stream_right_or_refused(before, tokens, layer, needs_reset, error):
     """Interrupted in layer 1, after layer 0 has written to its ring, or in layer 0, before anything is written."""
-    model = sinkattn.enable(build("llama"), S, W, headroom=2)
+    model = enabled("llama", S, W, headroom=2)
     cache, ids = sinkattn.SinkCache(model), random_ids(1, 120)
     if before:
         feed(model, cache, ids[:, :before])
@@ -178,7 +178,7 @@ def test_an_interrupted_forward_leaves_a_stream_right_or_refused(before, tokens,
 
 
 def test_a_stream_begun_in_inference_mode_goes_on_outside():
-    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 60)
+    model, ids = enabled("llama", S, W), random_ids(1, 60)
     cache = sinkattn.SinkCache(model)
     with torch.inference_mode():
         model(ids[:, :50], cache=cache)
@@ -187,7 +187,7 @@ def test_a_stream_begun_in_inference_mode_goes_on_outside():
 
 
 def test_what_an_interrupted_forward_wrote_limits_a_rollback():
-    model = sinkattn.enable(build("llama"), S, W, headroom=4)
+    model = enabled("llama", S, W, headroom=4)
     cache, ids = sinkattn.SinkCache(model), random_ids(1, 120)
     feed(model, cache, ids[:, :100])
     handle = model.model.layers[1].register_forward_pre_hook(lambda *args: 1 / 0)
@@ -202,7 +202,7 @@ def test_what_an_interrupted_forward_wrote_limits_a_rollback():
 
 
 def test_a_failed_first_forward_does_not_fix_the_batch():
-    model = sinkattn.enable(build("llama"), S, W)
+    model = enabled("llama", S, W)
     cache, ids = sinkattn.SinkCache(model), random_ids(2, 20)
     handle = model.model.layers[1].register_forward_pre_hook(lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_models import build, random_ids
+from hf_models import build, enabled, random_ids
 from transformers import (
     DynamicCache,
     StoppingCriteria,
@@ -30,7 +30,7 @@ def greedy(model, ids: torch.Tensor, count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("prompt", [1, 20, 32, 33, 200], ids=lambda n: f"prompt{n}")
 def test_greedy_equals_the_plain_loop(family, prompt):
-    model, ids = sinkattn.enable(build(family), S, W), random_ids(2, prompt)
+    model, ids = enabled(family, S, W), random_ids(2, prompt)
     got = model.generate(ids, max_new_tokens=100, do_sample=False)
     assert torch.equal(got, greedy(model, ids, 100))
 
@@ -46,7 +46,7 @@ def test_short_generation_equals_the_unpatched_model(family):
 
 @pytest.mark.parametrize("options", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}], ids=str)
 def test_sampling_equals_the_plain_loop(options):
-    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 50)
+    model, ids = enabled("llama", S, W), random_ids(1, 50)
     torch.manual_seed(3)
     got = model.generate(ids, max_new_tokens=90, do_sample=True, **{"top_k": 0, **options})
     warpers = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
@@ -63,7 +63,7 @@ def test_sampling_equals_the_plain_loop(options):
 
 
 def test_turns_on_one_cache_equal_one_long_run():
-    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 40)
+    model, ids = enabled("llama", S, W), random_ids(1, 40)
     cache = sinkattn.SinkCache(model)
     text = ids
     for turn in range(3):
@@ -77,7 +77,7 @@ def test_turns_on_one_cache_equal_one_long_run():
 
 
 def test_prompts_are_cut_by_prefill_chunk_size():
-    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(2, 200)
+    model, ids = enabled("llama", S, W), random_ids(2, 200)
     got = model.generate(ids, max_new_tokens=40, do_sample=False, prefill_chunk_size=64)
     assert torch.equal(got, greedy(model, ids, 40))
 
@@ -104,7 +104,7 @@ def test_streamers_and_stopping_criteria_work():
         def __call__(self, input_ids, scores, **kwargs):
             return torch.full((len(input_ids),), input_ids.shape[1] >= 90)
 
-    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(1, 50)
+    model, ids = enabled("llama", S, W), random_ids(1, 50)
     streamer = TokenCollector()
     stop = StoppingCriteriaList([StopAtLength()])
     out = model.generate(ids, streamer=streamer, stopping_criteria=stop, do_sample=False, max_new_tokens=100)
@@ -113,7 +113,7 @@ def test_streamers_and_stopping_criteria_work():
 
 
 def test_what_would_be_wrong_is_refused():
-    model, ids = sinkattn.enable(build("llama"), S, W), random_ids(2, 10)
+    model, ids = enabled("llama", S, W), random_ids(2, 10)
     with pytest.raises(ValueError, match="output_attentions"):
         model.generate(ids, max_new_tokens=3, output_attentions=True, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="cache_implementation"):

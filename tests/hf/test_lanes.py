@@ -9,7 +9,8 @@ import torch
 from hf_models import ABSOLUTE, build, interrupted, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_reencode import greedy, oracle, rms_error
+from measures import rms_error
+from test_reencode import greedy, oracle
 
 import sinkattn
 from sinkattn.hf.reencode.lanes import context_start, kept_tokens, rebuild_period

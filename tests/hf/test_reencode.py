@@ -9,6 +9,7 @@ import torch
 from hf_models import ABSOLUTE, build, interrupted, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measures import rms_error
 from transformers import BertConfig, BertLMHeadModel, DynamicCache, GPTJConfig, GPTJForCausalLM
 
 import sinkattn
@@ -37,12 +38,6 @@ def oracle(model, ids: torch.Tensor, num_sinks: int = S, window: int = W) -> tor
         assert context.shape[1] <= num_sinks + window
         logits.append(model(context, use_cache=False).logits[:, -1])
     return torch.stack(logits, dim=1)
-
-
-def rms_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """RMS error as a fraction of the spread of the expected logits."""
-    spread = (want - want.mean(dim=-1, keepdim=True)).double().square().mean().sqrt()
-    return float((got - want).double().square().mean().sqrt() / spread)
 
 
 def feed(model, cache, ids: torch.Tensor) -> torch.Tensor:

@@ -5,11 +5,13 @@ import gc
 import threading
 import weakref
 from contextlib import nullcontext
+from functools import cache
 
 import families
 import pytest
 import torch
-from hf_models import build, random_ids
+from hf_models import build, enabled, random_ids
+from measures import rms_error
 from transformers import (
     DynamicCache,
     HunYuanDenseV1Config,
@@ -29,15 +31,6 @@ from sinkattn.hf.swap.ring_patch import RingPatch
 from sinkattn.reference import visible
 
 S, W = 4, 28
-
-
-def spread(x: torch.Tensor) -> float:
-    return float((x - x.mean(dim=-1, keepdim=True)).square().mean().sqrt())
-
-
-def rms_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """RMS error as a fraction of the spread of the expected logits."""
-    return float((got - want).double().square().mean().sqrt()) / spread(want.double())
 
 
 def stream(model, ids: torch.Tensor, chunks: list[int]) -> torch.Tensor:
@@ -89,12 +82,18 @@ def test_short_input_equals_the_unpatched_model(family, dtype):
     "chunks", [[1] * 300, [7] * 42 + [6], [64] * 4 + [44], [30, 1, 100, 3, 2, 150, 14]], ids=["1", "7", "64", "mixed"]
 )
 def test_the_cut_into_calls_does_not_matter(family, chunks):
-    model, ids = sinkattn.enable(build(family), S, W), random_ids(2, 300)
-    exact = sinkattn.enable(build(family, torch.float64), S, W)(ids).logits
+    model, ids = enabled(family, S, W), random_ids(2, 300)
+    exact = exact_logits(family)
     one_call = model(ids).logits
     rounding = rms_error(one_call, exact)
     assert rounding < 2e-6
     assert rms_error(stream(model, ids, chunks), exact) <= 2 * rounding
+
+
+@cache
+def exact_logits(family: str) -> torch.Tensor:
+    """Logits of the stream above, by the model in fp64."""
+    return sinkattn.enable(build(family, torch.float64), S, W)(random_ids(2, 300)).logits
 
 
 @torch.no_grad()
@@ -174,14 +173,14 @@ def test_disable_restores_everything(family):
 
 @torch.no_grad()
 def test_models_do_not_share_anything():
-    enabled, plain = build("llama"), build("llama")
+    streaming, plain = build("llama"), build("llama")
     ids = random_ids(1, 60)
     want = plain(ids).logits
-    sinkattn.enable(enabled, S, W)
+    sinkattn.enable(streaming, S, W)
     assert torch.equal(plain(ids).logits, want)
     other = sinkattn.enable(build("llama", seed=1), S, W)
     with pytest.raises(ValueError, match="made for another model"):
-        other(ids, cache=sinkattn.SinkCache(enabled))
+        other(ids, cache=sinkattn.SinkCache(streaming))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Compiling kernels for GPUs that are not there, and what the machine code takes."""
+"""Ahead-of-time compilation of the kernels, without a GPU, and the resources that the machine code uses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPILL = re.compile(r"\b(LDL|STL)\b")
 
 
 class AbsentDriver:
-    """As much of a driver as Triton asks when it compiles: the GPU it compiles for."""
+    """The part of a Triton driver that compilation needs: the target GPU."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -32,7 +32,7 @@ class AbsentDriver:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability  # compiled kernels are kept by device
+        return self.capability  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -43,9 +43,9 @@ class AbsentDriver:
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one compiled kernel: registers and bytes of stack per thread, bytes of shared memory, spill instructions.
+    """Resources of one compiled kernel: registers and stack bytes per thread, shared memory bytes, spill instructions.
 
-    loops: of each loop, from first to last, instructions, spill instructions and matrix instructions.
+    loops: for each loop in order, the number of instructions, spill instructions and matrix instructions.
     """
 
     registers: int
@@ -56,14 +56,14 @@ class Resources:
 
 
 def compile_for(launch: Launch, tensors: dict[str, torch.Tensor | None], capability: int) -> Any:
-    """Compile a launch exactly as running it would, with the same specialisation of its arguments."""
+    """Compile the kernel of a launch with the same specialisation of arguments as a real launch."""
     with patch.object(driver, "_active", AbsentDriver(capability)):
         kernel = launch.run(tensors, warmup=True)
         return kernel.result() if hasattr(kernel, "result") else kernel
 
 
 def resources(kernel: Any, cubin: Path) -> Resources:
-    """Of a compiled kernel, whose binary is written to ``cubin``."""
+    """Resources of a compiled kernel, whose binary is written to ``cubin``."""
     cubin.write_bytes(kernel.asm["cubin"])
     usage = re.search(r"REG:(\d+) STACK:(\d+)", _run("cuobjdump", "-res-usage", cubin))
     blocks = list(_blocks(_run("nvdisasm", "-c", cubin)))
@@ -85,7 +85,7 @@ def _is_spill(line: str) -> bool:
 
 @dataclass
 class Block:
-    """Instructions that run one after the other, and the blocks that may come next."""
+    """A basic block: its instructions, and the indices of the blocks that may follow."""
 
     label: str | None
     lines: list[str]
@@ -113,7 +113,7 @@ def _blocks(text: str) -> Iterator[Block]:
 
 
 def _natural_loops(blocks: list[Block]) -> Iterator[set[int]]:
-    """Blocks of each loop: an edge back to a block that every way to its source has passed, and what lies between."""
+    """Blocks of each natural loop, found by its back edge: the target of the edge dominates its source."""
     reached, waiting = set(), [0]
     while waiting:
         if (i := waiting.pop()) not in reached:
@@ -140,7 +140,7 @@ def _natural_loops(blocks: list[Block]) -> Iterator[set[int]]:
 
 
 def launches_for(capability: int, call: dict[str, Any]) -> list[tuple[Launch, dict[str, torch.Tensor | None]]]:
-    """What such a call would launch on a GPU with 132 processors; tensors without memory."""
+    """Launches, with meta tensors, of a call of these sizes on a GPU with 132 multiprocessors."""
     batch, tokens, dtype = call.get("batch", 1), call.get("tokens", 1), call.get("dtype", torch.bfloat16)
     heads, kv_heads = call.get("heads", 8), call.get("kv_heads", 2)
     head_dim, slots, offset = call.get("head_dim", 128), call.get("slots", 4100), call.get("offset", 0)
@@ -150,7 +150,7 @@ def launches_for(capability: int, call: dict[str, Any]) -> list[tuple[Launch, di
         return torch.empty(sizes, dtype=dtype, device="meta")
 
     def new(heads: int, offset: int = offset) -> torch.Tensor:
-        # An offset makes a pointer that is no multiple of 16 bytes, and strides that are none either.
+        # With an offset, neither the pointer nor the strides are multiples of 16 bytes.
         memory = tensor(batch, tokens, heads * head_dim + offset)[..., offset:]
         return memory.unflatten(2, (heads, head_dim)).transpose(1, 2)
 
@@ -158,7 +158,7 @@ def launches_for(capability: int, call: dict[str, Any]) -> list[tuple[Launch, di
         return tensor(heads, dtype=torch.float32) if call.get(name) else None
 
     query, key, seen = new(heads), new(kv_heads), tensor(batch, dtype=torch.int64)
-    value = new(kv_heads, offset if tokens == 1 else 0)  # of many, such are copied first
+    value = new(kv_heads, offset if tokens == 1 else 0)  # unaligned values are copied if there are several
     tables = tensor(2, batch, tokens, pairs, dtype=torch.float32) if pairs else seen
     given = {"query": query, "key": key, "value": value, "seen": seen, "cos": tables, "sin": tables}
     given |= {name: tensor(batch, kv_heads, slots, head_dim) for name in ("keys", "values")}
@@ -171,7 +171,7 @@ def launches_for(capability: int, call: dict[str, Any]) -> list[tuple[Launch, di
 
 
 def compile_call(capability: int, call: dict[str, Any]) -> dict[str, Resources]:
-    """Compile all kernels that a call launches: resources by kernel."""
+    """Compile all kernels that a call launches, and return the resources of each."""
     with tempfile.TemporaryDirectory() as folder:
         return {
             launch.kernel.__name__: resources(compile_for(launch, tensors, capability), Path(folder) / "cubin")

@@ -1,4 +1,4 @@
-"""Every variant of the Triton kernels that a call can choose, compiled for GPUs that need not be there."""
+"""Every variant of the Triton kernels that a call can select, compiled for several GPU architectures without a GPU."""
 
 import multiprocessing
 import os
@@ -13,13 +13,13 @@ pytest.importorskip("triton")
 from aot import compile_call
 
 CAPABILITIES = (80, 90, 100)
-# The most shared memory that one program can have (CUDA C++ programming guide, technical specifications). Cards of
-# capability 8.6, 8.9 and 12.0 have less than those of 8.0 and 9.0; what these are given is held to that.
+# Maximum shared memory per thread block (CUDA C++ programming guide, technical specifications). Compute capabilities
+# 8.6, 8.9 and 12.0 have less than 8.0 and 9.0; variants for 8.0 must also run on 8.6 and 8.9.
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 OPTIONS = {"softcap": 30.0, "sink_logits": True, "alibi_slopes": True, "ragged": True}
-# Every choice of blocks, warps and stages, on every architecture.
+# Every configuration of block sizes, warps and stages, compiled for every architecture.
 CONFIGS = {
     "bf16": {},
     "d64": {"head_dim": 64},
@@ -40,7 +40,7 @@ CONFIGS = {
     "chunk-fp32-d64": {"tokens": 4096, "dtype": FP32, "head_dim": 64},
     "chunk-fp32-d256": {"tokens": 4096, "dtype": FP32, "head_dim": 256},
 }
-# What else a call can ask for, on one architecture each: it changes the code before the machine's own.
+# Other options of a call, each compiled for one architecture: they change the code before its machine-specific stages.
 FEATURES = {
     "fp16": (90, {"dtype": FP16}),
     "d80": (90, {"head_dim": 80}),
@@ -71,18 +71,31 @@ VARIANTS |= {(name, capability): call for name, (capability, call) in FEATURES.i
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    """Futures of all compilations, which go on beside the tests; the interpreter is off where they run."""
-    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+def compiled(request):
+    """Future of a variant, compiled in another process: in this one the interpreter is on.
+
+    As many variants as this worker has cores for are compiled ahead.
+    """
+    cores = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    pool = ProcessPoolExecutor(max(1, cores), mp_context=multiprocessing.get_context("spawn"))
+    calls = (item.callspec.params for item in request.session.items if item.path == request.path)
+    selected, futures = [(call["name"], call["capability"]) for call in calls], {}
+
+    def future_of(*variant):
+        start = selected.index(variant)
+        for each in selected[start : start + max(1, cores)]:
+            if each not in futures:
+                futures[each] = pool.submit(compile_call, each[1], VARIANTS[each])
+        return futures[variant]
+
     with patch.dict(os.environ, TRITON_INTERPRET="0"):
-        futures = {variant: pool.submit(compile_call, variant[1], call) for variant, call in VARIANTS.items()}
-    yield futures
+        yield future_of
     pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize(("name", "capability"), VARIANTS, ids=lambda x: f"sm_{x}" if isinstance(x, int) else x)
 def test_compiles_without_spills_in_loops(name, capability, compiled):
-    kernels = compiled[name, capability].result()
+    kernels = compiled(name, capability).result()
     assert list(kernels) == (["rotate_kernel", "chunk_kernel"] if name.startswith("chunk") else ["decode_kernel"])
     for kernel, used in kernels.items():
         print(kernel, used)
