@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import platform
 import sysconfig
 import tempfile
@@ -56,14 +57,16 @@ class StandardLibrary:
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
-        paths = (file.relative_to(self.root) for file in self.root.rglob("*.py"))
-        # Installed packages and generated build settings differ between machines.
-        names = [
-            path.as_posix()
-            for path in paths
-            if not {"site-packages", "dist-packages", "__pycache__"} & set(path.parts)
-            and not path.name.startswith("_sysconfigdata")
-        ]
+        names = []
+        for folder, folders, files in os.walk(self.root):
+            # Installed packages and generated build settings differ between machines.
+            folders[:] = [name for name in folders if name not in ("site-packages", "dist-packages", "__pycache__")]
+            path = Path(folder).relative_to(self.root)
+            names += [
+                (path / name).as_posix()
+                for name in files
+                if name.endswith(".py") and not name.startswith("_sysconfigdata")
+            ]
         self.names = sorted(filter(is_held_out, names), key=path_hash)
         self.description = f"standard library of Python {platform.python_version()}, held-out files"
         if not self.names:
