@@ -121,8 +121,11 @@ def _capture_default_attention() -> Iterator[None]:
             del ALL_ATTENTION_FUNCTIONS.__dict__["get_interface"]
 
 
-def _attention(module: nn.Module, *args: Any, **options: Any) -> tuple:
-    return _current_run.get().attend(module, *args, **options)
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple:
+    # The names are those of transformers: some families pass the mask by keyword.
+    return _current_run.get().attend(module, query, key, value, attention_mask, **options)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
