@@ -160,6 +160,8 @@ def sink_attention_(
 
     The arguments are those of `sinkattn.ops.sink_attention_`.
     """
+    if (cos is None) != (sin is None):
+        raise ValueError("cos, sin: expected both or none")
     batch, heads, tokens, _ = query.shape
     groups = heads // keys.shape[1]
     ring = keys.shape[2] - num_sinks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -36,6 +36,8 @@ class Rope:
     scaling: float = 1.0
     style: Style = "half"
     rotary_dim: int | None = None
+    # Not a cached property: up to Python 3.11 it takes a lock, which Dynamo cannot trace.
+    _copies: dict[torch.device, Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the arguments; keep the frequencies in fp64."""
@@ -50,10 +52,6 @@ class Rope:
             raise ValueError(f"rotary_dim: expected twice the length of inv_freq ({width}), got {self.rotary_dim}")
         object.__setattr__(self, "inv_freq", self.inv_freq.detach().to(torch.float64))
         object.__setattr__(self, "rotary_dim", width)
-
-    @cached_property
-    def _copies(self) -> dict[torch.device, Tensor]:
-        return {}
 
     @cached_property
     def _value(self) -> tuple:

@@ -150,3 +150,11 @@ def test_frequencies_are_copied_once_per_device():
     rope, meta = Rope(torch.tensor([1.0, 0.1])), torch.device("meta")
     assert rope._inv_freq_on(meta) is rope._inv_freq_on(meta)
     assert rope._inv_freq_on(torch.device("cpu")) is rope.inv_freq
+
+
+def test_frequencies_are_copied_in_a_compiled_function():
+    """A `Rope` on the CPU is used with a ring on another device; its first copy may be made while Dynamo traces."""
+    rope, seen = Rope(torch.tensor([1.0, 0.1])), torch.zeros(2, dtype=torch.int64, device="meta")
+    compiled = torch.compile(rope.stream_tables, fullgraph=True, backend="eager")
+    cos, _ = compiled(seen, 1, num_sinks=2, window=5)
+    assert cos.shape == (2, 2, 1, 2)

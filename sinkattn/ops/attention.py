@@ -74,19 +74,20 @@ def sink_attention_(
     """
     check_no_gradients(query, key, value, sink_logits, alibi_slopes)
     chosen = select_backend(keys.device, backend, keys.dtype)
-    if sink_logits is not None:
-        sink_logits = sink_logits.to(keys.device, table_dtype(keys.dtype)).contiguous()
-    if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.to(keys.device, table_dtype(keys.dtype)).contiguous()
+    if chosen != "reference":
+        check_score_options(query, scale, softcap, sink_logits, alibi_slopes)
+        if sink_logits is not None:
+            sink_logits = sink_logits.to(keys.device, table_dtype(keys.dtype)).contiguous()
+        if alibi_slopes is not None:
+            alibi_slopes = alibi_slopes.to(keys.device, table_dtype(keys.dtype)).contiguous()
     call = AttentionArguments(
         keys, values, query, key, value, seen, lengths, cos, sin, num_sinks, window, scale, interleaved,
         sink_logits, softcap, alibi_slopes, arrivals,
     )  # fmt: skip
     if chosen == "reference":
         check_attention(call)
-        check_score_options(call)
+        check_score_options(query, scale, softcap, sink_logits, alibi_slopes)
         return reference.sink_attention_(**{name: x for name, x in call._asdict().items() if name != "arrivals"})
-    check_score_options(call)
     # For CPU tensors the operator dispatches to the C++ kernel, so Triton's interpreter is called directly.
     attend = _attend_with_triton if chosen == "triton" and keys.is_cpu else _operator
     try:
@@ -113,7 +114,7 @@ def _attend_with_triton(*arguments: Any) -> Tensor:
         if obstacle := triton_obstacle(call.keys.device):
             raise RuntimeError(f"backend: 'triton' cannot run: {obstacle}")
         check_attention(call)
-        check_score_options(call)
+        check_score_options(call.query, call.scale, call.softcap, call.sink_logits, call.alibi_slopes)
         check_triton(call)
         if len(_checked) >= MAX_CHECKED:
             _checked.clear()

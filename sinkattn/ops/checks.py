@@ -72,15 +72,17 @@ def check_attention(call: AttentionArguments) -> None:
             )
 
 
-def check_score_options(call: AttentionArguments) -> None:
-    """Check the arguments that change the scores: scale, softcap, sink logits and ALiBi slopes."""
-    if not math.isfinite(call.scale):
-        raise ValueError(f"scale: expected a finite number, got {call.scale}")
-    if call.softcap is not None and not call.softcap > 0:
-        raise ValueError(f"softcap: expected more than 0, or None, got {call.softcap}")
-    for name, x in (("sink_logits", call.sink_logits), ("alibi_slopes", call.alibi_slopes)):
-        if x is not None and x.shape != call.query.shape[1:2]:
-            raise ValueError(f"{name}: expected shape {list(call.query.shape[1:2])}, got {list(x.shape)}")
+def check_score_options(
+    query: Tensor, scale: float, softcap: float | None, sink_logits: Tensor | None, alibi_slopes: Tensor | None
+) -> None:
+    """Check the arguments that change the scores."""
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected more than 0, or None, got {softcap}")
+    for name, x in (("sink_logits", sink_logits), ("alibi_slopes", alibi_slopes)):
+        if x is not None and x.shape != query.shape[1:2]:
+            raise ValueError(f"{name}: expected shape {list(query.shape[1:2])}, got {list(x.shape)}")
 
 
 def check_triton(call: AttentionArguments) -> None:

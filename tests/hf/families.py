@@ -515,10 +515,13 @@ FAMILIES: dict[str, Family] = {
     ),
     # Refused for good, each for a reason of its own.
     "hunyuan_v1_dense": _refused(
-        "that is not a known rotary embedding", "HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", head_dim=16
+        "in a way that is not a known rotary embedding",
+        "HunYuanDenseV1ForCausalLM",
+        "HunYuanDenseV1Config",
+        head_dim=16,
     ),
     "hunyuan_v1_moe": _refused(
-        "that is not a known rotary embedding",
+        "in a way that is not a known rotary embedding",
         "HunYuanMoEV1ForCausalLM",
         "HunYuanMoEV1Config",
         head_dim=16,

@@ -12,7 +12,7 @@ import sinkattn
 FAMILIES = ["llama", "qwen3", "gemma2", "gpt_neox", "gpt_oss", "deepseek_v3", "lfm2", "falcon", "bloom", "gpt2", "opt"]
 # A router picks other experts when rounding reorders two close scores, which is no rounding error. With all experts
 # picked, only their weights are rounded.
-ALL_EXPERTS = {family: {"num_experts_per_tok": 4} for family in ("gpt_oss", "deepseek_v3")}
+ALL_EXPERTS = {"deepseek_v3": {"num_experts_per_tok": 4}}
 ONE_LAYER = ["llama", "mistral", "qwen3", "gemma2", "gpt_neox", "gpt_oss", "deepseek_v3", "falcon"]
 
 

@@ -290,7 +290,7 @@ def test_calls_that_would_be_wrong_are_refused():
         with pytest.raises(error, match=message):
             model(ids, **kwargs)
     for flag, message in [
-        ("output_attentions", "expected False, got True"),
+        ("output_attentions", "expected False, got True; sinkattn never forms attention weights"),
         ("output_hidden_states", "was changed in the model's configuration after sinkattn.enable"),
     ]:
         setattr(model.config, flag, True)

@@ -180,7 +180,7 @@ def test_hooks_of_accelerate_come_and_go(steps, family):
         if steps[:3] == (hook, enable, unhook) and step is unhook:
             # accelerate has restored the forwards that it found before the model was enabled.
             if family == "llama":
-                with pytest.raises(RuntimeError, match=r"decoder was replaced after .*: call .*disable"):
+                with pytest.raises(RuntimeError, match=r"forward of its decoder was replaced after .*: call .*disable"):
                     model(ids)
             continue
         torch.testing.assert_close(model(ids).logits, want, atol=1e-4, rtol=1e-4)
