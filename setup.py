@@ -28,8 +28,8 @@ try:
 except ImportError as error:
     sys.exit(
         f"sinkattn: the build needs torch (2.10 or later), pybind11 and ninja in this environment ({error}). "
-        "Install them first (pip install 'torch>=2.10' pybind11 ninja), then build against that torch: "
-        "pip install --no-build-isolation -e ."
+        "Install them first (pip install 'torch>=2.10' 'setuptools>=77' 'pybind11>=2.13' ninja), then build against "
+        "that torch: pip install --no-build-isolation -e ."
     )
 
 CXX_FLAGS = ["-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]

@@ -58,7 +58,7 @@ def tokenizer(shipped):
     return shipped[1]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def few_timed_tokens():
     """Time 4 tokens of each method at the end of an evaluation, not 200: no test judges these times."""
     from sinkattn.evaluate import perplexity

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import sinkattn
 from sinkattn.cli import demo, generate, info
-from sinkattn.cli import eval as evaluate
+from sinkattn.cli import eval as evaluations
 from sinkattn.cli.errors import UserError, discard_stdout
 
 
@@ -42,6 +42,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sinkattn {sinkattn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command in (demo, generate, evaluate, info):
+    for command in (demo, generate, evaluations, info):
         command.add_parser(commands)
     return parser

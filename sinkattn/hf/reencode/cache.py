@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,8 +95,8 @@ class ReencodeCache(SinkCache):
                 inputs.append(LaneInput(lane, ids[target], target))
         return inputs
 
-    def finish_forward(self, token_mask: Tensor | None, inputs: Sequence[LaneInput] = ()) -> None:
-        """Commit the forward: append its tokens, the ``inputs``, to their lanes.
+    def commit_inputs(self, inputs: list[LaneInput], token_mask: Tensor | None) -> None:
+        """Commit the forward, in place of `finish_forward`: append its tokens, the ``inputs``, to their lanes.
 
         token_mask: bool ``[batch, tokens]``; None without padding.
         """
@@ -111,7 +110,7 @@ class ReencodeCache(SinkCache):
     def abandon_forward(self, *, written: bool) -> None:
         """Discard the tokens of a forward that failed.
 
-        written: has no effect; lanes get tokens only in `finish_forward`.
+        written: has no effect; lanes get tokens only in `commit_inputs`.
         """
         self.state.num_new_tokens, self.state.forward_ids = 0, None
         if self.tokens_seen == 0:

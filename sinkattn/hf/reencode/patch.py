@@ -83,7 +83,7 @@ class ReencodePatch(StreamPatch):
         except BaseException:
             cache.abandon_forward(written=False)
             raise
-        cache.finish_forward(token_mask, inputs)
+        cache.commit_inputs(inputs, token_mask)
         return output if return_dict else output.to_tuple()
 
     def _run_lane(self, lane_input: LaneInput, kwargs: dict[str, Any]) -> tuple[type, tuple[Tensor | None, ...]]:
