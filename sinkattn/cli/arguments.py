@@ -38,7 +38,7 @@ def sentence(text: str) -> str:
 
 def add_model(parser: argparse.ArgumentParser, default: str = "the small one that ships with sinkattn") -> None:
     """Add the arguments that say which model to load, where and in which dtype."""
-    where = "name on the Hugging Face hub, or a folder"
+    where = "name on the Hugging Face hub, a folder, FILE.gguf, or FILE.gguf in either (NAME:FILE.gguf)"
     parser.add_argument("--model", metavar="NAME_OR_PATH", help=f"{where} (default: {default})")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument(

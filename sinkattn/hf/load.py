@@ -1,15 +1,19 @@
-"""Load a causal language model and its tokenizer: by name, from a folder, or the demo model of the package."""
+"""Load a causal language model and its tokenizer: from the hub, a folder, a GGUF file, or the package itself."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
+from sinkattn.hf import gguf_file
 from sinkattn.hf.model_config import trained_length
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
@@ -24,26 +28,20 @@ def load(
     """Load a model, in evaluation mode, and its tokenizer.
 
     Args:
-        name: name on the Hugging Face hub, or a folder; None for the small model that comes with sinkattn.
+        name: name on the Hugging Face hub, a folder, a GGUF file (``FILE.gguf``), or a GGUF file on the hub or in a
+            folder (``NAME:FILE.gguf``); None for the small model that comes with sinkattn.
         device: default: CUDA if available, else the CPU.
         dtype: default: the checkpoint's.
 
     Raises:
         ValueError: if the model cannot be loaded or the device is not available; the message is a single line.
     """
-    name = DEMO_MODEL if name is None else name
     device = _device(device)
-    if isinstance(name, str) and name.startswith((".", "/", "~")):
-        name = Path(name).expanduser()
-    if isinstance(name, Path) and not (name / "config.json").is_file():
-        raise ValueError(f"model: no folder with a transformers model at {name}")
     try:
         with _no_progress_bars():
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            model, tokenizer = _load(DEMO_MODEL if name is None else name, dtype)
     except (OSError, ValueError, ImportError) as error:
-        lines = str(error).strip().splitlines()
-        raise ValueError(f"model: cannot load {name}: {lines[0] if lines else type(error).__name__}") from error
+        raise ValueError(f"model: cannot load {name}: {_reason(error)}") from error
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers decorates `to` without its self
 
 
@@ -55,6 +53,70 @@ def default_window(model: PreTrainedModel, num_sinks: int, max_window: int = 102
     sliding_window = None if is_mixed else getattr(config, "sliding_window", None)
     limits = [length - num_sinks for length in (trained_length(model), sliding_window) if length is not None]
     return max(1, min([max_window, *limits]))
+
+
+def _load(name: str | Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load what a name stands for: files and folders before names on the hub."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        path = _gguf_path(str(name), path)
+        with gguf_file.opened(path) as file:
+            return _from_pretrained(path.parent, {"gguf_file": file}, dtype, GgufConfig(dequantize=True))
+    if path.is_file():
+        raise ValueError("expected a folder, a GGUF file (.gguf) or a name on the hub, and this is another file")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"the folder has no config.json{_gguf_hint(path)}")
+        name = path
+    elif isinstance(name, Path) or name.startswith((".", "/", "~")):
+        raise ValueError("there is no such file or folder")
+    return _from_pretrained(name, {}, dtype)
+
+
+def _from_pretrained(
+    name: str | Path, file: dict[str, str], dtype: torch.dtype | str, quantization: GgufConfig | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model, all of whose weights must be there, and its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(name, **file)
+    options: dict[str, Any] = {**file, "dtype": dtype, "quantization_config": quantization}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"it has no weights for {missing[0]} ({len(missing)} missing in all)")
+    return model, tokenizer
+
+
+def _gguf_path(name: str, path: Path) -> Path:
+    """The local file that ``FILE.gguf`` or ``NAME:FILE.gguf`` stands for, fetched from the hub if need be."""
+    if path.is_file():
+        return path
+    source, colon, file = name.rpartition(":")
+    folder = Path(source).expanduser()
+    if not colon or (source.startswith((".", "/", "~")) and not folder.is_dir()):
+        raise ValueError("there is no such file")
+    if not folder.is_dir():
+        return Path(str(cached_file(source, file)))
+    if not (folder / file).is_file():
+        raise ValueError(f"the folder {source} has no file {file}")
+    return folder / file
+
+
+def _gguf_hint(folder: Path) -> str:
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    return f"; to load its GGUF file, give {folder}:{files[0]}" if files else ""
+
+
+def _reason(error: Exception) -> str:
+    """Why a model cannot be loaded, in one line."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return "it is gated: accept its terms on its page of the hub, then `hf auth login`"
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return "there is no such folder, and no such model on the hub (or it is private: `hf auth login`)"
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -63,13 +63,13 @@ def test_help_says_what_a_command_does(command, capsys):
         ([*SMALL, "--plot", "nowhere/a.png"], "demo: cannot write nowhere/a.png: nowhere is no folder"),
         ([*SMALL, "--window", "300", "--tokens", "999", "--dense-tokens", "999"], "demo: LlamaForCausalLM: num_sinks"),
         ([*SMALL, "--tokens", "16"], "demo: tokens: expected more than num_sinks + window (16), got 16"),
-        (["demo", "--model", "./nothing"], "demo: model: no folder with a transformers model at nothing"),
+        (["demo", "--model", "./nothing"], "demo: model: cannot load ./nothing: there is no such file or folder"),
         (["generate", "--prompt", "a", "--model", "a b"], "generate: model: cannot load a b: Repo id must"),
         (["generate", "--prompt", "a", "--window", "253"], "must not exceed the 256 positions it was trained for"),
         (["generate", "--prompt", "a", "--top-p", "2"], "generate: top_p: expected more than 0 and at most 1, got 2.0"),
         (["generate", "--prompt", "a", "--stop-at-eos"], "generate: stop-at-eos: this model has no end token"),
         (["generate", "--prompt", "a", "--device", "cuda:99"], "generate: device: no such device here: cuda:99"),
-        (["info", "--model", "./nothing"], "info: model: no folder with a transformers model at nothing"),
+        (["info", "--model", "./nothing"], "info: model: cannot load ./nothing: there is no such file or folder"),
     ],
 )
 def test_what_a_user_can_put_right_is_one_line(arguments, message, capsys):

@@ -169,7 +169,7 @@ def test_a_folder_serves_as_a_data_set(tmp_path):
         ("ppl", ["--text", "nothing.txt"], "text: cannot read nothing.txt: No such file or directory"),
         ("sinks", ["--text", "empty.txt"], "text: empty.txt is empty"),
         ("ppl", ["--text", "empty.txt"], "text: empty.txt is empty"),
-        ("ppl", ["--model", "./nowhere"], "model: no folder with a transformers model at nowhere"),
+        ("ppl", ["--model", "./nowhere"], "model: cannot load ./nowhere: there is no such file or folder"),
         (
             "ppl",
             ["--cache", "4+300", "--dense-tokens", "0"],

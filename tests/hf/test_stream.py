@@ -205,7 +205,7 @@ def test_default_window():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "/no/such/folder"}, "model: no folder with a transformers model at /no/such/folder"),
+        ({"name": "/no/such/folder"}, "model: cannot load /no/such/folder: there is no such file or folder"),
         ({"name": "two spaces in it"}, "model: cannot load two spaces in it: "),
         ({"device": "abacus"}, "device: 'abacus' is no device of torch"),
         ({"device": "cuda:99"}, "device: no such device here: cuda:99"),
