@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from sinkattn.cli.errors import UserError, as_user_error
+from sinkattn.cli.formatting import size_text
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -37,13 +39,17 @@ def sentence(text: str) -> str:
 
 
 def add_model(parser: argparse.ArgumentParser, default: str = "the small one that ships with sinkattn") -> None:
-    """Add the arguments that say which model to load, where and in which dtype."""
+    """Add the arguments that say which model to load, where, in which dtype and with which weights."""
     where = "name on the Hugging Face hub, a folder, FILE.gguf, or FILE.gguf in either (NAME:FILE.gguf)"
     parser.add_argument("--model", metavar="NAME_OR_PATH", help=f"{where} (default: {default})")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"), help="default: the checkpoint's"
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        help="default: the checkpoint's; bfloat16 with --quantize",
     )
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="quantize the weights (default: as they are)")
 
 
 def add_layout(parser: argparse.ArgumentParser, window: int | None, default: str) -> None:
@@ -95,10 +101,13 @@ def open_text(name: str | None, stdin: TextIO) -> Text:
 
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model that the arguments name, and its tokenizer."""
+    for name in ("torchao", "torch.utils._pytree"):
+        # transformers imports torchao, whose remarks on libraries that it does not find concern no model here.
+        logging.getLogger(name).setLevel(logging.ERROR)
     with as_user_error(ImportError):
         from sinkattn.hf.load import load
-    with as_user_error(ValueError, RuntimeError):
-        model, tokenizer = load(args.model, device=args.device, dtype=args.dtype)
+    with as_user_error(ValueError, RuntimeError, ImportError):
+        model, tokenizer = load(args.model, device=args.device, dtype=args.dtype, quantize=args.quantize)
     if args.model is None and "OMP_NUM_THREADS" not in os.environ:
         # The shipped model is so small that a second thread costs more than it gains.
         torch.set_num_threads(1)
@@ -112,23 +121,39 @@ def window_of(model: PreTrainedModel, args: argparse.Namespace) -> int:
     return args.window or default_window(model, args.num_sinks)
 
 
-def describe_model(model: PreTrainedModel, name: str | None) -> dict[str, Any]:
-    """The entry of a model in a report; ``name`` is that of ``--model``."""
+def describe_model(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Any]:
+    """The entry of a model in a report, which the arguments name."""
+    from sinkattn.hf.load import advised_sinks, default_window
     from sinkattn.hf.model_config import trained_length
+    from sinkattn.hf.quantize import weight_bytes
 
+    num_sinks, why = advised_sinks(model)
+    loaded_as = getattr(model.config, "quantization_config", None)
     return {
-        "name": name or "the one that ships with sinkattn",
-        "shipped": name is None,
+        "name": args.model or "the one that ships with sinkattn",
+        "shipped": args.model is None,
         "class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": args.quantize or (loaded_as and str(loaded_as.quant_method)),
         "device": str(model.device),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "weight_bytes": weight_bytes(model),
         "trained_length": trained_length(model),
+        "suits": {"num_sinks": num_sinks, "why": why, "window": default_window(model, num_sinks)},
     }
 
 
-def model_line(model: dict[str, Any]) -> str:
-    """The entry of `describe_model` as a line."""
-    return f"Model: {model['name']} ({model['class']}, {model['dtype']}, {model['device']})"
+def model_lines(model: dict[str, Any]) -> str:
+    """The entry of `describe_model` as two lines: what was loaded, and what suits it."""
+    dtype = model["dtype"] + (f" with {model['quantization']} weights" if model["quantization"] else "")
+    size = f"{model['parameters'] / 1e6:,.2f} M parameters, {size_text(model['weight_bytes'])}"
+    length, suits = model["trained_length"], model["suits"]
+    trained = "with no limit to its length" if length is None else f"trained on up to {length:,} tokens"
+    sinks = f"{suits['num_sinks']} sinks recommended" if suits["num_sinks"] else "no sinks recommended"
+    return (
+        f"Model: {model['name']} ({model['class']}, {dtype}, {size}, {model['device']})\n"
+        f"Suits it: a window of {suits['window']:,} ({trained}); {sinks}: {suits['why']}"
+    )
 
 
 def describe_text(stream: TokenStream, restarts: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from sinkattn.cli.arguments import (
     describe_model,
     describe_text,
     load_model,
-    model_line,
+    model_lines,
     open_text,
     positive,
 )
@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
         text = open_text(args.text, sys.stdin)
     model, tokenizer = load_model(args)
     stream = TokenStream(text, tokenizer)
-    model_facts = describe_model(model, args.model)
-    print(model_line(model_facts))
+    model_facts = describe_model(model, args)
+    print(model_lines(model_facts))
     print(f"Text: {text.description}", flush=True)
     with as_user_error(ValueError, RuntimeError), StreamProgress() as progress:
         bars: dict[str, Bar] = {}

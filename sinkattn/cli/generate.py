@@ -9,7 +9,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import sinkattn
-from sinkattn.cli.arguments import add_command, add_layout, add_model, load_model, positive, window_of
+from sinkattn.cli.arguments import (
+    add_command,
+    add_layout,
+    add_model,
+    describe_model,
+    load_model,
+    model_lines,
+    positive,
+    window_of,
+)
 from sinkattn.cli.errors import UserError, as_user_error, discard_stdout
 from sinkattn.cli.formatting import size_text
 
@@ -39,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("prompt: give --prompt TEXT, or pipe a text into stdin")
         prompt = sys.stdin.read()
     model, tokenizer = load_model(args)
+    print(model_lines(describe_model(model, args)), file=sys.stderr, flush=True)
     from sinkattn.hf import SinkCache
     from sinkattn.hf.stream import stream_text, stream_tokens
 

@@ -13,7 +13,15 @@ import torch
 
 import sinkattn
 from sinkattn import ops
-from sinkattn.cli.arguments import add_command, add_layout, add_model, load_model, window_of
+from sinkattn.cli.arguments import (
+    add_command,
+    add_layout,
+    add_model,
+    describe_model,
+    load_model,
+    model_lines,
+    window_of,
+)
 from sinkattn.cli.formatting import size_text
 from sinkattn.evaluate.environment import machine, versions
 
@@ -38,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         name = args.model
         args.model = None if name == "demo" else name
         model, _ = load_model(args)
+        facts["loaded"] = describe_model(model, args)
         facts["model"] = {"name": name, **model_facts(model, args.num_sinks, window_of(model, args))}
     print(json.dumps(facts, indent=2) if args.json else "\n".join(lines(facts)))
     return 0
@@ -102,6 +111,8 @@ def lines(info: dict[str, Any]) -> Iterator[str]:
         yield f"{device['device']}: {runs} runs ({device['why']})"
         for name, reason in device["backends"].items():
             yield f"    {name}: {reason or 'can run'}"
+    if loaded := info.get("loaded"):
+        yield model_lines(loaded)
     if model := info.get("model"):
         layout = f"{model['num_sinks']} sinks + window of {model['window']}"
         if not model["accepted"]:

@@ -15,6 +15,7 @@ from transformers.utils.hub import cached_file
 
 from sinkattn.hf import gguf_file
 from sinkattn.hf.model_config import trained_length
+from sinkattn.hf.quantize import QUANTIZATIONS, Quantization, quantize_weights
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 
@@ -24,6 +25,7 @@ def load(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "auto",
+    quantize: Quantization | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model, in evaluation mode, and its tokenizer.
 
@@ -31,28 +33,52 @@ def load(
         name: name on the Hugging Face hub, a folder, a GGUF file (``FILE.gguf``), or a GGUF file on the hub or in a
             folder (``NAME:FILE.gguf``); None for the small model that comes with sinkattn.
         device: default: CUDA if available, else the CPU.
-        dtype: default: the checkpoint's.
+        dtype: default: the checkpoint's; float32 for a GGUF file; bfloat16 with ``quantize``.
+        quantize: "int8" or "int4" for the weights of linear layers (`sinkattn.hf.quantize`); None leaves them as they
+            are. Activations and the cache have the dtype.
 
     Raises:
-        ValueError: if the model cannot be loaded or the device is not available; the message is a single line.
+        ValueError: if the model cannot be loaded or quantized, or the device is not available; the message is a single
+            line.
     """
+    if quantize not in (None, *QUANTIZATIONS):
+        raise ValueError(f"quantize: expected one of {', '.join(QUANTIZATIONS)}, got {quantize!r}")
+    if quantize is not None and dtype == "auto":
+        dtype = torch.bfloat16
     device = _device(device)
     try:
         with _no_progress_bars():
             model, tokenizer = _load(DEMO_MODEL if name is None else name, dtype)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model: cannot load {name}: {_reason(error)}") from error
-    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers decorates `to` without its self
+    model = model.to(device).eval()  # type: ignore[arg-type]  # transformers decorates `to` without its self
+    if quantize is not None:
+        quantize_weights(model, quantize)
+    return model, tokenizer
 
 
 def default_window(model: PreTrainedModel, num_sinks: int, max_window: int = 1020) -> int:
     """Largest window up to ``max_window`` for which ``num_sinks + window`` fits the model; at least 1."""
+    lengths = (trained_length(model), _common_sliding_window(model))
+    return max(1, min([max_window, *(length - num_sinks for length in lengths if length is not None)]))
+
+
+def advised_sinks(model: PreTrainedModel) -> tuple[int, str]:
+    """The number of sinks to begin with, judged by the structure of a model alone, and why."""
+    measured = "`sinkattn eval sinks` measures it"
+    learned = sum(name.endswith(".sinks") for name, _ in model.named_parameters())
+    if learned >= model.config.get_text_config(decoder=True).num_hidden_layers:
+        return 0, f"all its layers have learned sinks in their softmax; {measured}"
+    if _common_sliding_window(model) is not None:
+        return 4, f"though it may do without, as all its layers have a sliding window; {measured}"
+    return 4, f"as most pretrained models need; {measured}"
+
+
+def _common_sliding_window(model: PreTrainedModel) -> int | None:
+    """The sliding window that all layers have. It limits a model; in mixed models those layers keep theirs."""
     config = model.config.get_text_config(decoder=True)
-    # A sliding window of the model is a limit only if all layers have it; in mixed models those layers keep theirs.
     is_mixed = "full_attention" in (getattr(config, "layer_types", None) or ())
-    sliding_window = None if is_mixed else getattr(config, "sliding_window", None)
-    limits = [length - num_sinks for length in (trained_length(model), sliding_window) if length is not None]
-    return max(1, min([max_window, *limits]))
+    return None if is_mixed else getattr(config, "sliding_window", None)
 
 
 def _load(name: str | Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

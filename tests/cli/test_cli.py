@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from families import build
+from gguf_files import write_gguf
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import sinkattn
@@ -69,6 +71,11 @@ def test_help_says_what_a_command_does(command, capsys):
         (["generate", "--prompt", "a", "--top-p", "2"], "generate: top_p: expected more than 0 and at most 1, got 2.0"),
         (["generate", "--prompt", "a", "--stop-at-eos"], "generate: stop-at-eos: this model has no end token"),
         (["generate", "--prompt", "a", "--device", "cuda:99"], "generate: device: no such device here: cuda:99"),
+        (
+            ["info", "--model", "empty.txt"],
+            "info: model: cannot load empty.txt: expected a folder, a GGUF file",
+        ),
+        (["generate", "--prompt", "a", "--quantize", "int4", "--dtype", "float32"], "int4 need bfloat16, got float32"),
         (["info", "--model", "./nothing"], "info: model: cannot load ./nothing: there is no such file or folder"),
     ],
 )
@@ -88,6 +95,7 @@ def test_what_a_user_can_put_right_is_one_line(arguments, message, capsys):
         (["demo", "--window", "0"], "--window: expected a whole number, 1 or more, got '0'"),
         (["generate", "--num-sinks", "-1"], "--num-sinks"),
         (["generate", "--num-sinks", "x"], "--num-sinks: expected a whole number, 0 or more, got 'x'"),
+        (["generate", "--quantize", "int2"], "argument --quantize: invalid choice: 'int2'"),
         (["juggle"], "invalid choice: 'juggle'"),
     ],
 )
@@ -122,8 +130,16 @@ def test_demo(capsys):
         "shipped": True,
         "class": "LlamaForCausalLM",
         "dtype": "float32",
+        "quantization": None,
         "device": "cpu",
+        "parameters": 639_616,
+        "weight_bytes": 4 * 639_616,
         "trained_length": 256,
+        "suits": {
+            "num_sinks": 4,
+            "why": "as most pretrained models need; `sinkattn eval sinks` measures it",
+            "window": 252,
+        },
     }
     assert figures["text"]["description"] == "short.txt"
     assert figures["text"]["start_token"]
@@ -159,12 +175,32 @@ def test_generate_prints_the_text(capsys):
     assert cli.main([*common, "--temperature", "0"]) == 0
     captured = capsys.readouterr()
     assert captured.out == expected_text("import ", 20)
-    summary = captured.err.strip()
+    about, suits, _, summary = captured.err.splitlines()
+    size = "0.64 M parameters, 2.4 MiB"
+    assert about == f"Model: the one that ships with sinkattn (LlamaForCausalLM, float32, {size}, cpu)"
+    assert suits == (
+        "Suits it: a window of 252 (trained on up to 256 tokens); "
+        "4 sinks recommended: as most pretrained models need; `sinkattn eval sinks` measures it"
+    )
     assert summary.startswith("20 tokens, ")
     assert summary.endswith("KV cache 512.0 KiB (4 sinks + window of 252)")
     sampling = ["--temperature", "0.9", "--top-k", "50", "--top-p", "0.9", "--seed", "3"]
     assert cli.main([*common, *sampling]) == 0
     assert capsys.readouterr().out == expected_text("import ", 20, temperature=0.9, top_k=50, top_p=0.9, seed=3)
+
+
+def test_a_gguf_file_with_quantized_weights(capsys):
+    write_gguf(Path("tiny.gguf"), build("llama", hidden_size=64), "llama")
+    arguments = ["--model", "tiny.gguf", "--device", "cpu", "--quantize", "int8"]
+    assert cli.main(["generate", *arguments, "--prompt", "ab", "--max-new-tokens", "5"]) == 0
+    assert "Model: tiny.gguf (LlamaForCausalLM, bfloat16 with int8 weights, 0.05 M" in capsys.readouterr().err
+    assert cli.main(["info", *arguments, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["model"]["accepted"]
+    assert facts["loaded"]["quantization"] == "int8"
+    assert facts["loaded"]["suits"]["window"] == 508
+    assert cli.main(["info", *arguments]) == 0
+    assert "Suits it: a window of 508 (trained on up to 512 tokens); 4 sinks" in capsys.readouterr().out
 
 
 def test_generate_ends_with_ctrl_c():

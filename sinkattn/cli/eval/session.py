@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sinkattn.cli.arguments import check_writable, describe_model, load_model, model_line, open_text
+from sinkattn.cli.arguments import check_writable, describe_model, load_model, model_lines, open_text
 from sinkattn.cli.errors import UserError, as_user_error, require
 from sinkattn.cli.formatting import console
 
@@ -32,9 +32,9 @@ class Session:
 
         self.args = args
         self.model, self.tokenizer = load_model(args)
-        self.facts = describe_model(self.model, args.model)
+        self.facts = describe_model(self.model, args)
         self.progress = StreamProgress()
-        print(model_line(self.facts), flush=True)
+        print(model_lines(self.facts), flush=True)
 
     @property
     def total(self) -> int:
