@@ -36,7 +36,7 @@ def quantize_weights(model: PreTrainedModel, quantization: Quantization) -> None
     def is_quantized(module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.Linear) and (quantization == "int8" or _fits_int4(module))
 
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     if head is not None and is_quantized(head, "") and head.weight is model.get_input_embeddings().weight:
         _untie(model, head)
     quantize_(model, config, is_quantized)
@@ -74,7 +74,7 @@ def _fits_int4(linear: nn.Linear) -> bool:
     return linear.in_features % GROUP == 0 and linear.out_features % 16 == 0
 
 
-def _untie(model: PreTrainedModel, head: nn.Module) -> None:
+def _untie(model: PreTrainedModel, head: nn.Linear) -> None:
     """Give the output head weights of its own."""
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for config in (model.config, model.config.get_text_config(decoder=True)):

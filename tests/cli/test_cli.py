@@ -193,7 +193,7 @@ def test_a_gguf_file_with_quantized_weights(capsys):
     write_gguf(Path("tiny.gguf"), build("llama", hidden_size=64), "llama")
     arguments = ["--model", "tiny.gguf", "--device", "cpu", "--quantize", "int8"]
     assert cli.main(["generate", *arguments, "--prompt", "ab", "--max-new-tokens", "5"]) == 0
-    assert "Model: tiny.gguf (LlamaForCausalLM, bfloat16 with int8 weights, 0.05 M" in capsys.readouterr().err
+    assert "Model: tiny.gguf (LlamaForCausalLM, bfloat16 with int8 weights, 0.06 M" in capsys.readouterr().err
     assert cli.main(["info", *arguments, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["model"]["accepted"]
@@ -234,6 +234,7 @@ def test_generate_ends_when_nobody_reads():
 def test_demo_interrupted():
     process = start("demo", "--device", "cpu", "--tokens", "1000000")
     assert "ships with sinkattn" in process.stdout.readline()
+    assert "Suits it: a window of 252" in process.stdout.readline()
     assert "standard library" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
