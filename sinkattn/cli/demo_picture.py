@@ -36,14 +36,15 @@ def draw(report: dict[str, Any], path: Path) -> None:
             memory.annotate(size_text(means[-1]), end, (-3, 5), textcoords="offset points", ha="right", fontsize=8.5)
 
     constant = report["sinkattn_constant"]
-    change, growth = constant["in_turns"]["change"], size_text(constant["resident_growth_bytes"])
+    turns, growth = constant["in_turns"], size_text(constant["resident_growth_bytes"])
     loss.set_ylabel("nats per token, means of 100 or more")
     seconds.set_ylabel("milliseconds")
     memory.set_ylabel("MiB")
     seconds.set_ylim(bottom=0)
     memory.set_ylim(bottom=0)
     _title(loss, "Loss", "of predicting the next token")
-    _title(seconds, "Time per token", f"sinkattn, last tokens against a new stream, in turns: {change:+.1%}")
+    change = f"sinkattn, last tokens against a new stream, in turns: {turns['change']:+.1%}" if turns else ""
+    _title(seconds, "Time per token", change)
     _title(memory, "KV cache", f"sinkattn, resident memory once the window is full: +{growth}")
 
     settings = report["settings"]

@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 
 
 def labels(result: Result) -> dict[str, str]:
-    """Labels of the methods in the table and the picture."""
+    """Labels of the methods that were measured, in the table and the picture."""
     settings = result.settings
     size = settings.cache_tokens
-    return {
+    texts = {
         "sinkattn": f"sinkattn, {settings.num_sinks} sinks + {settings.window}",
         "window": f"window of {size}, no sinks",
         "dense": "dense, cache grows",
         "recompute": f"{size} tokens, recomputed",
     }
+    return {name: text for name, text in texts.items() if name in result.methods}
 
 
 def time_change(result: Result) -> float | None:
@@ -74,9 +75,10 @@ def _method_dict(result: Result, name: str, label: str) -> dict[str, Any]:
 def parts(result: Result) -> list[tuple[int, int]]:
     """Positions [begin, end) over which losses are compared: up to where the dense model got, and the rest."""
     settings = result.settings
-    reached = result.methods["dense"].recorder.end
+    dense = result.methods.get("dense")
+    reached = dense.recorder.end if dense else settings.dense_end
     # Positions from `reached` to `dense_end` belong to neither part: they are sampled more densely than the rest.
-    spans = [(settings.cache_tokens, reached), (settings.dense_end, settings.tokens)]
+    spans = [(settings.cache_tokens, min(reached, settings.tokens)), (settings.dense_end, settings.tokens)]
     return [(low, high) for low, high in spans if low < high]
 
 
@@ -143,13 +145,12 @@ def remarks(result: Result, about: dict[str, Any]) -> list[str]:
     assert first is not None
     assert last is not None
     assert change is not None
-    assert turns is not None
-    dense = result.methods["dense"].recorder.last_span()
+    dense = result.methods["dense"].recorder.last_span() if "dense" in result.methods else None
     context = f"the last {size} tokens"
     if about["text"]["start_token"]:
         why = ", which is the sink of this model" if about["model"]["shipped"] else ""
         context = f"the start token{why}, and the last {size - 1} tokens"
-    scores = [_score(result.methods["recompute"], *part) for part in parts(result)]
+    scores = [_score(result.methods["sinkattn"], *part) for part in parts(result)]
     samples = " + ".join(f"{score['samples'] if score else 0:,}" for score in scores)
     lines = [
         f"Losses are means over the same {samples} tokens, drawn at random, in every row.",
@@ -162,10 +163,15 @@ def remarks(result: Result, about: dict[str, Any]) -> list[str]:
         f"sinkattn, resident memory: {size_text(sinks.resident_when_full)} when the window was full, at most "
         f"{size_text(sinks.resident_growth)} more after.",
         f"sinkattn, median time per token: {_span_text(first)}; {_span_text(last)}; {change:+.1%}.",
-        f"In turns with a new stream, so that other work on the machine slows both ({turns.rounds:,} tokens each): "
-        f"{turns.young * 1e3:.3f} ms from token {turns.young_seen:,} on, {turns.old * 1e3:.3f} ms from token "
-        f"{turns.old_seen:,} on; {turns.change:+.1%}.",
     ]
+    if turns:
+        lines.append(
+            f"In turns with a new stream, so that other work on the machine slows both ({turns.rounds:,} tokens each): "
+            f"{turns.young * 1e3:.3f} ms from token {turns.young_seen:,} on, {turns.old * 1e3:.3f} ms from token "
+            f"{turns.old_seen:,} on; {turns.change:+.1%}."
+        )
+    if about["interrupted"]:
+        lines.append("Interrupted: these are the figures until then.")
     return lines + restart_lines(about["text"])
 
 

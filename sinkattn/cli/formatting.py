@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +22,21 @@ def size_text(count: float) -> str:
 def count_text(number: int, noun: str) -> str:
     """A number with a noun, in the plural if need be."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def range_text(numbers: Iterable[int], noun: str) -> str:
+    """Several numbers with their noun: from the smallest to the largest, or the one that they all are."""
+    lowest, highest = min(numbers := [*numbers]), max(numbers)
+    return count_text(highest, noun) if lowest == highest else f"{lowest:,} to {count_text(highest, noun)}"
+
+
+def duration_text(seconds: float) -> str:
+    """How long something takes, rounded: in seconds below a minute and a half, then in minutes, then in hours."""
+    if seconds < 90:
+        return count_text(round(seconds), "second")
+    if seconds < 90 * 60:
+        return count_text(round(seconds / 60), "minute")
+    return count_text(round(seconds / 3600), "hour")
 
 
 def percent_text(share: float | None) -> str:

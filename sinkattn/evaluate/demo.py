@@ -15,12 +15,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from sinkattn.evaluate.interruption import Interrupted
 from sinkattn.evaluate.methods import CacheSize, Dense, Method, Recomputed, Streamed, dense_limit
-from sinkattn.evaluate.perplexity import chunks
+from sinkattn.evaluate.perplexity import MIN_ROUNDS, chunks
 from sinkattn.evaluate.recorder import Recorder, sample_positions
+from sinkattn.evaluate.speed import Speed
 from sinkattn.evaluate.text import TokenStream
 
 MAX_ROUNDS = 1_000
+MAX_TURN_SECONDS = 15.0
 DENSE_SECONDS = 60.0
 
 
@@ -48,6 +51,19 @@ class Settings:
         """Position at which the dense model is planned to stop."""
         return min(self.tokens, self.dense_tokens)
 
+    @property
+    def rounds(self) -> int:
+        """Tokens of a new stream that are timed in turns with the long one."""
+        return min(MAX_ROUNDS, max(1, self.tokens // 10))
+
+    def seconds(self, speed: Speed) -> float:
+        """About how long `run` takes."""
+        size, end = self.cache_tokens, self.dense_end
+        steps = self.tokens * speed.step + min(DENSE_SECONDS, end * speed.step)
+        turns = min(MAX_TURN_SECONDS, 2 * self.rounds * speed.step)
+        samples = min(self.samples, end - size) + min(self.samples, self.tokens - end)
+        return steps + turns + self.tokens * speed.token + samples * speed.forward(size)
+
     def check(self) -> None:
         """Raise ValueError for sizes that leave nothing to compare."""
         for name in ("tokens", "dense_tokens"):
@@ -63,11 +79,15 @@ class Settings:
 class Measured:
     """The measurements of one method."""
 
+    method: Method
     recorder: Recorder
-    cache_bytes: int | None = None
-    """Size of the KV cache at the end; None for a method without one."""
     stopped: str | None = None
     """Why it stopped before the end."""
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """Size of the KV cache at the end; None for a method without one."""
+        return self.method.kv_bytes
 
 
 @dataclass(frozen=True)
@@ -89,7 +109,7 @@ class Turns:
 
 @dataclass
 class Result:
-    """The measurements of all methods, by name."""
+    """The measurements of all methods, by name; of those that began, if the run was interrupted."""
 
     settings: Settings
     methods: dict[str, Measured] = field(default_factory=dict)
@@ -118,6 +138,8 @@ def run(
 
     Raises:
         ValueError: for settings that leave nothing to compare, an empty text, or a model that is refused.
+        Interrupted: if it is raised in a forward before sinkattn's window is full. Later it only ends the run early:
+            ``settings.tokens`` of the result is then what all methods reached that the result has.
     """
     settings.check()
     sinks = Streamed(model, CacheSize(settings.num_sinks, settings.window))
@@ -125,38 +147,65 @@ def run(
         settings = replace(settings, dense_tokens=min(settings.dense_tokens, limit))
         settings.check()
     rng = np.random.default_rng(settings.seed)
-    size, tokens, dense_end = settings.cache_tokens, settings.tokens, settings.dense_end
-    parts = ((size, dense_end), (dense_end, tokens))
+    parts = (settings.cache_tokens, settings.dense_end), (settings.dense_end, settings.tokens)
     samples = np.concatenate([sample_positions(low, high, settings.samples, rng) for low, high in parts])
     result = Result(settings)
+    try:
+        _measure(model, sinks, stream, result, samples, on_progress, resident)
+    except Interrupted:
+        _end_early(result)
+    return result
 
-    def begin(name: str, tokens: int) -> tuple[Recorder, Callable[[], None]]:
+
+def _measure(
+    model: PreTrainedModel,
+    sinks: Streamed,
+    stream: TokenStream,
+    result: Result,
+    samples: np.ndarray,
+    on_progress: OnProgress,
+    resident: Callable[[], int],
+) -> None:
+    """Run the methods, each recorded in ``result`` from its beginning on."""
+    settings = result.settings
+    size, tokens, dense_end = settings.cache_tokens, settings.tokens, settings.dense_end
+
+    def begin(name: str, method: Method, tokens: int) -> tuple[Recorder, Callable[[], None]]:
         recorder = Recorder(tokens, size, samples)
-        result.methods[name] = Measured(recorder)
+        result.methods[name] = Measured(method, recorder)
         return recorder, lambda: on_progress(name, recorder, tokens)
 
     # sinkattn runs first, so that its memory is measured before the other methods allocate theirs.
-    _feed_single_tokens(sinks, iter(stream), tokens, *begin("sinkattn", tokens), resident)
-    rounds = min(MAX_ROUNDS, max(1, tokens // 10))
-    result.turns = _time_interleaved(sinks, Streamed(model, sinks.size), list(islice(stream, size + rounds)), rounds)
+    _feed_single_tokens(sinks, iter(stream), tokens, *begin("sinkattn", sinks, tokens), resident)
+    ids = list(islice(stream, size + settings.rounds))
+    result.turns = _time_interleaved(sinks, Streamed(model, sinks.size), ids, settings.rounds)
 
     window = Streamed(model, CacheSize(0, size))
-    _feed_chunks(window, iter(stream), tokens, *begin("window", tokens))
+    _feed_chunks(window, iter(stream), tokens, *begin("window", window, tokens))
 
     dense = Dense(model)
-    recorder, report_dense = begin("dense", dense_end)
+    recorder, report_dense = begin("dense", dense, dense_end)
+    result.methods["dense"].stopped = "interrupted"
     _feed_single_tokens(dense, iter(stream), dense_end, recorder, report_dense, resident, DENSE_SECONDS)
     if recorder.end < dense_end:
         result.methods["dense"].stopped = f"time budget of {DENSE_SECONDS:.0f} s"
-    elif dense_end < tokens:
-        result.methods["dense"].stopped = f"budget of {dense_end:,} tokens"
+    else:
+        result.methods["dense"].stopped = f"budget of {dense_end:,} tokens" if dense_end < tokens else None
 
     recomputed = Recomputed(model, size, stream.start_token)
-    _feed_up_to_samples(recomputed, iter(stream), *begin("recompute", int(samples[-1]) + 1))
-    cached: dict[str, Method] = {"sinkattn": sinks, "window": window, "dense": dense}
-    for name, method in cached.items():
-        result.methods[name].cache_bytes = method.kv_bytes
-    return result
+    _feed_up_to_samples(recomputed, iter(stream), *begin("recompute", recomputed, int(samples[-1]) + 1))
+
+
+def _end_early(result: Result) -> None:
+    """Keep the methods that got past the first window, and the tokens that all of them reached."""
+    size = result.settings.cache_tokens
+    ends = {name: measured.recorder.end for name, measured in result.methods.items()}
+    if ends["sinkattn"] <= size:
+        raise Interrupted
+    result.methods = {name: measured for name, measured in result.methods.items() if ends[name] > size}
+    # The dense model may stop anywhere.
+    reached = min(end for name, end in ends.items() if end > size and name != "dense")
+    result.settings = replace(result.settings, tokens=reached)
 
 
 def _feed_single_tokens(
@@ -193,14 +242,20 @@ def _time_interleaved(old: Streamed, young: Streamed, ids: list[int], rounds: in
     young.feed(torch.tensor(ids[:size]), torch.tensor(ids[:size]), unwanted)
     old_seen = old.cache.tokens_seen
     times = np.zeros((rounds, 2))
-    for turn, token in enumerate(ids[size:]):
-        for which in (0, 1) if turn % 2 else (1, 0):
-            began = time.perf_counter()
-            (young, old)[which].step(token)
-            times[turn, which] = time.perf_counter() - began
-    medians = np.median(times, axis=0)
-    change = float(np.median(times[:, 1] / times[:, 0])) - 1
-    return Turns(rounds, size, old_seen, float(medians[0]), float(medians[1]), change)
+    taken, end = 0, time.perf_counter() + MAX_TURN_SECONDS
+    try:
+        while taken < rounds and (taken < MIN_ROUNDS or time.perf_counter() < end):
+            for which in (0, 1) if taken % 2 else (1, 0):
+                began = time.perf_counter()
+                (young, old)[which].step(ids[size + taken])
+                times[taken, which] = time.perf_counter() - began
+            taken += 1
+    except Interrupted:
+        if not taken:
+            raise
+    medians = np.median(times[:taken], axis=0)
+    change = float(np.median(times[:taken, 1] / times[:taken, 0])) - 1
+    return Turns(taken, size, old_seen, float(medians[0]), float(medians[1]), change)
 
 
 def _feed_chunks(

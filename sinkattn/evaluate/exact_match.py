@@ -16,6 +16,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sinkattn.evaluate.interruption import Interrupted
 from sinkattn.evaluate.items import Item
 from sinkattn.evaluate.methods import Predictor
 
@@ -95,16 +96,25 @@ def run(
     count: int,
     on_progress: OnProgress,
 ) -> tuple[list[Tally], int]:
-    """Feed the first ``count`` items to all predictors; returns a tally for each, and the tokens of the stream."""
+    """Feed the first ``count`` items to all predictors; returns a tally for each, and the tokens of the stream.
+
+    Raises `Interrupted` if it is raised in a forward before any item is done; later it only ends the stream early.
+    """
     tallies = [Tally(count) for _ in predictors]
     last, tokens = first_token(tokenizer), 1
     for predictor in predictors:
         predictor.reset()
-    for number, item in enumerate(islice(items, count)):
-        ids, is_answer = encode(item, tokenizer)
-        fed = torch.cat((torch.tensor([last]), ids[:-1]))
-        for predictor, tally in zip(predictors, tallies, strict=True):
-            tally.add(number, bool(predictor.feed(fed, ids, is_answer).hits[is_answer].all()))
-        last, tokens = int(ids[-1]), tokens + len(ids)
-        on_progress(number + 1, tokens, tallies)
+    try:
+        for number, item in enumerate(islice(items, count)):
+            ids, is_answer = encode(item, tokenizer)
+            fed = torch.cat((torch.tensor([last]), ids[:-1]))
+            # Only after all forwards: an interrupted item counts for no predictor.
+            scores = [predictor.feed(fed, ids, is_answer) for predictor in predictors]
+            for tally, each in zip(tallies, scores, strict=True):
+                tally.add(number, bool(each.hits[is_answer].all()))
+            last, tokens = int(ids[-1]), tokens + len(ids)
+            on_progress(number + 1, tokens, tallies)
+    except Interrupted:
+        if tokens == 1:
+            raise
     return tallies, tokens

@@ -5,6 +5,7 @@ A position is the index in the stream of the token that is fed; its loss is that
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -14,12 +15,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from sinkattn.evaluate.interruption import Interrupted
 from sinkattn.evaluate.methods import CHUNK_TOKENS, CacheSize, Dense, Method, Recomputed, Streamed, dense_limit
 from sinkattn.evaluate.recorder import bucket_edges
+from sinkattn.evaluate.speed import Speed
 from sinkattn.evaluate.statistics import Blocks, Sums
 from sinkattn.evaluate.text import TokenStream
 
 NUM_TIMED = 200
+MAX_TIMED_SECONDS = 30.0
+MIN_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,19 @@ class Settings:
     def dense_end(self) -> int:
         """Position at which the dense model stops."""
         return min(self.tokens, self.dense_tokens)
+
+    @property
+    def recomputed_sizes(self) -> list[int]:
+        """Tokens of a recomputation: one size for each total of sinks and window."""
+        return sorted({cache.total for cache in self.caches}) if self.recompute_every else []
+
+    def seconds(self, speed: Speed) -> float:
+        """About how long `run` takes."""
+        fed = len(self.caches) * self.tokens + self.dense_end
+        recomputation = sum(map(speed.forward, self.recomputed_sizes))
+        sampled = (self.tokens - self.begin) // max(1, self.recompute_every)
+        step = (len(self.caches) + bool(self.dense_tokens)) * speed.step + recomputation
+        return fed * speed.token + sampled * recomputation + timing_seconds(step, NUM_TIMED, MAX_TIMED_SECONDS)
 
     def check(self) -> None:
         """Raise ValueError for sizes that leave nothing to compare."""
@@ -72,7 +90,7 @@ class Track:
     end: int = 0
     """Tokens fed."""
     seconds: float | None = None
-    """Median time per token at the end of the stream."""
+    """Median time per token at the end of the stream; None if the run was interrupted before."""
     kv_bytes: int | None = None
     """Bytes of keys and values at the end of the stream; None for a method without a KV cache."""
 
@@ -83,6 +101,8 @@ class Result:
 
     settings: Settings
     tracks: list[Track] = field(default_factory=list)
+    rounds: int = 0
+    """Tokens of each method that were timed."""
 
     def recomputed(self, track: Track) -> Track | None:
         """Recomputation over as many tokens as a streamed method sees; None if it was not run."""
@@ -96,8 +116,8 @@ class Result:
         return next(matches, None)
 
 
-OnProgress = Callable[[int, list[Track]], bool]
-"""Called after every chunk with the tokens done and the tracks so far; returns whether to go on."""
+OnProgress = Callable[[int, list[Track]], None]
+"""Called after every chunk with the tokens done and the tracks so far."""
 
 
 def run(model: PreTrainedModel, stream: TokenStream, settings: Settings, on_progress: OnProgress) -> Result:
@@ -110,11 +130,12 @@ def run(model: PreTrainedModel, stream: TokenStream, settings: Settings, on_prog
         model: a transformers causal language model in evaluation mode.
         stream: the tokens.
         settings: methods and sizes.
-        on_progress: may end the stream early; ``settings.tokens`` of the result is then where it ended.
+        on_progress: called after every chunk.
 
     Raises:
         ValueError: for settings that leave nothing to compare, an empty text, or a model or window that is refused.
-        KeyboardInterrupt: if `on_progress` ends the stream before any loss counts.
+        Interrupted: if it is raised in a forward before any loss counts. Later it only ends the stream early:
+            ``settings.tokens`` of the result is then where it ended.
     """
     settings.check()
     streamed = [Streamed(model, cache) for cache in settings.caches]
@@ -124,7 +145,7 @@ def run(model: PreTrainedModel, stream: TokenStream, settings: Settings, on_prog
     methods: list[Method] = [*streamed]
     if settings.recompute_every:
         start = stream.start_token
-        methods += [Recomputed(model, total, start) for total in sorted({cache.total for cache in settings.caches})]
+        methods += [Recomputed(model, total, start) for total in settings.recomputed_sizes]
     if settings.dense_tokens:
         methods.append(Dense(model))
     begin, tokens, dense_end = settings.begin, settings.tokens, settings.dense_end or settings.tokens
@@ -133,30 +154,36 @@ def run(model: PreTrainedModel, stream: TokenStream, settings: Settings, on_prog
     for method in methods:
         blocks = Blocks(begin, tokens), Blocks(begin, dense_end), Blocks(begin, tokens)
         result.tracks.append(Track(method, *blocks, Sums(bucket_edges(tokens))))
-    for first, fed, targets in chunks(iter(stream), tokens):
-        positions = np.arange(first, first + len(fed))
-        sampled = (positions >= begin) & (positions % max(1, settings.recompute_every) == 0)
-        wanted = torch.from_numpy(sampled)
-        for track in result.tracks:
-            count = settings.dense_end - first if isinstance(track.method, Dense) else len(fed)
-            if count <= 0:
-                continue
-            losses = track.method.feed(fed[:count], targets[:count], wanted[:count]).losses.numpy()
-            track.all.add(first, losses)
-            track.early.add(first, losses)
-            track.series.add(first, losses)
-            track.sampled.add(first, np.where(sampled[:count], losses, np.nan))
-            track.end = first + len(losses)
-        if not on_progress(first + len(fed), result.tracks):
-            result.settings = replace(settings, tokens=first + len(fed))
-            break
-    if result.settings.tokens <= begin:
-        raise KeyboardInterrupt
-    for track in result.tracks:
-        track.kv_bytes = track.method.kv_bytes
-    seconds = time_interleaved([track.method for track in result.tracks], int(fed[-1]), NUM_TIMED)
-    for track, each in zip(result.tracks, seconds, strict=True):
-        track.seconds = each
+    done = 0
+    try:
+        for first, fed, targets in chunks(iter(stream), tokens):
+            positions = np.arange(first, first + len(fed))
+            sampled = (positions >= begin) & (positions % max(1, settings.recompute_every) == 0)
+            wanted = torch.from_numpy(sampled)
+            scores = []
+            for track in result.tracks:
+                count = settings.dense_end - first if isinstance(track.method, Dense) else len(fed)
+                if count > 0:
+                    scores.append((track, track.method.feed(fed[:count], targets[:count], wanted[:count])))
+            # Only after all forwards: an interrupted chunk counts for no method.
+            for track, (each, _) in scores:
+                losses = each.numpy()
+                track.all.add(first, losses)
+                track.early.add(first, losses)
+                track.series.add(first, losses)
+                track.sampled.add(first, np.where(sampled[: len(losses)], losses, np.nan))
+                track.end, track.kv_bytes = first + len(losses), track.method.kv_bytes
+            done = first + len(fed)
+            on_progress(done, result.tracks)
+        timing = time_interleaved([track.method for track in result.tracks], int(fed[-1]), NUM_TIMED, MAX_TIMED_SECONDS)
+    except Interrupted:
+        if done <= begin:
+            raise
+        result.settings = replace(settings, tokens=done)
+        return result
+    result.rounds = timing.rounds
+    for track, seconds in zip(result.tracks, timing.seconds, strict=True):
+        track.seconds = seconds
     return result
 
 
@@ -169,17 +196,47 @@ def chunks(ids: Iterator[int], tokens: int) -> Iterator[tuple[int, torch.Tensor,
         last = int(targets[-1])
 
 
-def time_interleaved(methods: list[Method], token: int, rounds: int) -> list[float]:
-    """Median seconds of a step of each method. Steps are interleaved, so that other load slows all methods alike.
+@dataclass(frozen=True)
+class Timing:
+    """Times of the steps of several methods, in the order of the methods."""
+
+    seconds: list[float]
+    """Median of each method."""
+    rounds: int
+    """Steps of each method that were timed."""
+
+
+def time_interleaved(methods: list[Method], token: int, rounds: int, max_seconds: float = math.inf) -> Timing:
+    """Time steps of each method. Steps are interleaved, so that other load slows all methods alike.
 
     Each timed step follows an untimed one of the same method, which refills the processor's caches as in a stream of
     that method alone.
+
+    Args:
+        methods: the methods.
+        token: the token that is fed.
+        rounds: steps of each method to time.
+        max_seconds: take no further rounds after so long, but three at least.
+
+    Raises:
+        Interrupted: if it is raised in the first round. Later it only ends the rounds.
     """
     times = np.zeros((rounds, len(methods)))
-    for turn in range(rounds):
-        for which in range(len(methods)) if turn % 2 else reversed(range(len(methods))):
-            methods[which].step(token)
-            began = time.perf_counter()
-            methods[which].step(token)
-            times[turn, which] = time.perf_counter() - began
-    return np.median(times, axis=0).tolist()
+    taken, end = 0, time.perf_counter() + max_seconds
+    try:
+        while taken < rounds and (taken < MIN_ROUNDS or time.perf_counter() < end):
+            for which in range(len(methods)) if taken % 2 else reversed(range(len(methods))):
+                methods[which].step(token)
+                began = time.perf_counter()
+                methods[which].step(token)
+                times[taken, which] = time.perf_counter() - began
+            taken += 1
+    except Interrupted:
+        if not taken:
+            raise
+    return Timing(np.median(times[:taken], axis=0).tolist(), taken)
+
+
+def timing_seconds(step: float, rounds: int, max_seconds: float) -> float:
+    """About how long `time_interleaved` takes, with ``step`` seconds for a step of all methods together."""
+    return min(2 * step * rounds, max(max_seconds, 2 * step * MIN_ROUNDS))

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sinkattn.evaluate.interruption import Interrupted
 from sinkattn.evaluate.methods import CacheSize, Streamed, copy_sharing_weights
 from sinkattn.evaluate.perplexity import chunks
+from sinkattn.evaluate.speed import Speed
 from sinkattn.evaluate.statistics import Blocks, Mean
 from sinkattn.evaluate.text import TokenStream
 
@@ -29,6 +31,7 @@ MIN_GAIN = 0.01
 FIRST_TOKENS = 4
 # The attention weights of all layers are in memory at once, and grow with the square of the tokens.
 MAX_ATTENTION_TOKENS = 512
+ATTENTION_SEQUENCES = 8
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Result:
     attention: list[Tensor] | None = None
     """As `attention_on_first_tokens` returns it."""
     attention_tokens: int = 0
-    """Length of the sequences that the attention was measured on."""
+    """Length of the sequences that the attention was measured on; 0 if the run was interrupted before."""
 
     @property
     def recommended(self) -> int:
@@ -109,6 +112,12 @@ OnProgress = Callable[[str, int], None]
 """Called after every chunk: name of the beginning, tokens done."""
 
 
+def seconds(speed: Speed, total: int, tokens: int) -> float:
+    """About how long `run` takes, with the three beginnings of a tokenizer with a start token."""
+    attention = ATTENTION_SEQUENCES * speed.forward(min(total, MAX_ATTENTION_TOKENS))
+    return 3 * len(SINK_COUNTS) * tokens * speed.token + attention
+
+
 def run(model: PreTrainedModel, stream: TokenStream, total: int, tokens: int, on_progress: OnProgress) -> Result:
     """Measure what sinks are worth; the model is not changed.
 
@@ -121,6 +130,7 @@ def run(model: PreTrainedModel, stream: TokenStream, total: int, tokens: int, on
 
     Raises:
         ValueError: sizes that leave nothing to compare, an empty text, a model that is refused.
+        Interrupted: if it is raised in a forward before any loss counts. Later it only leaves out the rest.
     """
     if total <= max(SINK_COUNTS):
         raise ValueError(f"cache: expected more than {max(SINK_COUNTS)} tokens, got {total}")
@@ -129,25 +139,43 @@ def run(model: PreTrainedModel, stream: TokenStream, total: int, tokens: int, on
     methods = [Streamed(model, CacheSize(count, total - count)) for count in SINK_COUNTS]
     result = Result(total)
     bare = TokenStream(stream.text, stream.tokenizer, with_start=False)
-    for name, ids in _beginnings(stream, bare).items():
-        blocks = [Blocks(total, tokens) for _ in methods]
-        for method in methods:
-            method.reset()
-        for first, fed, targets in chunks(ids, tokens):
-            for method, each in zip(methods, blocks, strict=True):
-                each.add(first, method.feed(fed, targets, torch.ones(len(fed), dtype=torch.bool)).losses.numpy())
-            on_progress(name, first + len(fed))
-        losses = {count: each.mean() for count, each in zip(SINK_COUNTS, blocks, strict=True)}
-        gains = {count: each.difference(blocks[0]) for count, each in zip(SINK_COUNTS, blocks, strict=True)}
-        result.beginnings.append(Beginning(name, _present(losses), _present(gains)))
+    try:
+        for name, ids in _beginnings(stream, bare).items():
+            blocks = [Blocks(total, tokens) for _ in methods]
+            done = 0
+            try:
+                for method in methods:
+                    method.reset()
+                for first, fed, targets in chunks(ids, tokens):
+                    wanted = torch.ones(len(fed), dtype=torch.bool)
+                    # Only after all forwards: an interrupted chunk counts for no method.
+                    for each, scores in zip(
+                        blocks, [method.feed(fed, targets, wanted) for method in methods], strict=True
+                    ):
+                        each.add(first, scores.losses.numpy())
+                    done = first + len(fed)
+                    on_progress(name, done)
+            finally:
+                if done > total:
+                    result.beginnings.append(_beginning(name, blocks))
+        length = min(total, MAX_ATTENTION_TOKENS)
+        result.attention = attention_on_first_tokens(model, iter(stream), length)
+        result.attention_tokens = length
+    except Interrupted:
+        if not result.beginnings:
+            raise
     result.restarts = max(stream.restarts, bare.restarts)
-    result.attention_tokens = min(total, MAX_ATTENTION_TOKENS)
-    result.attention = attention_on_first_tokens(model, iter(stream), result.attention_tokens)
     return result
 
 
+def _beginning(name: str, blocks: list[Blocks]) -> Beginning:
+    losses = {count: each.mean() for count, each in zip(SINK_COUNTS, blocks, strict=True)}
+    gains = {count: each.difference(blocks[0]) for count, each in zip(SINK_COUNTS, blocks, strict=True)}
+    return Beginning(name, _present(losses), _present(gains))
+
+
 def _present(means: dict[int, Mean | None]) -> dict[int, Mean]:
-    """The same means: as ``tokens`` exceeds ``total``, there are losses for each number of sinks."""
+    """The same means: as the stream was longer than the cache, there are losses for each number of sinks."""
     return {count: mean for count, mean in means.items() if mean is not None}
 
 
@@ -165,7 +193,7 @@ def _beginnings(stream: TokenStream, bare: TokenStream) -> dict[str, Iterator[in
 
 @torch.inference_mode()
 def attention_on_first_tokens(
-    model: PreTrainedModel, ids: Iterator[int], length: int, sequences: int = 8
+    model: PreTrainedModel, ids: Iterator[int], length: int, sequences: int = ATTENTION_SEQUENCES
 ) -> list[Tensor] | None:
     """Mean attention on each of the first four tokens, fp32 ``[4, heads]`` for each attention layer.
 

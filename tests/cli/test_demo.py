@@ -21,6 +21,7 @@ from sinkattn.hf.versions import forward_cache
 SETTINGS = Settings(tokens=90, num_sinks=3, window=9, dense_tokens=50, samples=20)
 SIZE = SETTINGS.cache_tokens
 ABOUT = {
+    "interrupted": False,
     "model": {
         "name": "tiny",
         "shipped": False,
@@ -195,7 +196,7 @@ def printed(result):
 def test_figures(result, expected):
     figures = json.loads(json.dumps(demo_report.as_dict(result, ABOUT)))
     assert set(figures) == {
-        *("model", "text", "versions", "machine", "build", "settings", "sinkattn_constant", "methods"),
+        *("interrupted", "model", "text", "versions", "machine", "build", "settings", "sinkattn_constant", "methods"),
     }
     assert set(figures["versions"]) == {"sinkattn", "python", "torch", "transformers"}
     assert figures["machine"]["threads"] == torch.get_num_threads()

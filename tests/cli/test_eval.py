@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ from matplotlib.figure import Figure
 from sinkattn import cli
 from sinkattn.cli import pictures
 from sinkattn.cli.eval import streameval
-from sinkattn.cli.progress import StreamProgress
 from sinkattn.evaluate import exact_match
 from sinkattn.evaluate.items import code_items, line_items
 from sinkattn.evaluate.methods import CacheSize, OneShot, Recomputed, Streamed
@@ -214,21 +212,6 @@ def test_data_sets_that_cannot_be_read_are_refused(tmp_path, capsys):
     (folder / "test.jsonl").write_text('{"words": "a"}\n')
     assert evaluate("ppl", "--dataset", "./texts") == 2
     assert "column: ./texts, test has no texts in 'text', its columns are ['words']" in capsys.readouterr().err
-
-
-def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
-    def add(self, name, total):
-        return lambda done, note: signal.raise_signal(signal.SIGINT) if done == 1024 else None
-
-    monkeypatch.setattr(StreamProgress, "add", add)
-    before = signal.getsignal(signal.SIGINT)
-    assert evaluate("ppl", "--tokens", "5000", "--json", "out.json") == 130
-    assert signal.getsignal(signal.SIGINT) is before
-    printed = capsys.readouterr()
-    assert "4+28 sinks + window" in printed.out
-    assert printed.err.endswith("sinkattn eval ppl: interrupted after 1,024 tokens\n")
-    figures = json.loads((tmp_path / "out.json").read_text())
-    assert figures["settings"]["tokens"] == figures["methods"]["4+28"]["end"] == 1024
 
 
 def test_usage(capsys):

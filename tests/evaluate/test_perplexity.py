@@ -10,8 +10,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sinkattn.evaluate import perplexity
+from sinkattn.evaluate.interruption import Interrupted
 from sinkattn.evaluate.methods import CacheSize
-from sinkattn.evaluate.perplexity import Settings
+from sinkattn.evaluate.perplexity import Settings, Timing
 from sinkattn.evaluate.text import Pipe, StandardLibrary, TextError, TokenStream
 
 pytestmark = pytest.mark.usefixtures("few_timed_tokens")
@@ -19,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("few_timed_tokens")
 CACHES = (CacheSize(0, 64), CacheSize(4, 60))
 
 
-def go_on(*progress):
-    return True
+def quiet(*progress):
+    pass
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def expected(model, ids):
 def result(model, tokenizer):
     stream = TokenStream(StandardLibrary(), tokenizer)
     settings = Settings(CACHES, tokens=2000, dense_tokens=700, recompute_every=5)
-    return perplexity.run(model, stream, settings, go_on)
+    return perplexity.run(model, stream, settings, quiet)
 
 
 def test_means_over_2000_tokens_are_those_of_a_naive_reference(result, expected):
@@ -100,7 +101,7 @@ def test_times_are_medians_of_turns(monkeypatch):
             now[0] += next(self.times)
 
     first, second = Method("a", [50, 1, 50, 2, 50, 9]), Method("b", [50, 5, 50, 4, 50, 4])
-    assert perplexity.time_interleaved([first, second], 0, 3) == [2, 4]
+    assert perplexity.time_interleaved([first, second], 0, 3) == Timing([2, 4], 3)
     # A step before each that is timed.
     assert order.count("a") == order.count("b") == 2 * 3
     assert {"".join(order[i : i + 4]) for i in range(0, len(order), 4)} == {"aabb", "bbaa"}
@@ -112,7 +113,7 @@ def test_models_with_few_positions_run_without_dense(tokenizer):
     text = Pipe(io.StringIO("import os\n" * 40))
     for cache, expected in ((CacheSize(2, 20), 39), (CacheSize(4, 36), None)):
         settings = Settings((cache,), tokens=200, dense_tokens=100, recompute_every=0)
-        tracks = perplexity.run(absolute, TokenStream(text, tokenizer), settings, go_on).tracks
+        tracks = perplexity.run(absolute, TokenStream(text, tokenizer), settings, quiet).tracks
         assert [track.end for track in tracks if track.method.name == "dense"] == ([expected] if expected else [])
         assert tracks[0].kv_bytes > 0
 
@@ -122,7 +123,7 @@ def test_the_shape_of_the_papers_result(model, stream):
     """Dense fails past the trained length, a window alone collapses, sinks do as well as recomputation."""
     caches = (CacheSize(0, 128), CacheSize(1, 127), CacheSize(4, 124))
     settings = Settings(caches, tokens=12_000, dense_tokens=2_000, recompute_every=8)
-    tracks = {track.method.name: track for track in perplexity.run(model, stream, settings, go_on).tracks}
+    tracks = {track.method.name: track for track in perplexity.run(model, stream, settings, quiet).tracks}
     early = {name: track.early.mean().perplexity for name, track in tracks.items()}
     assert early["dense"] > 10 * early["4+124"]
     recomputed = tracks["recomputed 128"].sampled
@@ -136,36 +137,61 @@ def test_recomputation_without_start_token_takes_the_last_tokens_alone(model, to
     text = tokenizer.decode(ids[1:400])
     stream = TokenStream(Pipe(io.StringIO(text)), tokenizer, with_start=False)
     settings = Settings((CacheSize(4, 28),), tokens=200, dense_tokens=0, recompute_every=1)
-    run = perplexity.run(model, stream, settings, go_on)
+    run = perplexity.run(model, stream, settings, quiet)
     expected = naive.recomputed_losses(model, ids[1:202], 32, keep_first=False)[32:200].mean()
     assert run.tracks[1].all.mean().loss == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_methods_can_be_left_out(model, stream):
     settings = Settings((CacheSize(1, 31),), tokens=300, dense_tokens=0, recompute_every=0)
-    assert [track.method.name for track in perplexity.run(model, stream, settings, go_on).tracks] == ["1+31"]
+    assert [track.method.name for track in perplexity.run(model, stream, settings, quiet).tracks] == ["1+31"]
 
 
 def test_progress_is_told_after_every_chunk(model, stream):
     done = []
     settings = Settings((CacheSize(1, 31),), tokens=600, dense_tokens=0, recompute_every=0)
-    perplexity.run(model, stream, settings, lambda tokens, tracks: done.append(tokens) or True)
+    perplexity.run(model, stream, settings, lambda tokens, tracks: done.append(tokens))
     assert done == [256, 512, 600]
+
+
+def test_rounds_end_with_the_time_that_there_is(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(perplexity.time, "perf_counter", lambda: now[0])
+
+    class Method:
+        def step(self, token):
+            now[0] += 1
+
+    assert perplexity.time_interleaved([Method(), Method()], 0, 50, 30).rounds == 8
+    assert perplexity.time_interleaved([Method()], 0, 50, 0.5).rounds == 3
+    assert perplexity.time_interleaved([Method()], 0, 50).rounds == 50
+    for rounds, seconds in ((50, 30), (50, 0.5), (5, 30)):
+        began = now[0]
+        perplexity.time_interleaved([Method()], 0, rounds, seconds)
+        assert now[0] - began == pytest.approx(perplexity.timing_seconds(1, rounds, seconds), abs=2)
 
 
 def test_a_stream_may_be_ended_early(model, stream, expected):
     settings = Settings(CACHES, tokens=2000, dense_tokens=700, recompute_every=5)
-    result = perplexity.run(model, stream, settings, lambda done, tracks: done < 1000)
+
+    def end(done, tracks):
+        if done >= 1000:
+            raise Interrupted
+
+    result = perplexity.run(model, stream, settings, end)
     assert result.settings.tokens == 1024
     for track in result.tracks[:2]:
         mean = expected[track.method.name][64:1024].mean()
         assert (track.end, track.all.mean().tokens) == (1024, 960)
         assert track.all.mean().loss == pytest.approx(mean, abs=1e-4)
         assert track.sampled.difference(result.recomputed(track).sampled).tokens == 192
-    with pytest.raises(KeyboardInterrupt):
-        perplexity.run(
-            model, stream, Settings((CacheSize(4, 252),), tokens=2000, dense_tokens=0), lambda *progress: False
-        )
+        assert (track.seconds, track.kv_bytes) == (None, 64 * 2048)
+
+    def end_at_once(done, tracks):
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        perplexity.run(model, stream, Settings((CacheSize(4, 252),), tokens=2000, dense_tokens=0), end_at_once)
 
 
 @pytest.mark.parametrize(
@@ -182,13 +208,13 @@ def test_a_stream_may_be_ended_early(model, stream, expected):
 def test_settings_that_leave_nothing_to_compare_are_refused(changes, message, model, stream):
     settings = Settings(**{"caches": CACHES, "tokens": 2000, "dense_tokens": 700, **changes})
     with pytest.raises(ValueError, match=message):
-        perplexity.run(model, stream, settings, go_on)
+        perplexity.run(model, stream, settings, quiet)
 
 
 def test_an_empty_text_is_refused(model, tokenizer):
     stream = TokenStream(Pipe(io.StringIO("")), tokenizer)
     with pytest.raises(TextError, match="stdin is empty"):
-        perplexity.run(model, stream, Settings(CACHES, tokens=100, dense_tokens=0), go_on)
+        perplexity.run(model, stream, Settings(CACHES, tokens=100, dense_tokens=0), quiet)
 
 
 def test_chunks_cut_a_stream_anywhere():

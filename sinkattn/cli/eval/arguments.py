@@ -6,6 +6,9 @@ import argparse
 from pathlib import Path
 
 from sinkattn.cli.arguments import positive
+from sinkattn.cli.budget import SHARES, add_minutes
+
+MIN_COUNT = 8
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +31,15 @@ def add_caches(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_count(parser: argparse.ArgumentParser, default: int) -> None:
-    """Add the number of questions."""
-    parser.add_argument("--count", type=positive, default=default, help="questions in a stream (default: %(default)s)")
+def add_count(parser: argparse.ArgumentParser, most: int) -> None:
+    """Add the number of questions, and the time that it is chosen for."""
+    parser.add_argument("--count", type=positive, help=f"questions in a stream (default: up to {most})")
+    add_minutes(parser)
+
+
+def counts(given: int | None, most: int) -> list[int]:
+    """Numbers of questions for `choose`: the one that was given, or ``most`` and fewer, down to eight."""
+    return [given or max(round(most * share), min(most, MIN_COUNT)) for share in SHARES]
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:

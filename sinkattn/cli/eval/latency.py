@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from sinkattn.cli.arguments import add_command, add_model, add_num_sinks, positive
+from sinkattn.cli.budget import SHARES, add_minutes, choose
 from sinkattn.cli.eval.arguments import add_outputs
 from sinkattn.cli.eval.session import open_session
-from sinkattn.cli.formatting import captioned_table, size_text
+from sinkattn.cli.formatting import captioned_table, range_text, size_text
 from sinkattn.cli.pictures import COLOURS, finish
 
 if TYPE_CHECKING:
@@ -17,8 +20,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sinkattn.cli.arguments import Commands
-    from sinkattn.evaluate.latency import Cost
+    from sinkattn.evaluate.latency import Cost, Settings
     from sinkattn.evaluate.methods import CacheSize
+
+LENGTHS = (500, 1000, 2000, 4000, 8000)
+ROUNDS = 50
+# Time for a case if the rounds are not given.
+CASE_SECONDS = 5.0
 
 
 def add_parser(commands: Commands) -> None:
@@ -37,11 +45,11 @@ def add_parser(commands: Commands) -> None:
         "--lengths",
         type=positive,
         nargs="+",
-        default=[500, 1000, 2000, 4000, 8000],
         metavar="N",
-        help="tokens of a stream, for the largest size and dense attention (default: 500 1000 2000 4000 8000)",
+        help="tokens of a stream, for the largest size and dense attention (default: up to 500 1000 2000 4000 8000)",
     )
-    parser.add_argument("--rounds", type=positive, default=50, help="tokens timed in each case (default: 50)")
+    parser.add_argument("--rounds", type=positive, help="tokens timed in each case (default: 50 within 5 seconds)")
+    add_minutes(parser)
     add_outputs(parser)
 
 
@@ -51,19 +59,28 @@ def run(args: argparse.Namespace) -> int:
         from sinkattn.evaluate import latency
         from sinkattn.evaluate.methods import CacheSize
 
-        sizes = sorted(set(args.sizes or session.sizes(args.num_sinks)))
-        lengths = sorted(set(args.lengths))
+        sizes = session.sizes(args.num_sinks)
+        settings = choose(_candidates(args, sizes), lambda each: each.seconds(session.speed), args.minutes)
         with session.progress as progress:
-            bar = progress.add("window", len(sizes))
-            by_window = latency.by_window(
-                session.model, args.num_sinks, sizes, args.rounds, lambda done, total: bar(done)
-            )
-            bar = progress.add("length", len(lengths))
-            cache = CacheSize(args.num_sinks, sizes[-1] - args.num_sinks)
-            by_length = latency.by_length(session.model, cache, lengths, args.rounds, lambda done, total: bar(done))
-        report = as_dict(by_window, by_length, cache, args.rounds)
+            bar = progress.add("window", len(settings.sizes))
+            by_window = latency.by_window(session.model, args.num_sinks, settings, lambda done, total: bar(done))
+            bar = progress.add("length", len(settings.lengths))
+            cache = CacheSize(args.num_sinks, settings.sizes[-1] - args.num_sinks)
+            by_length = latency.by_length(session.model, cache, settings, lambda done, total: bar(done))
+        report = as_dict(by_window, by_length, cache, settings.rounds)
         session.finish(report, table(report), draw)
     return 0
+
+
+def _candidates(args: argparse.Namespace, sizes: list[int]) -> Iterator[Settings]:
+    """``sizes`` are the default ones. What is given stays; for slow models the largest of the others are left out."""
+    from sinkattn.evaluate.latency import Settings
+
+    for share in SHARES:
+        chosen = args.sizes or [size for size in sizes if size <= share * sizes[-1]] or sizes[:1]
+        lengths = args.lengths or [length for length in LENGTHS if length <= share * LENGTHS[-1]] or LENGTHS[:1]
+        rounds, seconds = (args.rounds, math.inf) if args.rounds else (ROUNDS, CASE_SECONDS)
+        yield Settings(tuple(sorted({*chosen})), tuple(sorted({*lengths})), rounds, seconds)
 
 
 def as_dict(by_window: list[Cost], by_length: list[Cost], cache: CacheSize, rounds: int) -> dict[str, Any]:
@@ -99,7 +116,8 @@ def table(report: dict[str, Any]) -> Table:
             sizes = [size_text(costs[name]["kv_bytes"]) if name in costs else "" for name in methods[:2]]
             out.add_row(text.format(value), *ms, ratio, *sizes)
         out.add_section()
-    out.caption = f"Medians of {report['settings']['rounds']} tokens, the methods in turns."
+    rounds = range_text((cost["rounds"] for kind in ("by_window", "by_length") for cost in report[kind]), "token")
+    out.caption = f"Medians of {rounds}, the methods in turns."
     return out
 
 
@@ -123,7 +141,8 @@ def draw(figure: Figure, report: dict[str, Any]) -> None:
                 memory.plot(values, [cost["kv_bytes"] / 2**20 for cost in costs], **style)
         for axes, unit, title in ((time, "ms per token", "Time"), (memory, "MiB", "KV cache")):
             axes.set(xscale="log", xlabel=text, ylabel=unit, ylim=(0, None))
-            axes.set_xticks(values, [f"{value:,}" for value in values])
+            ticks = sorted({cost[key] for cost in report[kind]})
+            axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             axes.minorticks_off()
             axes.set_title(f"{title}, {'by window' if kind == 'by_window' else 'along a stream'}")
     finish(figure, [*panels.flat])

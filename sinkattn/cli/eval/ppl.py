@@ -5,20 +5,16 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import signal
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from threading import Event
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from sinkattn.cli.arguments import add_command, add_model, count, describe_text, positive
+from sinkattn.cli.budget import SHARES, add_minutes, choose, stream_tokens
 from sinkattn.cli.eval.arguments import add_caches, add_outputs, add_text
 from sinkattn.cli.eval.session import open_session
-from sinkattn.cli.formatting import captioned_table, restart_lines, size_text
+from sinkattn.cli.formatting import captioned_table, count_text, restart_lines, size_text
 from sinkattn.cli.pictures import finish, merge_buckets, styles, vertical_lines
 
 if TYPE_CHECKING:
@@ -26,7 +22,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sinkattn.cli.arguments import Commands
-    from sinkattn.evaluate.perplexity import Result, Track
+    from sinkattn.evaluate.methods import CacheSize
+    from sinkattn.evaluate.perplexity import Result, Settings, Track
+
+TOKENS = 50_000
+DENSE_TOKENS = 5_000
+RECOMPUTE_EVERY = 16
+# Recomputation is scored at so many tokens, or at every 16th.
+MIN_RECOMPUTED = 8
 
 
 def add_parser(commands: Commands) -> None:
@@ -35,20 +38,21 @@ def add_parser(commands: Commands) -> None:
     add_model(parser)
     add_text(parser)
     add_caches(parser)
-    parser.add_argument("--tokens", type=positive, default=50_000, help="length of the stream (default: %(default)s)")
+    parser.add_argument("--tokens", type=positive, help=f"length of the stream (default: up to {TOKENS})")
     parser.add_argument(
         "--dense-tokens",
         type=count,
         metavar="N",
-        help="stop the dense model after N tokens; 0: leave it out (default: 5000, or twice the widest cache)",
+        help=f"stop the dense model after N tokens; 0: leave it out "
+        f"(default: up to {DENSE_TOKENS}, or twice the widest cache)",
     )
     parser.add_argument(
         "--recompute-every",
         type=count,
-        default=16,
         metavar="N",
-        help="score recomputation at every Nth token; 0: leave it out (default: %(default)s)",
+        help=f"score recomputation at every Nth token; 0: leave it out (default: {RECOMPUTE_EVERY} or more)",
     )
+    add_minutes(parser)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="CSV file to write the losses along the stream to")
     add_outputs(parser)
 
@@ -60,44 +64,35 @@ def run(args: argparse.Namespace) -> int:
 
         stream = session.stream()
         caches = session.caches((0, 1, 4))
-        dense = args.dense_tokens
-        if dense is None:
-            dense = max(5_000, 2 * max(cache.total for cache in caches))
-        settings = perplexity.Settings(caches, args.tokens, min(dense, args.tokens), args.recompute_every)
-        with session.progress as progress, _ctrl_c() as interrupted:
-            bar = progress.add("tokens", args.tokens)
+        settings = choose(_candidates(args, caches), lambda each: each.seconds(session.speed), args.minutes)
+        with session.progress as progress:
+            bar = progress.add("tokens", settings.tokens)
 
-            def on_progress(done: int, tracks: list[Track]) -> bool:
+            def on_progress(done: int, tracks: list[Track]) -> None:
                 losses = ((track.method.name, track.all.mean()) for track in tracks)
                 bar(done, "  ".join(f"{name} {mean.loss:.3f}" for name, mean in losses if mean))
-                return not interrupted.is_set()
 
             result = perplexity.run(session.model, stream, settings, on_progress)
         report = {**as_dict(result), "text": describe_text(stream, stream.restarts)}
         session.finish(report, table(report), draw)
         if args.csv:
             write_csv(report, args.csv)
-    if interrupted.is_set():
-        print(f"{args.prog}: interrupted after {result.settings.tokens:,} tokens", file=sys.stderr)
-        return 130
     return 0
 
 
-@contextmanager
-def _ctrl_c() -> Iterator[Event]:
-    """An event that the first Ctrl-C sets, so that the measurements so far are kept; the second one interrupts."""
-    pressed = Event()
-    before = signal.getsignal(signal.SIGINT)
+def _candidates(args: argparse.Namespace, caches: tuple[CacheSize, ...]) -> Iterator[Settings]:
+    """What is given stays; for slow models the stream is shorter, and recomputation is scored more rarely."""
+    from sinkattn.evaluate.perplexity import Settings
 
-    def press(number: int, frame: FrameType | None) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, press)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+    begin = max(cache.total for cache in caches)
+    for share in SHARES:
+        tokens = args.tokens or stream_tokens(TOKENS, share, begin)
+        dense = max(round(DENSE_TOKENS * share), 2 * begin) if args.dense_tokens is None else args.dense_tokens
+        every = args.recompute_every
+        if every is None:
+            most = (tokens - begin) // MIN_RECOMPUTED
+            every = max(RECOMPUTE_EVERY, min(round(RECOMPUTE_EVERY / share), most))
+        yield Settings(caches, tokens, min(dense, tokens), every)
 
 
 def as_dict(result: Result) -> dict[str, Any]:
@@ -110,6 +105,7 @@ def as_dict(result: Result) -> dict[str, Any]:
             "counted_from": settings.begin,
             "dense_tokens": settings.dense_tokens and settings.dense_end,
             "recompute_every": settings.recompute_every,
+            "timed_tokens": result.rounds,
         },
         "methods": {track.method.name: _track_dict(result, track) for track in result.tracks},
     }
@@ -159,7 +155,7 @@ def table(report: dict[str, Any]) -> Table:
             "all": "" if sampled else _mean_text(method["all"]) if whole else "not reached",
             "sampled": _perplexity_text(method["sampled"]) if whole and every else "",
             "ratio": _ratio_text(method["minus_recomputed"]),
-            "ms": f"{method['seconds_per_token'] * 1e3:.2f}",
+            "ms": f"{method['seconds_per_token'] * 1e3:.2f}" if settings["timed_tokens"] else "not timed",
             "bytes": "none" if method["kv_cache_bytes"] is None else size_text(method["kv_cache_bytes"]),
         }
         out.add_row(method["label"], *(cells[column] for column in columns))
@@ -167,12 +163,15 @@ def table(report: dict[str, Any]) -> Table:
     if every:
         lines.append("Ratios are over the same tokens on both sides.")
     end = "; dense at its own end" if dense else ""
-    lines.append(f"Times are medians of tokens taken in turns at the end of the stream{end}.")
+    if timed := settings["timed_tokens"]:
+        lines.append(f"Times are medians of {count_text(timed, 'token')} taken in turns at the end of the stream{end}.")
     out.caption = "\n".join(lines + restart_lines(report["text"]))
     return out
 
 
-def _perplexity_text(mean: dict[str, Any]) -> str:
+def _perplexity_text(mean: dict[str, Any] | None) -> str:
+    if mean is None:
+        return ""
     return f"{mean['perplexity']:.{2 if mean['perplexity'] < 100 else 0}f}"
 
 

@@ -7,7 +7,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from sinkattn.cli.arguments import check_writable, describe_model, load_model, model_lines, open_text
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from sinkattn.cli.progress import Bar
     from sinkattn.evaluate.exact_match import Tally
     from sinkattn.evaluate.methods import CacheSize, Predictor
+    from sinkattn.evaluate.speed import Speed
     from sinkattn.evaluate.text import Text, TokenStream
 
 
@@ -34,7 +37,15 @@ class Session:
         self.model, self.tokenizer = load_model(args)
         self.facts = describe_model(self.model, args)
         self.progress = StreamProgress()
+        self.interrupted = Event()
         print(model_lines(self.facts), flush=True)
+
+    @cached_property
+    def speed(self) -> Speed:
+        """How fast the model is here."""
+        from sinkattn.evaluate.speed import measure_speed
+
+        return measure_speed(self.model)
 
     @property
     def total(self) -> int:
@@ -95,8 +106,11 @@ class Session:
         from sinkattn.evaluate.environment import machine, versions
 
         console().print(table)
+        if self.interrupted.is_set():
+            print("Interrupted: these are the figures until then.")
         report = {
             "evaluation": self.args.evaluation,
+            "interrupted": self.interrupted.is_set(),
             "model": self.facts,
             "versions": versions(),
             "machine": machine(),
@@ -118,7 +132,9 @@ class Session:
 def open_session(args: argparse.Namespace, *outputs: Path | None) -> Iterator[Session]:
     """Check the output files (``outputs`` are those beyond JSON and picture), then load the model.
 
-    Errors that the user can correct become `UserError` within the context.
+    Errors that the user can correct become `UserError` within the context. After a first Ctrl-C within it, measurements
+    end with what they have, and the context raises KeyboardInterrupt when all is written; a second one interrupts at
+    once.
     """
     for name in ("matplotlib.figure", "psutil", "rich", "scipy"):
         require(name)
@@ -128,4 +144,10 @@ def open_session(args: argparse.Namespace, *outputs: Path | None) -> Iterator[Se
     with as_user_error(ValueError, RuntimeError, OSError):
         if args.plot:
             check_format(args.plot)
-        yield Session(args)
+        session = Session(args)
+        from sinkattn.evaluate.interruption import interruptible
+
+        with interruptible(session.model) as session.interrupted:
+            yield session
+    if session.interrupted.is_set():
+        raise KeyboardInterrupt

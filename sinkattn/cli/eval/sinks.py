@@ -7,9 +7,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from sinkattn.cli.arguments import add_command, add_model, describe_text, positive
+from sinkattn.cli.budget import SHARES, add_minutes, choose, stream_tokens
 from sinkattn.cli.eval.arguments import add_outputs, add_text
 from sinkattn.cli.eval.session import open_session
-from sinkattn.cli.formatting import captioned_table, count_text, restart_lines
+from sinkattn.cli.formatting import captioned_table, count_text, range_text, restart_lines
 from sinkattn.cli.pictures import finish
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from sinkattn.cli.arguments import Commands
     from sinkattn.cli.progress import Bar
+
+TOKENS = 10_000
 
 
 def add_parser(commands: Commands) -> None:
@@ -28,7 +31,8 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--size", type=positive, metavar="N", help="sinks and window together (default: depends on the model)"
     )
-    parser.add_argument("--tokens", type=positive, default=10_000, help="length of each stream (default: %(default)s)")
+    parser.add_argument("--tokens", type=positive, help=f"length of each stream (default: up to {TOKENS})")
+    add_minutes(parser)
     add_outputs(parser)
 
 
@@ -38,16 +42,22 @@ def run(args: argparse.Namespace) -> int:
         from sinkattn.evaluate import sinks
 
         stream = session.stream()
+        total = args.size or session.total
+        tokens = choose(
+            [args.tokens or stream_tokens(TOKENS, share, total) for share in SHARES],
+            lambda each: sinks.seconds(session.speed, total, each),
+            args.minutes,
+        )
         bars: dict[str, Bar] = {}
         with session.progress as progress:
 
             def on_progress(name: str, done: int) -> None:
                 if name not in bars:
-                    bars[name] = progress.add(name, args.tokens)
+                    bars[name] = progress.add(name, tokens)
                 bars[name](done)
 
-            result = sinks.run(session.model, stream, args.size or session.total, args.tokens, on_progress)
-        report = {**result.as_dict(), "text": describe_text(stream, result.restarts)}
+            result = sinks.run(session.model, stream, total, tokens, on_progress)
+        report = {"tokens": tokens, **result.as_dict(), "text": describe_text(stream, result.restarts)}
         session.finish(report, table(report), draw)
     return 0
 
@@ -64,9 +74,16 @@ def table(report: dict[str, Any]) -> Table:
     for name, each in beginnings.items():
         gains = [_margin_text(-each["gains"][count]["loss"], each["gains"][count]["margin"]) for count in counts]
         out.add_row(name, _margin_text(each["losses"][none]["loss"], each["losses"][none]["margin"]), *gains)
-    lines = [report["verdict"], f"Recommended: num_sinks={report['recommended_num_sinks']}."]
+    counted = range_text((each["losses"][none]["tokens"] for each in beginnings.values()), "token")
+    lines = [
+        report["verdict"],
+        f"Recommended: num_sinks={report['recommended_num_sinks']}.",
+        f"Losses of {counted}, once the cache of {report['cache']:,} is full.",
+    ]
     attention = report["attention_on_first_tokens"]
-    if attention is None:
+    if not report["attention_tokens"]:
+        lines.append("The attention was not measured.")
+    elif attention is None:
         lines.append("This model does not return its attention.")
     else:
         tokens = report["attention_tokens"]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinkattn.cli.arguments import add_command, add_model
-from sinkattn.cli.eval.arguments import add_caches, add_count, add_outputs
+from sinkattn.cli.budget import choose
+from sinkattn.cli.eval.arguments import add_caches, add_count, add_outputs, counts
 from sinkattn.cli.eval.session import open_session
 from sinkattn.cli.formatting import captioned_table, percent_text
 from sinkattn.cli.pictures import error_bars, finish, styles
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from sinkattn.cli.arguments import Commands
     from sinkattn.evaluate.exact_match import Tally
     from sinkattn.evaluate.methods import Predictor
+
+COUNT = 1000
+# The time of a question is estimated from so many.
+SAMPLE = 20
 
 
 def add_parser(commands: Commands) -> None:
@@ -33,7 +38,7 @@ def add_parser(commands: Commands) -> None:
         help='JSONL with {"question": "...", "answer": "..."} in each line (default: code to complete)',
     )
     add_caches(parser)
-    add_count(parser, 1000)
+    add_count(parser, COUNT)
     add_outputs(parser)
 
 
@@ -46,13 +51,15 @@ def run(args: argparse.Namespace) -> int:
         from sinkattn.evaluate.text import StandardLibrary
 
         if args.questions is None:
-            items = list(islice(code_items(StandardLibrary().pieces()), args.count))
+            items = list(islice(code_items(StandardLibrary().pieces()), args.count or COUNT))
         else:
-            items = read_items(args.questions)[: args.count]
-        number = len(items)
+            items = read_items(args.questions)[: args.count or COUNT]
         first = exact_match.first_token(session.tokenizer)
         streamed = [Streamed(session.model, cache) for cache in session.caches((0, 4))]
         predictors: list[Predictor] = [OneShot(session.model, first, dense_limit(streamed[0])), *streamed]
+        lengths = [len(exact_match.encode(item, session.tokenizer)[0]) for item in items[:SAMPLE]]
+        forwards = len(predictors) * session.speed.forward(sum(lengths) // len(lengths))
+        number = choose(counts(args.count and len(items), len(items)), lambda number: number * forwards, args.minutes)
         with session.progress as progress:
             on_progress = session.show_accuracies(predictors, progress.add("questions", number))
             tallies, tokens = exact_match.run(predictors, items, session.tokenizer, number, on_progress)

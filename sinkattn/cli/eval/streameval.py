@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from sinkattn.cli.arguments import add_command, add_model, positive
-from sinkattn.cli.eval.arguments import add_caches, add_count, add_outputs
+from sinkattn.cli.budget import choose
+from sinkattn.cli.eval.arguments import add_caches, add_count, add_outputs, counts
 from sinkattn.cli.eval.session import open_session
-from sinkattn.cli.formatting import captioned_table, percent_text
+from sinkattn.cli.formatting import captioned_table, percent_text, range_text
 from sinkattn.cli.pictures import error_bars, finish, styles
 
 if TYPE_CHECKING:
@@ -19,6 +22,10 @@ if TYPE_CHECKING:
     from sinkattn.cli.arguments import Commands
     from sinkattn.evaluate.exact_match import Tally
     from sinkattn.evaluate.methods import Predictor
+
+COUNT = 150
+# With fewer questions at a distance than this, because recomputation is so slow, it is left out.
+MIN_RECOMPUTED = 30
 
 
 def add_parser(commands: Commands) -> None:
@@ -35,8 +42,12 @@ def add_parser(commands: Commands) -> None:
         help="lines back; a stream for each (default: 1 2 5 10 15 20 50)",
     )
     parser.add_argument("--every", type=positive, default=10, metavar="N", help="lines per question (default: 10)")
-    add_count(parser, 150)
-    parser.add_argument("--no-recompute", action="store_true", help="leave recomputation out")
+    add_count(parser, COUNT)
+    parser.add_argument(
+        "--recompute",
+        action=argparse.BooleanOptionalAction,
+        help=f"whether to ask recomputation too (default: if there is time for {MIN_RECOMPUTED} questions each)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed for drawing the lines (default: 0)")
     add_outputs(parser)
 
@@ -45,28 +56,58 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     with open_session(args) as session:
         from sinkattn.evaluate import exact_match
+        from sinkattn.evaluate.interruption import Interrupted
         from sinkattn.evaluate.items import line_items
         from sinkattn.evaluate.methods import Recomputed, Streamed
 
-        streams = {distance: line_items(distance, args.every, args.seed) for distance in sorted(args.distances)}
+        streams = {distance: line_items(distance, args.every, args.seed) for distance in sorted({*args.distances})}
         caches = session.caches((0, 4))
+        totals = sorted({cache.total for cache in caches})
+        # The first items are longer: they reach back to the line that is asked for.
+        sample = next(islice(line_items(1, args.every, args.seed), 1, None))
+        ids, is_answer = exact_match.encode(sample, session.tokenizer)
+        asked = len(caches) * session.speed.forward(len(ids))
+        recomputed = int(is_answer.sum()) * sum(map(session.speed.forward, totals))
+
+        def seconds(sizes: tuple[int, bool]) -> float:
+            number, recompute = sizes
+            first = sum(distance // args.every for distance in streams)
+            return (len(streams) * number + first) * asked + len(streams) * number * recompute * recomputed
+
+        number, recompute = choose(_candidates(args), seconds, args.minutes)
         predictors: list[Predictor] = [Streamed(session.model, cache) for cache in caches]
-        if not args.no_recompute:
+        if recompute:
             start = session.tokenizer.bos_token_id
-            predictors += [
-                Recomputed(session.model, total, start) for total in sorted({cache.total for cache in caches})
-            ]
+            predictors += [Recomputed(session.model, total, start) for total in totals]
         tallies = {}
         with session.progress as progress:
-            for distance, items in streams.items():
-                bar = progress.add(f"{distance} lines back", args.count)
-                tallies[distance] = exact_match.run(
-                    predictors, items, session.tokenizer, args.count, session.show_accuracies(predictors, bar)
-                )
-        settings = {"distances": args.distances, "every": args.every, "count": args.count, "seed": args.seed}
+            try:
+                for distance, items in streams.items():
+                    bar = progress.add(f"{distance} lines back", number)
+                    tallies[distance] = exact_match.run(
+                        predictors, items, session.tokenizer, number, session.show_accuracies(predictors, bar)
+                    )
+            except Interrupted:
+                if not tallies:
+                    raise
+        settings = {
+            "distances": args.distances,
+            "every": args.every,
+            "count": number,
+            "recompute": recompute,
+            "seed": args.seed,
+        }
         report = as_dict(settings, predictors, tallies)
         session.finish(report, table(report), draw)
     return 0
+
+
+def _candidates(args: argparse.Namespace) -> Iterator[tuple[int, bool]]:
+    """Questions at each distance, and whether to ask recomputation: rather few without it than very few with it."""
+    numbers = counts(args.count, COUNT)
+    if args.recompute is None:
+        yield from ((number, True) for number in numbers if args.count or number >= MIN_RECOMPUTED)
+    yield from ((number, bool(args.recompute)) for number in numbers)
 
 
 def as_dict(
@@ -97,14 +138,19 @@ def table(report: dict[str, Any]) -> Table:
         out.add_column(header, justify="right")
     for method in methods:
         out.add_column(f"{method['label']}\nright (last quarter)", justify="right")
+    asked = {
+        distance: max(method["by_distance"][distance]["questions"] for method in methods)
+        for distance in report["stream_tokens"]
+    }
     for distance, tokens in report["stream_tokens"].items():
         cells = [_accuracy_text(method["by_distance"][distance]) for method in methods]
-        back = distance * tokens / (settings["count"] * settings["every"])
+        back = distance * tokens / (asked[distance] * settings["every"])
         out.add_row(f"{distance}", f"{back:.0f}", f"{tokens:,}", *cells)
     out.caption = (
-        f"{settings['count']:,} questions for each distance, one every {settings['every']} lines. "
+        f"{range_text(asked.values(), 'question')} for each distance, one every {settings['every']} lines. "
         "In brackets, the last quarter of the stream.\n"
         "Lines from before the window cannot be known: 0 % is expected there."
+        + ("" if settings["recompute"] else "\nRecomputation was left out; --recompute asks it too.")
     )
     return out
 

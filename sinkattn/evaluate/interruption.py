@@ -1,0 +1,41 @@
+"""Ctrl-C ends a measurement between two forwards, so that what was measured until then is complete and kept."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event
+from types import FrameType
+
+from torch import nn
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised before a forward. Measurements catch it and return what they have; if that is nothing, they raise it."""
+
+
+@contextmanager
+def interruptible(model: nn.Module) -> Iterator[Event]:
+    """Ctrl-C sets the event, and the forwards of the model and of copies made within raise `Interrupted`.
+
+    A second Ctrl-C interrupts at once.
+    """
+    pressed = Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def press(number: int, frame: FrameType | None) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, before)
+
+    def check(module: nn.Module, args: object) -> None:
+        if pressed.is_set():
+            raise Interrupted
+
+    hook = model.register_forward_pre_hook(check)
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+        hook.remove()
