@@ -207,8 +207,8 @@ def draw_lines(rng: np.random.Generator) -> list[Item]:
     source, known, items = LineSource(rng), [], []
     while len(items) < NUM_LINES:
         known.append(source.draw())
-        question = line_question(*known[-rng.integers(1, min(len(known), MAX_QUESTION_DISTANCE) + 1)])
-        items.append(Item(line_text(*known[-1]) + question.context, question.answer, question.closing))
+        asked = known[-rng.integers(1, min(len(known), MAX_QUESTION_DISTANCE) + 1)]
+        items.append(line_question(*asked, line_text(*known[-1])))
     return items
 
 

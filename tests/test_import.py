@@ -29,7 +29,7 @@ HF_LAYERS = [
     {"probe"},
     {"adapters", "model_patch"},
     {"cache"},
-    {"inputs"},
+    {"inputs", "sampling"},
     {"generation"},
     {"swap"},
     {"trial", "stream", "load"},

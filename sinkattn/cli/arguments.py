@@ -65,6 +65,33 @@ def add_num_sinks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-sinks", type=count, default=4, metavar="N", help="first tokens kept (default: 4)")
 
 
+def add_sampling(parser: argparse.ArgumentParser, seed: int | None) -> None:
+    """Add how tokens are sampled; ``seed`` is the default, None for another text each time."""
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (default: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the top probability p (default: all)")
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        default=0.05,
+        help="sample from tokens at least this likely, compared with the likeliest; 0 for all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.1,
+        help="divides the logits of tokens in the cache; 1 for none (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=seed, help="makes sampling repeatable (default: %(default)s)")
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `add_sampling` as those of `stream_tokens`."""
+    return {
+        name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    }
+
+
 def count(text: str) -> int:
     """Parse a whole number, 0 or more."""
     if not text.isdecimal():

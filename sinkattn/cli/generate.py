@@ -13,10 +13,12 @@ from sinkattn.cli.arguments import (
     add_command,
     add_layout,
     add_model,
+    add_sampling,
     describe_model,
     load_model,
     model_lines,
     positive,
+    sampling,
     window_of,
 )
 from sinkattn.cli.errors import UserError, as_user_error, discard_stdout
@@ -33,11 +35,15 @@ def add_parser(commands: Commands) -> None:
     add_layout(parser, None, "1020, or what the model was trained for")
     parser.add_argument("--prompt", metavar="TEXT", help="default: read from stdin")
     parser.add_argument("--max-new-tokens", type=positive, help="default: no limit")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (default: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the top probability p (default: all)")
-    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
-    parser.add_argument("--stop-at-eos", action="store_true", help="stop at the model's end token")
+    add_sampling(parser, seed=None)
+    parser.add_argument(
+        "--stop-at-eos", action="store_true", help="stop at the model's end token (default: it is never sampled)"
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is what a user says, in the model's chat template; stop at the end of the reply",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,15 +56,18 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args)
     print(model_lines(describe_model(model, args)), file=sys.stderr, flush=True)
     from sinkattn.hf import SinkCache
-    from sinkattn.hf.stream import stream_text, stream_tokens
+    from sinkattn.hf.stream import end_ids, stream_text, stream_tokens
 
-    stop_ids: list[int] = []
-    if args.stop_at_eos:
-        eos = model.generation_config.eos_token_id
-        if eos is None:
-            raise UserError("stop-at-eos: this model has no end token")
-        stop_ids = eos if isinstance(eos, list) else [eos]
-    prompt_ids = tokenizer(prompt, verbose=False).input_ids
+    ends = end_ids(model)
+    stops = args.stop_at_eos or args.chat
+    if stops and not ends:
+        raise UserError(f"{'chat' if args.chat else 'stop-at-eos'}: this model has no end token")
+    if args.chat:
+        if not tokenizer.chat_template:
+            raise UserError("chat: this model's tokenizer has no chat template")
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    prompt_ids = tokenizer(prompt, add_special_tokens=not args.chat, verbose=False).input_ids
     if not prompt_ids:
         raise UserError("prompt: is empty, and this model has no start token")
     with as_user_error(ValueError, RuntimeError):
@@ -69,11 +78,9 @@ def run(args: argparse.Namespace) -> int:
             prompt_ids,
             cache,
             max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed,
-            stop_ids=stop_ids,
+            stop_ids=ends if stops else (),
+            suppress_tokens=() if stops else ends,
+            **sampling(args),
         )
         counter = _Counter(tokens)
         pieces = stream_text(tokenizer, counter, prompt_ids)

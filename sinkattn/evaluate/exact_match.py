@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from sinkattn.evaluate.interruption import Interrupted
 from sinkattn.evaluate.items import Item
 from sinkattn.evaluate.methods import Predictor
+from sinkattn.evaluate.turns import Turns
 
 QUARTERS = 4
 
@@ -67,21 +68,33 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return line_break[-1]
 
 
-def encode(item: Item, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """Token ids of an item, int64 ``[tokens]``, and a mask of its answer, bool ``[tokens]``.
+def start_ids(tokenizer: PreTrainedTokenizerBase, turns: Turns | None) -> list[int]:
+    """First tokens of a stream of questions: what the chat template begins with, or else `first_token`."""
+    start = [] if turns is None else tokenizer(turns.start, add_special_tokens=False).input_ids
+    return start or [first_token(tokenizer)]
+
+
+def encode(item: Item, tokenizer: PreTrainedTokenizerBase, turns: Turns | None = None) -> tuple[Tensor, Tensor]:
+    """Token ids of an item, int64 ``[tokens]``, and a mask of its answer, bool ``[tokens]``; with ``turns``, in a chat.
 
     A token that covers both a part of the answer and text around it counts as the answer's. Raises ValueError for an
     answer that the tokenizer cannot represent.
     """
-    text = item.context + item.answer + item.closing
+    before, answer, after = item.context, item.answer, item.closing
+    if turns is not None:
+        before, answer, after = turns.asked(item.question), item.reply, turns.end
     encoding = tokenizer(
-        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+        before + answer + after,
+        add_special_tokens=False,
+        split_special_tokens=turns is None,
+        return_offsets_mapping=True,
+        verbose=False,
     )
-    begin, end = len(item.context), len(item.context) + len(item.answer)
+    begin, end = len(before), len(before) + len(answer)
     overlaps = [low < end and high > begin for low, high in encoding.offset_mapping]
     ids, is_answer = torch.tensor(encoding.input_ids), torch.tensor(overlaps, dtype=torch.bool)
     if not is_answer.any() or tokenizer.unk_token_id in ids[is_answer].tolist():
-        raise ValueError(f"questions: this tokenizer cannot spell the answer {item.answer!r}")
+        raise ValueError(f"questions: this tokenizer cannot spell the answer {answer!r}")
     return ids, is_answer
 
 
@@ -95,18 +108,23 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     count: int,
     on_progress: OnProgress,
+    turns: Turns | None = None,
 ) -> tuple[list[Tally], int]:
     """Feed the first ``count`` items to all predictors; returns a tally for each, and the tokens of the stream.
 
-    Raises `Interrupted` if it is raised in a forward before any item is done; later it only ends the stream early.
+    With ``turns``, the items are turns of a chat. Raises `Interrupted` if it is raised in a forward before any item is
+    done; later it only ends the stream early.
     """
     tallies = [Tally(count) for _ in predictors]
-    last, tokens = first_token(tokenizer), 1
+    start = torch.tensor(start_ids(tokenizer, turns))
+    last, tokens = int(start[-1]), len(start)
     for predictor in predictors:
         predictor.reset()
+        if len(start) > 1:
+            predictor.feed(start[:-1], start[1:], torch.zeros(len(start) - 1, dtype=torch.bool))
     try:
         for number, item in enumerate(islice(items, count)):
-            ids, is_answer = encode(item, tokenizer)
+            ids, is_answer = encode(item, tokenizer, turns)
             fed = torch.cat((torch.tensor([last]), ids[:-1]))
             # Only after all forwards: an interrupted item counts for no predictor.
             scores = [predictor.feed(fed, ids, is_answer) for predictor in predictors]
@@ -115,6 +133,6 @@ def run(
             last, tokens = int(ids[-1]), tokens + len(ids)
             on_progress(number + 1, tokens, tallies)
     except Interrupted:
-        if tokens == 1:
+        if tokens == len(start):
             raise
     return tallies, tokens

@@ -25,7 +25,7 @@ PASSAGE_LINES = 6
 
 @dataclass(frozen=True)
 class Item:
-    """A piece of a stream with one question; its text is context + answer + closing."""
+    """A piece of a stream with one question; its text is context + answer + closing, in a chat question + reply."""
 
     context: str
     """Text up to the answer, including the question."""
@@ -33,6 +33,10 @@ class Item:
     """The right answer; not empty."""
     closing: str
     """Text after the answer."""
+    question: str
+    """What a user says in a chat, the context with it."""
+    reply: str
+    """The right reply to it; not empty."""
 
 
 def line_text(name: str, value: str) -> str:
@@ -40,9 +44,10 @@ def line_text(name: str, value: str) -> str:
     return f"line {name} {value}\n"
 
 
-def line_question(name: str, value: str) -> Item:
-    """The question for the value of a line."""
-    return Item(f"Recall line {name} ", value, "\n")
+def line_question(name: str, value: str, context: str = "") -> Item:
+    """The question for the value of a line, after the lines in ``context``."""
+    question = f'{context}\nPlease repeat the line that begins with "line {name}".'
+    return Item(f"{context}Recall line {name} ", value, "\n", question, line_text(name, value).strip())
 
 
 class LineSource:
@@ -91,8 +96,7 @@ def line_items(distance: int, every: int, seed: int = 0) -> Iterator[Item]:
             context.append(line_text(*known[-1]))
             count += 1
             if count % every == 0 and len(known) == distance:
-                question = line_question(*known[0])
-                yield Item("".join(context) + question.context, question.answer, question.closing)
+                yield line_question(*known[0], "".join(context))
                 context = []
 
     return items()
@@ -104,27 +108,40 @@ def read_items(path: Path) -> list[Item]:
     Raises:
         ValueError: for a file that cannot be read, is empty, or has any other line; the message says which.
     """
+    return [
+        Item(f"Question: {question}\nAnswer: ", answer, "\n\n", question, answer)
+        for question, answer in _read_strings(path, "question", "answer")
+    ]
+
+
+def read_questions(path: Path) -> list[str]:
+    """Questions from a JSONL file: on each line an object with the string ``question``; errors as of `read_items`."""
+    return [question for (question,) in _read_strings(path, "question")]
+
+
+def _read_strings(path: Path, *names: str) -> list[list[str]]:
+    """The strings with these names from each line of a JSONL file, stripped; none is empty."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ValueError(f"questions: cannot read {path}: {reason}") from error
-    items = []
+    rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            pair = json.loads(line)
-            question, answer = pair["question"].strip(), pair["answer"].strip()
+            fields = json.loads(line)
+            row = [fields[name].strip() for name in names]
         except (ValueError, KeyError, TypeError, AttributeError):
-            question = answer = ""
-        if not question or not answer:
-            form = '{"question": "...", "answer": "..."}'
+            row = [""]
+        if not all(row):
+            form = json.dumps(dict.fromkeys(names, "..."))
             raise ValueError(f"questions: expected {form} in line {number} of {path}, got {line[:60]!r}")
-        items.append(Item(f"Question: {question}\nAnswer: ", answer, "\n\n"))
-    if not items:
+        rows.append(row)
+    if not rows:
         raise ValueError(f"questions: {path} is empty")
-    return items
+    return rows
 
 
 def code_items(pieces: Iterator[str]) -> Iterator[Item]:
@@ -132,5 +149,6 @@ def code_items(pieces: Iterator[str]) -> Iterator[Item]:
     lines = (line for piece in pieces for line in piece.split("\n") if line.strip())
     while passage := list(islice(lines, PASSAGE_LINES)):
         if match := re.fullmatch(r"(.*\W)(\w{3,})(\W*)", passage[-1]):
-            context = "".join(f"{line}\n" for line in passage[:-1])
-            yield Item(context + match[1], match[2], f"{match[3]}\n\n")
+            context = "".join(f"{line}\n" for line in passage[:-1]) + match[1]
+            question = f"Which word comes next? Reply with the word only.\n\n{context}"
+            yield Item(context, match[2], f"{match[3]}\n\n", question, match[2])

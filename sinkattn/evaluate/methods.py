@@ -258,15 +258,15 @@ class OneShot:
 
     Args:
         model: the model.
-        first_token: replaces the first token of each call, which belongs to the sequence before.
+        start_ids: replace the first token of each call, which belongs to the sequence before; at least one.
         limit: maximum tokens of a sequence; None for no limit.
     """
 
     name = "one-shot"
 
-    def __init__(self, model: PreTrainedModel, first_token: int, limit: int | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, start_ids: list[int], limit: int | None = None) -> None:
         self.model = copy_sharing_weights(model)
-        self._first = torch.tensor([first_token])
+        self._start = torch.tensor(start_ids)
         self._limit = limit
 
     def reset(self) -> None:
@@ -275,11 +275,12 @@ class OneShot:
     @torch.inference_mode()
     def feed(self, ids: Tensor, targets: Tensor, wanted: Tensor) -> Scores:
         """See `Predictor.feed`; the first of ``ids`` is replaced. Raises ValueError beyond the limit."""
-        if self._limit is not None and len(ids) > self._limit:
+        fed = torch.cat((self._start, ids[1:]))
+        if self._limit is not None and len(fed) > self._limit:
             limit = f"{self._limit} tokens, the positions of this model"
-            raise ValueError(f"questions: expected at most {limit}, got {len(ids)}")
-        fed = torch.cat((self._first, ids[1:]))
-        return _scores(self.model(input_ids=fed[None].to(self.model.device), use_cache=False).logits[0], targets)
+            raise ValueError(f"questions: expected at most {limit}, got {len(fed)}")
+        logits = self.model(input_ids=fed[None].to(self.model.device), use_cache=False).logits[0]
+        return _scores(logits[len(self._start) - 1 :], targets)
 
 
 def _scores(logits: Tensor, targets: Tensor) -> Scores:

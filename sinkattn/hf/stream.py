@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from sinkattn.hf.cache.sink_cache import SinkCache
+from sinkattn.hf.sampling import IdsInSight, Sampler
 from sinkattn.hf.versions import forward_cache
 
 # Tokens held back until a character is complete. A character has up to four bytes, but each token may end in the middle
@@ -36,6 +31,9 @@ def stream_tokens(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    suppress_tokens: Collection[int] = (),
     seed: int | None = None,
     stop_ids: Collection[int] = (),
     prefill_chunk: int = 512,
@@ -53,6 +51,11 @@ def stream_tokens(
         temperature: divides the logits before sampling; 0 for greedy decoding.
         top_k: sample only from the k most likely tokens; 0 for all.
         top_p: sample only from the most likely tokens that together reach this probability.
+        min_p: sample only from tokens with at least this fraction of the probability of the most likely one.
+        repetition_penalty: of tokens in sight (sinks and window, the prompt among them, and what ``cache`` has seen)
+            the logits are divided by this if positive, else multiplied; 1 for none. ``stop_ids`` are exempt, so that a
+            long chat does not lose its ends of turns.
+        suppress_tokens: tokens that are never generated.
         seed: for sampling; None uses torch's global generator.
         stop_ids: tokens that end the stream; they are not yielded.
         prefill_chunk: prompt tokens per forward.
@@ -65,42 +68,30 @@ def stream_tokens(
         prompt = prompt.unsqueeze(0)
     if prompt.ndim != 2 or prompt.shape[0] != 1 or not prompt.shape[1]:
         raise ValueError(f"prompt_ids: expected [tokens] or [1, tokens], at least one, got {list(prompt.shape)}")
-    if temperature < 0:
-        raise ValueError(f"temperature: expected 0 or more, got {temperature}")
-    if top_k < 0:
-        raise ValueError(f"top_k: expected 0 or more, got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected more than 0 and at most 1, got {top_p}")
     if prefill_chunk < 1:
         raise ValueError(f"prefill_chunk: expected 1 or more, got {prefill_chunk}")
     if max_new_tokens is not None and max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: expected 0 or more, got {max_new_tokens}")
     cache = SinkCache(model) if cache is None else cache
-    warpers = LogitsProcessorList()
-    if temperature not in (0, 1):
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-    any_ids = prompt[:, -1:].clone()  # a copy, so that the prompt can be freed
-    generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
-
-    def choose(logits: Tensor) -> Tensor:  # [1, vocabulary] -> [1, 1]
-        if temperature == 0:
-            return logits.argmax(dim=-1, keepdim=True)
-        # These warpers ignore the previous tokens, so any ids will do.
-        scores = warpers(any_ids, logits.float())  # type: ignore[arg-type]  # annotated as LongTensor, a legacy type
-        return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)
-
-    return _tokens(model, prompt, cache, choose, max_new_tokens, frozenset(stop_ids), prefill_chunk)
+    sampler = Sampler(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        suppress_tokens=suppress_tokens,
+        exempt_ids=stop_ids,
+        seed=seed,
+        device=model.device,
+    )
+    return _tokens(model, prompt, cache, sampler, max_new_tokens, frozenset(stop_ids), prefill_chunk)
 
 
 def _tokens(
     model: PreTrainedModel,
     prompt: Tensor,
     cache: SinkCache,
-    choose: Callable[[Tensor], Tensor],
+    sampler: Sampler,
     max_new_tokens: int | None,
     stop_ids: Collection[int],
     prefill_chunk: int,
@@ -108,19 +99,27 @@ def _tokens(
     options: dict[str, Any] = {forward_cache(model): cache, "use_cache": True, **keep_last_logits(model)}
     pending: Sequence[Tensor] = prompt.split(prefill_chunk, dim=1)
     del prompt
+    in_sight = IdsInSight(cache, model.device)
     count = 0
     while max_new_tokens is None or count < max_new_tokens:
         # Not inference_mode: the caller may continue with this cache under no_grad.
         with torch.no_grad():
             for chunk in pending:
                 logits = model(input_ids=chunk, **options).logits[:, -1]
-            chosen = choose(logits)
+                in_sight.append(chunk)
+            chosen = sampler.choose(logits, in_sight.ids)
         pending = (chosen,)
         token = int(chosen)
         if token in stop_ids:
             return
         count += 1
         yield token
+
+
+def end_ids(model: PreTrainedModel) -> list[int]:
+    """Tokens that end a text, by the model's generation configuration; empty if it has none."""
+    end = None if model.generation_config is None else model.generation_config.eos_token_id
+    return [] if end is None else end if isinstance(end, list) else [end]
 
 
 def keep_last_logits(model: PreTrainedModel) -> dict[str, int]:

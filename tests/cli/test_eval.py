@@ -120,7 +120,7 @@ def test_accuracies_are_those_of_each_method_and_distance(tmp_path, model, token
 def test_accuracies_of_questions_are_those_of_each_method(tmp_path, model, tokenizer):
     assert evaluate("stream-qa", "--count", "40", "--json", "out.json") == 0
     figures = json.loads((tmp_path / "out.json").read_text())
-    predictors = [OneShot(model, tokenizer.bos_token_id)]
+    predictors = [OneShot(model, [tokenizer.bos_token_id])]
     predictors += [Streamed(model, CacheSize.parse(cache)) for cache in ("0+64", "4+60")]
     items = code_items(StandardLibrary().pieces())
     tallies, _ = exact_match.run(predictors, items, tokenizer, 40, lambda *progress: None)

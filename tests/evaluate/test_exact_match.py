@@ -68,10 +68,10 @@ def test_lines_are_known_inside_the_window_and_beyond_it_not(model, tokenizer):
 
 
 def test_one_shot_knows_nothing_of_the_questions_before(model, tokenizer):
-    [tally], _ = exact_match.run([OneShot(model, 0)], line_items(1, 2), tokenizer, 20, lambda *progress: None)
+    [tally], _ = exact_match.run([OneShot(model, [0])], line_items(1, 2), tokenizer, 20, lambda *progress: None)
     assert tally.accuracy > 0.7
     # The line asked for stands in the item before.
-    [tally], _ = exact_match.run([OneShot(model, 0)], line_items(3, 2), tokenizer, 20, lambda *progress: None)
+    [tally], _ = exact_match.run([OneShot(model, [0])], line_items(3, 2), tokenizer, 20, lambda *progress: None)
     assert tally.accuracy < 0.2
 
 
@@ -100,11 +100,11 @@ def test_a_stream_without_start_token_begins_with_a_line_break(tokenizer):
 
     assert exact_match.first_token(Bare()) == tokenizer("\n", add_special_tokens=False).input_ids[-1]
     assert exact_match.first_token(tokenizer) == tokenizer.bos_token_id
-    assert encode(Item("a ", "b", "\n"), tokenizer)[1].any()
+    assert encode(Item("a ", "b", "\n", "a", "b"), tokenizer)[1].any()
 
 
 def test_what_looks_like_a_special_token_is_text(tokenizer):
-    ids, _ = encode(Item("<s> a ", "b", "\n"), tokenizer)
+    ids, _ = encode(Item("<s> a ", "b", "\n", "a", "b"), tokenizer)
     assert tokenizer.bos_token_id not in ids
 
 
@@ -114,6 +114,6 @@ def test_answers_that_a_tokenizer_cannot_spell_are_refused():
     words = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
     for answer in ("b", " "):
         with pytest.raises(ValueError, match="questions: this tokenizer cannot spell the answer"):
-            encode(Item("a ", answer, "\n"), words)
+            encode(Item("a ", answer, "\n", "a", "b"), words)
     with pytest.raises(ValueError, match="tokenizer: has neither a start token nor a line break"):
         exact_match.first_token(words)

@@ -63,7 +63,7 @@ def test_dense_losses_are_those_of_one_forward(model, ids):
 
 
 def test_one_shot_begins_anew_with_every_piece(model, ids):
-    scores = OneShot(model, 0).feed(ids[50:90], ids[51:91], torch.ones(40, dtype=torch.bool))
+    scores = OneShot(model, [0]).feed(ids[50:90], ids[51:91], torch.ones(40, dtype=torch.bool))
     with torch.no_grad():
         logits = model(input_ids=torch.cat((ids[:1], ids[51:90]))[None]).logits[0]
     assert torch.equal(scores.hits, logits.argmax(-1) == ids[51:91])
@@ -174,7 +174,7 @@ def test_losses_that_are_no_numbers_are_refused(model, ids):
 def test_questions_longer_than_a_model_has_positions_are_refused(model):
     one = torch.zeros(20, dtype=torch.int64)
     with pytest.raises(ValueError, match="questions: expected at most 19 tokens, the positions of this model, got 20"):
-        OneShot(model, 0, 19).feed(one, one, one > 0)
+        OneShot(model, [0], 19).feed(one, one, one > 0)
 
 
 def test_bytes_are_those_of_keys_and_values(model, ids):

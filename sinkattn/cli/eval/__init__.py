@@ -1,11 +1,11 @@
-"""``sinkattn eval ppl | streameval | stream-qa | latency | sinks``: a module each, with its arguments and output."""
+"""``sinkattn eval``: a module for each evaluation, with its arguments and output."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from sinkattn.cli.arguments import sentence
-from sinkattn.cli.eval import latency, ppl, sinks, stream_qa, streameval
+from sinkattn.cli.eval import chat, latency, ppl, sinks, stream_qa, streameval
 
 if TYPE_CHECKING:
     from sinkattn.cli.arguments import Commands
@@ -16,5 +16,5 @@ def add_parser(commands: Commands) -> None:
     text = "measure a model on long streams: the claims of StreamingLLM"
     parser = commands.add_parser("eval", help=text, description=sentence(text))
     evaluations = parser.add_subparsers(dest="evaluation", required=True, metavar="evaluation")
-    for command in (ppl, streameval, stream_qa, latency, sinks):
+    for command in (ppl, streameval, stream_qa, chat, latency, sinks):
         command.add_parser(evaluations)

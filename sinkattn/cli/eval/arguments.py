@@ -21,13 +21,21 @@ def add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-start-token", action="store_true", help="begin the stream without a start token")
 
 
-def add_caches(parser: argparse.ArgumentParser) -> None:
-    """Add the cache sizes to compare."""
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    """Add whether questions are asked in a chat."""
+    help_text = "ask as the user and answer as the assistant of one chat, in the model's chat template"
+    parser.add_argument("--chat", action="store_true", help=help_text)
+
+
+def add_caches(parser: argparse.ArgumentParser, default: list[str] | None = None) -> None:
+    """Add the cache sizes to compare; ``default`` None for sizes that depend on the model."""
+    text = "depends on the model" if default is None else " ".join(default)
     parser.add_argument(
         "--cache",
         nargs="+",
+        default=default,
         metavar="S+W",
-        help="sinks + window; 0 sinks for window attention (default: depends on the model)",
+        help=f"sinks + window; 0 sinks for window attention (default: {text})",
     )
 
 

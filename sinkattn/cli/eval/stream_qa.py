@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinkattn.cli.arguments import add_command, add_model
 from sinkattn.cli.budget import choose
-from sinkattn.cli.eval.arguments import add_caches, add_count, add_outputs, counts
+from sinkattn.cli.eval.arguments import add_caches, add_chat, add_count, add_outputs, counts
 from sinkattn.cli.eval.session import open_session
 from sinkattn.cli.formatting import captioned_table, percent_text
 from sinkattn.cli.pictures import error_bars, finish, styles
@@ -37,6 +37,7 @@ def add_parser(commands: Commands) -> None:
         metavar="FILE",
         help='JSONL with {"question": "...", "answer": "..."} in each line (default: code to complete)',
     )
+    add_chat(parser)
     add_caches(parser)
     add_count(parser, COUNT)
     add_outputs(parser)
@@ -49,31 +50,38 @@ def run(args: argparse.Namespace) -> int:
         from sinkattn.evaluate.items import code_items, read_items
         from sinkattn.evaluate.methods import OneShot, Streamed, dense_limit
         from sinkattn.evaluate.text import StandardLibrary
+        from sinkattn.evaluate.turns import Turns
 
         if args.questions is None:
             items = list(islice(code_items(StandardLibrary().pieces()), args.count or COUNT))
         else:
             items = read_items(args.questions)[: args.count or COUNT]
-        first = exact_match.first_token(session.tokenizer)
+        turns = Turns.of(session.tokenizer) if args.chat else None
+        start = exact_match.start_ids(session.tokenizer, turns)
         streamed = [Streamed(session.model, cache) for cache in session.caches((0, 4))]
-        predictors: list[Predictor] = [OneShot(session.model, first, dense_limit(streamed[0])), *streamed]
-        lengths = [len(exact_match.encode(item, session.tokenizer)[0]) for item in items[:SAMPLE]]
-        forwards = len(predictors) * session.speed.forward(sum(lengths) // len(lengths))
+        predictors: list[Predictor] = [OneShot(session.model, start, dense_limit(streamed[0])), *streamed]
+        lengths = [len(exact_match.encode(item, session.tokenizer, turns)[0]) for item in items[:SAMPLE]]
+        length = sum(lengths) // len(lengths)
+        one_shot = session.speed.forward(len(start) - 1 + length)
+        forwards = one_shot + len(streamed) * session.speed.forward(length)
         number = choose(counts(args.count and len(items), len(items)), lambda number: number * forwards, args.minutes)
         with session.progress as progress:
             on_progress = session.show_accuracies(predictors, progress.add("questions", number))
-            tallies, tokens = exact_match.run(predictors, items, session.tokenizer, number, on_progress)
-        report = as_dict(args.questions, predictors, tallies, tokens)
+            tallies, tokens = exact_match.run(predictors, items, session.tokenizer, number, on_progress, turns)
+        report = as_dict(args.questions, args.chat, predictors, tallies, tokens)
         session.finish(report, table(report), draw)
     return 0
 
 
-def as_dict(questions: Path | None, predictors: list[Predictor], tallies: list[Tally], tokens: int) -> dict[str, Any]:
+def as_dict(
+    questions: Path | None, chat: bool, predictors: list[Predictor], tallies: list[Tally], tokens: int
+) -> dict[str, Any]:
     """The report: accuracy by method. ``questions`` is the file that they are from, ``tokens`` those of the stream."""
     from sinkattn.cli.eval.labels import label
 
     return {
         "questions": None if questions is None else questions.name,
+        "chat": chat,
         "stream_tokens": tokens,
         "methods": {
             predictor.name: {"label": label(predictor), **tally.as_dict()}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinkattn.cli.arguments import add_command, add_model, positive
 from sinkattn.cli.budget import choose
-from sinkattn.cli.eval.arguments import add_caches, add_count, add_outputs, counts
+from sinkattn.cli.eval.arguments import add_caches, add_chat, add_count, add_outputs, counts
 from sinkattn.cli.eval.session import open_session
 from sinkattn.cli.formatting import captioned_table, percent_text, range_text
 from sinkattn.cli.pictures import error_bars, finish, styles
@@ -32,6 +32,7 @@ def add_parser(commands: Commands) -> None:
     """Add the command to those of a parser."""
     parser = add_command(commands, "streameval", run, "recall a line from a fixed number of lines back, repeatedly")
     add_model(parser)
+    add_chat(parser)
     add_caches(parser)
     parser.add_argument(
         "--distances",
@@ -59,13 +60,15 @@ def run(args: argparse.Namespace) -> int:
         from sinkattn.evaluate.interruption import Interrupted
         from sinkattn.evaluate.items import line_items
         from sinkattn.evaluate.methods import Recomputed, Streamed
+        from sinkattn.evaluate.turns import Turns
 
+        turns = Turns.of(session.tokenizer) if args.chat else None
         streams = {distance: line_items(distance, args.every, args.seed) for distance in sorted({*args.distances})}
         caches = session.caches((0, 4))
         totals = sorted({cache.total for cache in caches})
         # The first items are longer: they reach back to the line that is asked for.
         sample = next(islice(line_items(1, args.every, args.seed), 1, None))
-        ids, is_answer = exact_match.encode(sample, session.tokenizer)
+        ids, is_answer = exact_match.encode(sample, session.tokenizer, turns)
         asked = len(caches) * session.speed.forward(len(ids))
         recomputed = int(is_answer.sum()) * sum(map(session.speed.forward, totals))
 
@@ -85,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
                 for distance, items in streams.items():
                     bar = progress.add(f"{distance} lines back", number)
                     tallies[distance] = exact_match.run(
-                        predictors, items, session.tokenizer, number, session.show_accuracies(predictors, bar)
+                        predictors, items, session.tokenizer, number, session.show_accuracies(predictors, bar), turns
                     )
             except Interrupted:
                 if not tallies:
@@ -96,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
             "count": number,
             "recompute": recompute,
             "seed": args.seed,
+            "chat": args.chat,
         }
         report = as_dict(settings, predictors, tallies)
         session.finish(report, table(report), draw)
