@@ -1,5 +1,6 @@
 """Fixtures of all tests: a fixed seed, uninitialised memory filled with NaN, and the demo model."""
 
+import copy
 import functools
 import os
 import sys
@@ -56,6 +57,21 @@ def model(shipped):
 @pytest.fixture(scope="session")
 def tokenizer(shipped):
     return shipped[1]
+
+
+@pytest.fixture(scope="session")
+def chat_model(shipped, tmp_path_factory):
+    """A folder with the shipped model, a chat template, and the line break as its end of a reply."""
+    model, tokenizer = (copy.deepcopy(each) for each in shipped)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.role == 'user' %}<s>{{ message.content }}\n"
+        "{% else %}{{ message.content }}\n{% endif %}{% endfor %}"
+    )
+    [model.generation_config.eos_token_id] = tokenizer("\n", add_special_tokens=False).input_ids
+    folder = tmp_path_factory.mktemp("chat_model")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

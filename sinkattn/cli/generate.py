@@ -36,9 +36,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="default: read from stdin")
     parser.add_argument("--max-new-tokens", type=positive, help="default: no limit")
     add_sampling(parser, seed=None)
-    parser.add_argument(
-        "--stop-at-eos", action="store_true", help="stop at the model's end token (default: it is never sampled)"
-    )
+    parser.add_argument("--stop-at-eos", action="store_true", help="stop at the model's end token")
     parser.add_argument(
         "--chat",
         action="store_true",
@@ -58,13 +56,12 @@ def run(args: argparse.Namespace) -> int:
     from sinkattn.hf import SinkCache
     from sinkattn.hf.stream import end_ids, stream_text, stream_tokens
 
-    ends = end_ids(model)
-    stops = args.stop_at_eos or args.chat
-    if stops and not ends:
+    if args.chat and not tokenizer.chat_template:
+        raise UserError("chat: this model's tokenizer has no chat template")
+    stop_ids = end_ids(model) if args.stop_at_eos or args.chat else []
+    if (args.stop_at_eos or args.chat) and not stop_ids:
         raise UserError(f"{'chat' if args.chat else 'stop-at-eos'}: this model has no end token")
     if args.chat:
-        if not tokenizer.chat_template:
-            raise UserError("chat: this model's tokenizer has no chat template")
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     prompt_ids = tokenizer(prompt, add_special_tokens=not args.chat, verbose=False).input_ids
@@ -78,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
             prompt_ids,
             cache,
             max_new_tokens=args.max_new_tokens,
-            stop_ids=ends if stops else (),
-            suppress_tokens=() if stops else ends,
+            stop_ids=stop_ids,
             **sampling(args),
         )
         counter = _Counter(tokens)

@@ -43,9 +43,10 @@ class Turns:
             asked = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
         except jinja2.TemplateError as error:
             raise ValueError(f"chat: this model's chat template takes no plain chat: {error}") from error
-        end, (between, before_reply) = replied.partition(REPLY)[2], asked.partition(REPLY)[2].split(SECOND)
-        opening, before_question = asked.partition(FIRST)[0], between.removeprefix(end)
-        if not (between.startswith(end) and opening.endswith(before_question) and before_question + before_reply):
+        opening, end = asked.partition(FIRST)[0], replied.partition(REPLY)[2]
+        between, second, before_reply = asked.partition(REPLY)[2].partition(SECOND)
+        before_question = between.removeprefix(end)
+        if not (second and between.startswith(end) and opening.endswith(before_question)):
             raise ValueError("chat: this model's chat template does not write every turn in the same way")
         return cls(opening.removesuffix(before_question), before_question, before_reply, end)
 

@@ -10,7 +10,6 @@ from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -29,7 +28,6 @@ class Sampler:
         top_p: sample only from the most likely tokens that together reach this probability.
         min_p: sample only from tokens with at least this fraction of the probability of the most likely one; 0 for all.
         repetition_penalty: the logits of tokens in sight are divided by it if positive, else multiplied; 1 for none.
-        suppress_tokens: tokens that are never chosen.
         exempt_ids: tokens that `repetition_penalty` leaves as they are.
         seed: for sampling; None uses torch's global generator.
         device: of the logits.
@@ -46,7 +44,6 @@ class Sampler:
         top_p: float,
         min_p: float,
         repetition_penalty: float,
-        suppress_tokens: Collection[int],
         exempt_ids: Collection[int],
         seed: int | None,
         device: torch.device,
@@ -63,7 +60,6 @@ class Sampler:
             raise ValueError(f"repetition_penalty: expected more than 0, got {repetition_penalty}")
         self._is_greedy = temperature == 0
         self._penalty = None if repetition_penalty == 1 else RepetitionPenaltyLogitsProcessor(float(repetition_penalty))
-        self._suppress = SuppressTokensLogitsProcessor(list(suppress_tokens), device) if suppress_tokens else None
         self._exempt = torch.tensor(sorted(exempt_ids), dtype=torch.int64, device=device)
         self._warpers = LogitsProcessorList()
         if temperature not in (0, 1):
@@ -88,8 +84,6 @@ class Sampler:
             penalized = self._penalty(known_ids, logits.float())  # type: ignore[arg-type]  # LongTensor, a legacy type
             penalized[:, self._exempt] = logits[:, self._exempt].float()
             logits = penalized
-        if self._suppress is not None:
-            logits = self._suppress(ids, logits)  # type: ignore[arg-type]  # LongTensor, a legacy type
         if self._is_greedy:
             return logits.argmax(dim=-1, keepdim=True)
         scores = self._warpers(ids, logits.float())  # type: ignore[arg-type]  # LongTensor, a legacy type

@@ -33,7 +33,6 @@ def stream_tokens(
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
-    suppress_tokens: Collection[int] = (),
     seed: int | None = None,
     stop_ids: Collection[int] = (),
     prefill_chunk: int = 512,
@@ -55,7 +54,6 @@ def stream_tokens(
         repetition_penalty: of tokens in sight (sinks and window, the prompt among them, and what ``cache`` has seen)
             the logits are divided by this if positive, else multiplied; 1 for none. ``stop_ids`` are exempt, so that a
             long chat does not lose its ends of turns.
-        suppress_tokens: tokens that are never generated.
         seed: for sampling; None uses torch's global generator.
         stop_ids: tokens that end the stream; they are not yielded.
         prefill_chunk: prompt tokens per forward.
@@ -79,7 +77,6 @@ def stream_tokens(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
-        suppress_tokens=suppress_tokens,
         exempt_ids=stop_ids,
         seed=seed,
         device=model.device,

@@ -11,6 +11,7 @@ from sinkattn.cli import budget
 from sinkattn.cli.progress import StreamProgress
 from sinkattn.evaluate import demo, latency, perplexity, speed
 from sinkattn.evaluate.methods import CacheSize
+from sinkattn.hf.load import load
 
 # Seconds of a forward, and of each of its tokens: a model far larger than the one that really runs.
 STEP, TOKEN = 0.2, 0.01
@@ -21,6 +22,7 @@ COMMANDS = {
     "stream-qa": ["eval", "stream-qa"],
     "latency": ["eval", "latency"],
     "sinks": ["eval", "sinks"],
+    "chat": ["eval", "chat", "--cache", "0+128", "4+124"],
 }
 # The work that fewer minutes shorten.
 WORK = {
@@ -30,11 +32,14 @@ WORK = {
     "stream-qa": lambda figures: figures["methods"]["4+124"]["questions"],
     "latency": lambda figures: figures["by_length"][-1]["seen"],
     "sinks": lambda figures: figures["tokens"],
+    "chat": lambda figures: figures["settings"]["rounds"],
 }
 
 
 @pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path, monkeypatch):
+def in_empty_folder(tmp_path, monkeypatch, chat_model):
+    """There, the model that ships is one that chats."""
+    monkeypatch.setattr("sinkattn.hf.load.DEMO_MODEL", chat_model)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
@@ -51,19 +56,22 @@ class Clock:
 
 
 @pytest.fixture
-def clock(model, tokenizer, monkeypatch):
+def clock(monkeypatch):
     """Every command gets a model whose forwards move this clock."""
     now = Clock()
+    model, tokenizer = load(device="cpu")
+    del model.model.layers[1:]  # so that it really takes less time
+    model.config.num_hidden_layers = 1
+    model.generation_config.eos_token_id = tokenizer.bos_token_id  # unlikely: replies are as long as they may be
 
     def forward(module, args, kwargs):
         now.add(kwargs["input_ids"].numel())
 
-    hook = model.register_forward_pre_hook(forward, with_kwargs=True)
+    model.register_forward_pre_hook(forward, with_kwargs=True)
     monkeypatch.setattr("time.perf_counter", lambda: now.now)
     for module in ("sinkattn.cli.demo", "sinkattn.cli.eval.session"):
         monkeypatch.setattr(f"{module}.load_model", lambda args: (model, tokenizer))
-    yield now
-    hook.remove()
+    return now
 
 
 def figures_of(name, *arguments, code=0):
@@ -122,6 +130,7 @@ USUAL = {
     "stream-qa": 1_000,
     "latency": latency.Settings((16, 32, 64, 128, 256), (500, 1_000, 2_000, 4_000, 8_000), 50, 5.0),
     "sinks": 10_000,
+    "chat": 20,
 }
 
 
@@ -214,6 +223,12 @@ INTERRUPTED = {
         lambda figures: [each["losses"]["0"]["tokens"] for each in figures["beginnings"].values()],
         [600 - 32, 512 - 32],
     ),
+    "chat": (
+        ["--rounds", "4", "--max-reply", "5"],
+        7,
+        lambda figures: [(method["rounds"], len(method["chat"])) for method in figures["methods"].values()],
+        [(4, 4), (3, 3)],
+    ),
 }
 
 
@@ -248,7 +263,7 @@ def test_ctrl_c_keeps_what_was_measured(name, ctrl_c_after, capsys, tmp_path):
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
     printed = capsys.readouterr()
     assert "Interrupted: these are the figures until then." in printed.out
-    assert printed.err.endswith(f"sinkattn {' '.join(COMMANDS[name])}: interrupted\n")
+    assert printed.err.endswith(f"sinkattn {name if name == 'demo' else f'eval {name}'}: interrupted\n")
     # Without Ctrl-C there is more.
     ctrl_c_after(None)
     figures = figures_of(name, "--device", "cpu", "--plot", "out.png", *arguments)

@@ -70,6 +70,12 @@ def test_help_says_what_a_command_does(command, capsys):
         (["generate", "--prompt", "a", "--window", "253"], "must not exceed the 256 positions it was trained for"),
         (["generate", "--prompt", "a", "--top-p", "2"], "generate: top_p: expected more than 0 and at most 1, got 2.0"),
         (["generate", "--prompt", "a", "--stop-at-eos"], "generate: stop-at-eos: this model has no end token"),
+        (["generate", "--prompt", "a", "--chat"], "generate: chat: this model's tokenizer has no chat template"),
+        (["generate", "--prompt", "a", "--min-p", "2"], "generate: min_p: expected 0 to 1, got 2.0"),
+        (
+            ["generate", "--prompt", "a", "--repetition-penalty", "0"],
+            "generate: repetition_penalty: expected more than 0, got 0.0",
+        ),
         (["generate", "--prompt", "a", "--device", "cuda:99"], "generate: device: no such device here: cuda:99"),
         (
             ["info", "--model", "empty.txt"],
@@ -172,7 +178,7 @@ def expected_text(prompt, count, **options):
 
 def test_generate_prints_the_text(capsys):
     common = ["generate", "--device", "cpu", "--prompt", "import ", "--max-new-tokens", "20"]
-    assert cli.main([*common, "--temperature", "0"]) == 0
+    assert cli.main([*common, "--temperature", "0", "--repetition-penalty", "1"]) == 0
     captured = capsys.readouterr()
     assert captured.out == expected_text("import ", 20)
     about, suits, _, summary = captured.err.splitlines()
@@ -184,9 +190,23 @@ def test_generate_prints_the_text(capsys):
     )
     assert summary.startswith("20 tokens, ")
     assert summary.endswith("KV cache 512.0 KiB (4 sinks + window of 252)")
-    sampling = ["--temperature", "0.9", "--top-k", "50", "--top-p", "0.9", "--seed", "3"]
-    assert cli.main([*common, *sampling]) == 0
-    assert capsys.readouterr().out == expected_text("import ", 20, temperature=0.9, top_k=50, top_p=0.9, seed=3)
+    sampling = ["--temperature", "0.9", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.02", "--seed", "3"]
+    assert cli.main([*common, *sampling, "--repetition-penalty", "1.3"]) == 0
+    options = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3, "seed": 3}
+    assert capsys.readouterr().out == expected_text("import ", 20, **options)
+
+
+def test_generate_replies_in_a_chat(capsys, chat_model):
+    arguments = ["generate", "--device", "cpu", "--model", str(chat_model), "--prompt", "import os", "--seed", "0"]
+    assert cli.main([*arguments, "--chat"]) == 0
+    model, tokenizer = load(chat_model, device="cpu")
+    sinkattn.enable(model, 4, 252)
+    ids = tokenizer("<s>import os\n", add_special_tokens=False).input_ids
+    stop_ids = [model.generation_config.eos_token_id]
+    sampling = {"temperature": 0.8, "min_p": 0.05, "repetition_penalty": 1.1, "seed": 0}
+    reply = list(stream_tokens(model, ids, stop_ids=stop_ids, **sampling))
+    assert reply
+    assert capsys.readouterr().out == "".join(stream_text(tokenizer, reply, ids))
 
 
 def test_a_gguf_file_with_quantized_weights(capsys):

@@ -130,6 +130,31 @@ def test_accuracies_of_questions_are_those_of_each_method(tmp_path, model, token
     assert len({tally.accuracy for tally in tallies}) > 1
 
 
+@pytest.mark.parametrize("name", ["streameval", "stream-qa"])
+def test_questions_are_asked_in_a_chat(name, tmp_path, chat_model):
+    assert evaluate(name, "--json", "raw.json") == 0
+    assert evaluate(name, "--chat", "--model", str(chat_model), "--json", "chat.json") == 0
+    raw, chat = (json.loads((tmp_path / file).read_text()) for file in ("raw.json", "chat.json"))
+    assert chat["methods"].keys() == raw["methods"].keys()
+    assert chat["stream_tokens"] != raw["stream_tokens"]
+
+
+def test_a_chat_of_many_rounds(tmp_path, capsys, chat_model):
+    (tmp_path / "questions.jsonl").write_text('{"question": "import os"}\n{"question": "def f(x):"}\n')
+    arguments = ["--questions", "questions.jsonl", "--rounds", "5", "--max-reply", "7", "--cache", "0+16", "4+12"]
+    arguments += ["--model", str(chat_model), "--device", "cpu", "--json", "out.json", "--plot", "out.png"]
+    assert cli.main(["eval", "chat", *arguments]) == 0
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert list(figures["methods"]) == ["0+16", "4+12"]
+    for method in figures["methods"].values():
+        assert [each["question"] for each in method["chat"]] == ["import os", "def f(x):"] * 2 + ["import os"]
+        assert method["ended"] == sum(each["ended"] for each in method["chat"])
+        assert all(each["tokens"] <= 7 for each in method["chat"])
+    text = capsys.readouterr().out
+    assert f"{figures['methods']['4+12']['ended']} of 5" in text
+    assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_a_table_says_that_a_text_was_started_over(tmp_path, capsys):
     (tmp_path / "short.txt").write_text("for name in names:\n    print(name)\n" * 5)
     for name in ("ppl", "sinks"):
@@ -186,6 +211,8 @@ def test_a_folder_serves_as_a_data_set(tmp_path):
         ("stream-qa", ["--cache", "4+300"], "must not exceed the 256 positions"),
         ("stream-qa", ["--questions", "none.jsonl"], "questions: cannot read none.jsonl: No such file or directory"),
         ("stream-qa", ["--questions", "empty.txt"], "questions: empty.txt is empty"),
+        ("streameval", ["--chat"], "chat: this model's tokenizer has no chat template"),
+        ("stream-qa", ["--chat"], "chat: this model's tokenizer has no chat template"),
         ("ppl", ["--tokens", "20"], "tokens: expected more than sinks + window (32), got 20"),
         ("ppl", ["--json", "no/where.json"], "cannot write no/where.json"),
         ("ppl", ["--json", "."], "cannot write .: it is a folder"),

@@ -1,55 +1,47 @@
 """A chat in one stream: the rounds that `generate` gives, and counts that notice what is wrong."""
 
-import copy
-
 import pytest
 import torch
 
 import sinkattn
 from sinkattn.evaluate.chat import converse, everyday_questions, repeated_share, summary
 from sinkattn.evaluate.methods import CacheSize, Streamed
+from sinkattn.hf.load import load
 
-TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'user' %}<s>{{ message.content }}\n"
-    "{% else %}{{ message.content }}\n{% endif %}{% endfor %}"
-)
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0}
-SIZE = CacheSize(4, 60)
+SIZE = CacheSize(4, 28)
 
 
 @pytest.fixture
-def chatty(model, tokenizer):
-    """The shipped model with a chat template, and the line break as the end of a reply."""
-    model, tokenizer = copy.deepcopy(model), copy.deepcopy(tokenizer)
-    tokenizer.chat_template = TEMPLATE
-    [line_break] = tokenizer("\n", add_special_tokens=False).input_ids
-    model.generation_config.eos_token_id = line_break
-    return model, tokenizer
+def chatty(chat_model):
+    return load(chat_model, device="cpu")
 
 
 def test_a_chat_is_that_of_generate_on_all_ids(chatty):
     model, tokenizer = chatty
     questions = ["import os", "def f(x):", "x = [1, 2, 3]", "for name in names:", "class A:", "return self"]
-    rounds = list(converse(Streamed(model, SIZE), tokenizer, questions, 12, GREEDY))
+    rounds = list(converse(Streamed(model, SIZE), tokenizer, questions, 3, GREEDY))
     [end] = tokenizer("\n", add_special_tokens=False).input_ids
     sinkattn.enable(model, SIZE.num_sinks, SIZE.window)
     ids = []
     for question, each in zip(questions, rounds, strict=True):
         ids += tokenizer(f"<s>{question}\n", add_special_tokens=False).input_ids
-        made = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+        made = model.generate(torch.tensor([ids]), max_new_tokens=3, do_sample=False)[0, len(ids) :].tolist()
         reply = [token for token in made if token != end]
         assert each.ended == (end in made)
         assert (each.reply, each.tokens) == (tokenizer.decode(reply), len(reply))
         assert each.well_formed
         assert len(each.seconds) == max(0, len(reply) - 1)
         ids += [*reply, end]
-    assert len(ids) > 64, "the ring has wrapped"
+    assert len(ids) > SIZE.total + 8, "the ring has wrapped"
     assert {each.ended for each in rounds} == {True, False}
-    counts = summary(rounds)
+    counts = summary(rounds, 6)
     assert (counts["rounds"], counts["well_formed"]) == (6, 6)
     assert counts["ended"] == sum(each.ended for each in rounds)
     assert counts["reply_tokens_by_quarter"][0] == sum(each.tokens for each in rounds[:2]) / 2
     assert counts["kv_bytes"][0] == counts["kv_bytes"][1] > 0
+    # Of a chat that was ended early the later quarters are empty.
+    assert summary(rounds, 24)["reply_tokens_by_quarter"] == [sum(each.tokens for each in rounds) / 6, None, None, None]
 
 
 def test_a_special_token_within_a_reply_is_noticed(chatty):
@@ -58,7 +50,7 @@ def test_a_special_token_within_a_reply_is_noticed(chatty):
         model.lm_head.weight[tokenizer.bos_token_id] = model.lm_head.weight[model.generation_config.eos_token_id]
     sampling = {**GREEDY, "temperature": 1.0}
     rounds = list(converse(Streamed(model, SIZE), tokenizer, ["import os"] * 12, 12, sampling))
-    assert 0 < summary(rounds)["well_formed"] < 12
+    assert 0 < summary(rounds, 12)["well_formed"] < 12
     for each in rounds:
         assert each.well_formed == ("<s>" not in each.reply)
 

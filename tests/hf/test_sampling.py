@@ -105,23 +105,21 @@ def test_tokens_that_came_as_embeddings_are_not_penalized():
     assert token == int(logits.argmax())
 
 
-def test_tokens_may_be_exempt_or_suppressed():
+def test_ends_of_a_text_are_exempt():
     sampler_of = {
-        (exempt, suppressed): Sampler(
+        exempt: Sampler(
             temperature=0,
             top_k=0,
             top_p=1,
             min_p=0,
             repetition_penalty=2,
-            suppress_tokens=suppressed,
             exempt_ids=exempt,
             seed=None,
             device=CPU,
         )
-        for exempt, suppressed in (((), ()), ((1,), ()), ((1,), (1,)))
+        for exempt in ((), (1,))
     }
     logits, ids = torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([[0, 1]])
-    assert sampler_of[(), ()].choose(logits, ids).tolist() == [[2]]
-    assert sampler_of[(1,), ()].choose(logits, ids).tolist() == [[1]]
-    assert sampler_of[(1,), (1,)].choose(logits, ids).tolist() == [[2]]
+    assert sampler_of[()].choose(logits, ids).tolist() == [[2]]
+    assert sampler_of[(1,)].choose(logits, ids).tolist() == [[1]]
     assert logits.tolist() == [[1.0, 3.0, 2.0]]

@@ -91,7 +91,7 @@ def test_memory_stays_the_same():
     try:
         model = sinkattn.enable(build("llama"), **LAYOUT)
         cache = sinkattn.SinkCache(model)
-        tokens = stream_tokens(model, random_ids(1, 300), cache, temperature=1.0, seed=0)
+        tokens = stream_tokens(model, random_ids(1, 300), cache, temperature=1.0, repetition_penalty=1.2, seed=0)
         for _ in islice(tokens, 200):
             pass
         pointers = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
@@ -119,6 +119,8 @@ def test_memory_stays_the_same():
         ([1], {"temperature": -1}, "temperature: expected 0 or more, got -1"),
         ([1], {"top_k": -1}, "top_k: expected 0 or more, got -1"),
         ([1], {"top_p": 0}, "top_p: expected more than 0 and at most 1, got 0"),
+        ([1], {"min_p": 1.5}, "min_p: expected 0 to 1, got 1.5"),
+        ([1], {"repetition_penalty": 0}, "repetition_penalty: expected more than 0, got 0"),
         ([1], {"prefill_chunk": 0}, "prefill_chunk: expected 1 or more, got 0"),
         ([1], {"max_new_tokens": -1}, "max_new_tokens: expected 0 or more, got -1"),
     ],
