@@ -132,7 +132,7 @@ def converse(
         ended = len(reply) < max_reply
         yield Round(
             question,
-            tokenizer.decode(reply),
+            str(tokenizer.decode(reply)),
             len(reply),
             ended,
             special_ids(asked + reply + end) == template_ids,

@@ -1,5 +1,7 @@
 """Right answers: those that greedy generation gives, for any tokenizer."""
 
+import copy
+import re
 from itertools import islice
 
 import pytest
@@ -11,8 +13,9 @@ import sinkattn
 from sinkattn.evaluate import exact_match
 from sinkattn.evaluate.exact_match import Tally, encode
 from sinkattn.evaluate.items import Item, code_items, line_items
-from sinkattn.evaluate.methods import CacheSize, Dense, OneShot, Recomputed, Streamed
+from sinkattn.evaluate.methods import CacheSize, Dense, OneShot, Recomputed, Scores, Streamed
 from sinkattn.evaluate.text import StandardLibrary
+from sinkattn.evaluate.turns import Turns
 
 
 def test_tokens_of_an_answer_are_those_that_spell_it(tokenizer):
@@ -73,6 +76,64 @@ def test_one_shot_knows_nothing_of_the_questions_before(model, tokenizer):
     # The line asked for stands in the item before.
     [tally], _ = exact_match.run([OneShot(model, [0])], line_items(3, 2), tokenizer, 20, lambda *progress: None)
     assert tally.accuracy < 0.2
+
+
+class Recording:
+    """A predictor that only keeps what it is fed, and what it is asked for."""
+
+    def reset(self):
+        self.ids, self.wanted = [], []
+
+    def feed(self, ids, targets, wanted):
+        assert ids[1:].equal(targets[:-1])
+        self.ids += ids.tolist()
+        self.wanted += targets[wanted].tolist()
+        return Scores(torch.zeros(len(ids)), torch.zeros(len(ids), dtype=torch.bool))
+
+
+TEMPLATE = (
+    "<s>Be brief.\n{% for message in messages %}<s>{{ message.role }}\n{{ message.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def test_items_of_a_chat_are_the_chat_that_the_template_writes(chat_tokenizer):
+    items = list(islice(line_items(2, 3), 5))
+    messages = []
+    for item in items:
+        messages += [{"role": "user", "content": item.question}, {"role": "assistant", "content": item.reply}]
+    text = chat_tokenizer.apply_chat_template(messages, tokenize=False)
+    recording = Recording()
+    _, tokens = exact_match.run([recording], items, chat_tokenizer, 5, lambda *progress: None, Turns.of(chat_tokenizer))
+    whole = chat_tokenizer(text, add_special_tokens=False).input_ids
+    assert recording.ids == whole[:-1]
+    assert tokens == len(whole)
+    assert chat_tokenizer.decode(recording.wanted) == "".join(item.reply for item in items)
+    for item in items:
+        name, value = re.fullmatch(r"line (\w+) (\d+)", item.reply).groups()
+        assert f"line {name} {value}\n" in "".join(each.question for each in items)
+        assert item.question.endswith(f'Please repeat the line that begins with "line {name}".')
+
+
+def test_one_question_at_a_time_begins_as_the_chat_does(model, chat_tokenizer):
+    turns = Turns.of(chat_tokenizer)
+    start = exact_match.start_ids(chat_tokenizer, turns)
+    assert chat_tokenizer.decode(start) == "<s>Be brief.\n"
+    item = next(line_items(1, 2))
+    ids, is_answer = encode(item, chat_tokenizer, turns)
+    scores = OneShot(model, start).feed(torch.tensor([7, *ids[:-1].tolist()]), ids, is_answer)
+    whole = torch.tensor([*start, *ids.tolist()])
+    with torch.no_grad():
+        logits = model(whole[None, :-1]).logits[0]
+    expected = (logits.argmax(dim=-1) == whole[1:])[len(start) - 1 :]
+    assert torch.equal(scores.hits, expected)
 
 
 def test_tally_by_quarters():

@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from sinkattn.evaluate.items import LineSource, code_items, line_items, read_items
+from sinkattn.evaluate.items import LineSource, code_items, line_items, read_items, read_questions
 
 
 def lines_of(item):
@@ -61,6 +61,7 @@ def test_code_is_asked_for_its_last_word():
     first, second = code_items(iter([text]))
     assert first.context == "import os\nx = 1\nif x:\n    print(x)\n    y = 2\n    return "
     assert (first.answer, first.closing) == ("value", "\n\n")
+    assert (first.question.partition("\n\n")[2], first.reply) == (first.context, first.answer)
     assert second.context.endswith("z = 1\ncall(")
     assert (second.answer, second.closing) == ("self", "):\n\n")
 
@@ -75,6 +76,16 @@ def test_pairs_are_read_from_a_file(tmp_path):
     assert [item.answer for item in read_items(file)] == ["c"]
     assert first.context + first.answer + first.closing == "Question: Two and two?\nAnswer: four\n\n"
     assert second.answer == "ü"
+    assert (first.question, first.reply) == ("Two and two?", "four")
+
+
+def test_questions_of_a_chat_need_no_answers(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"question": " How are you? "}\n{"question": "Why?", "answer": "So."}\n')
+    assert read_questions(file) == ["How are you?", "Why?"]
+    file.write_text('{"answer": "So."}\n')
+    with pytest.raises(ValueError, match=r'questions: expected \{"question": "..."\} in line 1'):
+        read_questions(file)
 
 
 @pytest.mark.parametrize(
