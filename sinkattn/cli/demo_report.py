@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import sinkattn
-from sinkattn.cli.formatting import console, restart_lines, size_text
+from sinkattn.cli.formatting import console, restart_lines, size_text, turns_line
 from sinkattn.evaluate.demo import Measured, Result
 from sinkattn.evaluate.environment import machine, versions
 from sinkattn.evaluate.methods import CHUNK_TOKENS
@@ -165,11 +165,7 @@ def remarks(result: Result, about: dict[str, Any]) -> list[str]:
         f"sinkattn, median time per token: {_span_text(first)}; {_span_text(last)}; {change:+.1%}.",
     ]
     if turns:
-        lines.append(
-            f"In turns with a new stream, so that other work on the machine slows both ({turns.rounds:,} tokens each): "
-            f"{turns.young * 1e3:.3f} ms from token {turns.young_seen:,} on, {turns.old * 1e3:.3f} ms from token "
-            f"{turns.old_seen:,} on; {turns.change:+.1%}."
-        )
+        lines.append(turns_line(asdict(turns)))
     if about["interrupted"]:
         lines.append("Interrupted: these are the figures until then.")
     return lines + restart_lines(about["text"])

@@ -52,6 +52,15 @@ def restart_lines(text: dict[str, Any]) -> list[str]:
     return [f"The text was shorter than the stream: it was started over {count_text(restarts, 'time')}."]
 
 
+def turns_line(turns: dict[str, Any]) -> str:
+    """The times of an old and a new stream; ``turns`` is that of a report."""
+    return (
+        f"In turns with a new stream, so that other work on the machine slows both ({turns['rounds']:,} tokens each): "
+        f"{turns['young'] * 1e3:.3f} ms from token {turns['young_seen']:,} on, {turns['old'] * 1e3:.3f} ms from token "
+        f"{turns['old_seen']:,} on; {turns['change']:+.1%}."
+    )
+
+
 def captioned_table() -> Table:
     """An empty rich table whose caption is plain and aligned left."""
     from rich.table import Table

@@ -60,7 +60,7 @@ class Settings:
         """About how long `run` takes."""
         size, end = self.cache_tokens, self.dense_end
         steps = self.tokens * speed.step + min(DENSE_SECONDS, end * speed.step)
-        turns = min(MAX_TURN_SECONDS, 2 * self.rounds * speed.step)
+        turns = turns_seconds(speed.step, self.rounds)
         samples = min(self.samples, end - size) + min(self.samples, self.tokens - end)
         return steps + turns + self.tokens * speed.token + samples * speed.forward(size)
 
@@ -178,7 +178,7 @@ def _measure(
     # sinkattn runs first, so that its memory is measured before the other methods allocate theirs.
     _feed_single_tokens(sinks, iter(stream), tokens, *begin("sinkattn", sinks, tokens), resident)
     ids = list(islice(stream, size + settings.rounds))
-    result.turns = _time_interleaved(sinks, Streamed(model, sinks.size), ids, settings.rounds)
+    result.turns = time_in_turns(sinks, Streamed(model, sinks.size), ids, settings.rounds)
 
     window = Streamed(model, CacheSize(0, size))
     _feed_chunks(window, iter(stream), tokens, *begin("window", window, tokens))
@@ -235,7 +235,7 @@ def _feed_single_tokens(
     on_progress()
 
 
-def _time_interleaved(old: Streamed, young: Streamed, ids: list[int], rounds: int) -> Turns:
+def time_in_turns(old: Streamed, young: Streamed, ids: list[int], rounds: int) -> Turns:
     """Time the next tokens of a long stream, interleaved with those of a new one whose window is just full."""
     size = len(ids) - rounds
     unwanted = torch.zeros(size, dtype=torch.bool)
@@ -256,6 +256,11 @@ def _time_interleaved(old: Streamed, young: Streamed, ids: list[int], rounds: in
     medians = np.median(times[:taken], axis=0)
     change = float(np.median(times[:taken, 1] / times[:taken, 0])) - 1
     return Turns(taken, size, old_seen, float(medians[0]), float(medians[1]), change)
+
+
+def turns_seconds(step: float, rounds: int) -> float:
+    """About how long `time_in_turns` takes, with ``step`` seconds for a token."""
+    return min(MAX_TURN_SECONDS, 2 * rounds * step)
 
 
 def _feed_chunks(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -189,11 +189,22 @@ def run(model: PreTrainedModel, stream: TokenStream, settings: Settings, on_prog
 
 def chunks(ids: Iterator[int], tokens: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Split the first ``tokens`` tokens: position of the chunk, its tokens, and the token after each of them."""
-    last = next(ids)
-    for first in range(0, tokens, CHUNK_TOKENS):
-        targets = torch.tensor(list(islice(ids, min(CHUNK_TOKENS, tokens - first))))
+    return split(next(ids), ids, 0, chunk_sizes(tokens))
+
+
+def chunk_sizes(tokens: int) -> Iterator[int]:
+    """Sizes of the chunks in which ``tokens`` tokens are fed."""
+    return (min(CHUNK_TOKENS, tokens - first) for first in range(0, tokens, CHUNK_TOKENS))
+
+
+def split(
+    last: int, ids: Iterator[int], first: int, sizes: Iterable[int]
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Split a stream from position ``first`` on, whose token is ``last``, into parts of these sizes, as `chunks`."""
+    for size in sizes:
+        targets = torch.tensor(list(islice(ids, size)))
         yield first, torch.cat((torch.tensor([last]), targets[:-1])), targets
-        last = int(targets[-1])
+        first, last = first + size, int(targets[-1])
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from sinkattn import cli
 from sinkattn.cli import budget
 from sinkattn.cli.progress import StreamProgress
-from sinkattn.evaluate import demo, latency, perplexity, speed
+from sinkattn.evaluate import demo, endless, latency, perplexity, speed
 from sinkattn.evaluate.methods import CacheSize
 from sinkattn.hf.load import load
 
@@ -18,6 +18,7 @@ STEP, TOKEN = 0.2, 0.01
 COMMANDS = {
     "demo": ["demo"],
     "ppl": ["eval", "ppl"],
+    "endless": ["eval", "endless"],
     "streameval": ["eval", "streameval"],
     "stream-qa": ["eval", "stream-qa"],
     "latency": ["eval", "latency"],
@@ -28,6 +29,7 @@ COMMANDS = {
 WORK = {
     "demo": lambda figures: figures["settings"]["tokens"],
     "ppl": lambda figures: figures["settings"]["tokens"] / figures["settings"]["recompute_every"],
+    "endless": lambda figures: figures["settings"]["tokens"],
     "streameval": lambda figures: figures["settings"]["count"],
     "stream-qa": lambda figures: figures["methods"]["4+124"]["questions"],
     "latency": lambda figures: figures["by_length"][-1]["seen"],
@@ -126,6 +128,7 @@ USUAL = {
     "ppl": perplexity.Settings(
         tuple(CacheSize(sinks, 128 - sinks) for sinks in (0, 1, 4)), 50_000, dense_tokens=5_000, recompute_every=16
     ),
+    "endless": endless.Settings(CacheSize(4, 124), 20_000, 2_000),
     "streameval": (150, True),
     "stream-qa": 1_000,
     "latency": latency.Settings((16, 32, 64, 128, 256), (500, 1_000, 2_000, 4_000, 8_000), 50, 5.0),
@@ -196,6 +199,12 @@ INTERRUPTED = {
             *(figures["methods"][name]["end"] for name in ("0+32", "4+28", "recomputed 32")),
         },
         {1024},
+    ),
+    "endless": (
+        ["--tokens", "700", "--stretch", "300", "--cache", "4+60"],
+        1 + 15 + 1 + 15 + 1,
+        lambda figures: ([each["end"] for each in figures["stretches"]], figures["all"]["tokens"], figures["in_turns"]),
+        ([300, 571], 571, None),
     ),
     "streameval": (
         ["--count", "8", "--distances", "1", "5", "--every", "2", "--cache", "4+60"],

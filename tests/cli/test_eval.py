@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 SMALL = {
     "ppl": ["--tokens", "400", "--dense-tokens", "300", "--cache", "0+32", "4+28"],
+    "endless": ["--tokens", "700", "--stretch", "300", "--cache", "4+60"],
     "streameval": ["--count", "8", "--distances", "1", "5", "--every", "2", "--cache", "4+60"],
     "stream-qa": ["--count", "12", "--cache", "0+64", "4+60"],
     "latency": ["--sizes", "16", "32", "--lengths", "40", "300", "--rounds", "2"],
@@ -72,6 +73,41 @@ def test_the_table_of_ppl_shows_the_figures(capsys, tmp_path):
     rows = list(csv.DictReader((tmp_path / "out.csv").open()))
     assert {row["method"] for row in rows} == {"0+32", "4+28", "recomputed 32", "dense"}
     assert sum(int(row["tokens"]) for row in rows if row["method"] == "4+28") == 400
+
+
+def test_the_table_of_endless_shows_every_stretch(capsys, tmp_path, monkeypatch):
+    """And the file is rewritten after each, as a whole."""
+    written = []
+    replace = Path.replace
+
+    def watched(self, target):
+        written.append(len(json.loads(self.read_text())["stretches"]))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    assert evaluate("endless", "--json", "out.json") == 0
+    assert written == [1, 2, 3, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    text = capsys.readouterr().out
+    figures = json.loads((tmp_path / "out.json").read_text())
+    for each, span in zip(figures["stretches"], ("0 to 299", "300 to 599", "600 to 699"), strict=True):
+        row = next(line for line in text.splitlines() if f" {span} " in line)
+        assert f"{each['loss']:.3f}" in row
+        assert f"{math.exp(each['loss']):.2f}" in row
+        if each["margin"] is not None:
+            assert f"{math.exp(each['loss'] - each['margin']):.2f} to " in row
+        assert f"{each['seconds_per_token'] * 1e3:.2f}" in row
+        assert "128.0 KiB" in row
+    assert f"from token 700 on; {figures['in_turns']['change']:+.1%}" in text
+
+
+def test_figures_go_to_pipes_and_through_links(tmp_path, capsys):
+    (tmp_path / "link.json").symlink_to(tmp_path / "out.json")
+    assert evaluate("sinks", "--json", "link.json") == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "out.json").read_text())["evaluation"] == "sinks"
+    assert evaluate("sinks", "--json", "/dev/null") == 0
+    assert not Path("/dev/null").is_file()
 
 
 def test_figures_tell_how_the_stream_was_made(tmp_path):
@@ -157,7 +193,7 @@ def test_a_chat_of_many_rounds(tmp_path, capsys, chat_model):
 
 def test_a_table_says_that_a_text_was_started_over(tmp_path, capsys):
     (tmp_path / "short.txt").write_text("for name in names:\n    print(name)\n" * 5)
-    for name in ("ppl", "sinks"):
+    for name in ("ppl", "endless", "sinks"):
         assert evaluate(name, "--text", "short.txt") == 0
         assert "The text was shorter than the stream: it was started over" in capsys.readouterr().out
 
@@ -208,6 +244,9 @@ def test_a_folder_serves_as_a_data_set(tmp_path):
         ("latency", ["--sizes", "3"], "sizes: expected more than the 4 sinks, got 3"),
         ("streameval", ["--cache", "300+4"], "must not exceed the 256 positions"),
         ("streameval", ["--distances", "5000"], "distance: expected at most 1225 lines, got 5000"),
+        ("endless", ["--cache", "4+300"], "expected at least twice sinks + window (608), got 300"),
+        ("endless", ["--cache", "4+300", "--stretch", "700"], "must not exceed the 256 positions"),
+        ("endless", ["--cache", "4"], "cache: expected sinks + window, such as 4+1020, got '4'"),
         ("stream-qa", ["--cache", "4+300"], "must not exceed the 256 positions"),
         ("stream-qa", ["--questions", "none.jsonl"], "questions: cannot read none.jsonl: No such file or directory"),
         ("stream-qa", ["--questions", "empty.txt"], "questions: empty.txt is empty"),

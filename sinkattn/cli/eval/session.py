@@ -95,6 +95,19 @@ class Session:
 
         return on_progress
 
+    def report(self, results: dict[str, Any]) -> dict[str, Any]:
+        """What is written as JSON: evaluation, whether it was interrupted, model, versions, machine, ``results``."""
+        from sinkattn.evaluate.environment import machine, versions
+
+        return {
+            "evaluation": self.args.evaluation,
+            "interrupted": self.interrupted.is_set(),
+            "model": self.facts,
+            "versions": versions(),
+            "machine": machine(),
+            **results,
+        }
+
     def finish(self, results: dict[str, Any], table: Table, draw: Callable[[Figure, dict[str, Any]], None]) -> None:
         """Print the table, and write the report and the picture that were asked for.
 
@@ -103,21 +116,12 @@ class Session:
             table: the results as a table.
             draw: draws the whole report.
         """
-        from sinkattn.evaluate.environment import machine, versions
-
         console().print(table)
         if self.interrupted.is_set():
             print("Interrupted: these are the figures until then.")
-        report = {
-            "evaluation": self.args.evaluation,
-            "interrupted": self.interrupted.is_set(),
-            "model": self.facts,
-            "versions": versions(),
-            "machine": machine(),
-            **results,
-        }
+        report = self.report(results)
         if self.args.json:
-            self.args.json.write_text(json.dumps(report, indent=2) + "\n")
+            write_json(self.args.json, report)
             print(f"Figures: {self.args.json}")
         if self.args.plot:
             figure = require("matplotlib.figure").Figure(layout="constrained")
@@ -126,6 +130,18 @@ class Session:
             figure.suptitle(f"sinkattn eval {report['evaluation']}: {report['model']['name']}{text}", fontsize=10)
             figure.savefig(self.args.plot, dpi=150)
             print(f"Picture: {self.args.plot}")
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Write a report. Who reads a file while it is rewritten sees the old or the new report, never a part of one."""
+    text = json.dumps(report, indent=2) + "\n"
+    if path.exists() and not path.is_file():
+        path.write_text(text)  # a device or a pipe
+        return
+    path = path.resolve()  # the file that a link names, not the link
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
 
 
 @contextmanager
