@@ -63,8 +63,8 @@ def steps(model: str, text: Path, full: bool) -> list[Step]:
     def agreement(tokens: int) -> list[str]:
         return ["real_agreement.py", *of, *on, "--cache", "4+252", "--tokens", str(tokens)]
 
-    caches_1024 = ["--cache", "0+1024", "4+1020"]
-    lines = ["eval", "streameval", "--no-recompute", *of, *caches_1024]
+    chat = ["--chat", *of, "--cache", "0+1024", "4+1020"]
+    lines = ["eval", "streameval", "--no-recompute", *chat]
     if full:
         usual = ["--minutes", "1000"]  # the usual sizes, however slow the model is
         return [
@@ -75,7 +75,8 @@ def steps(model: str, text: Path, full: bool) -> list[Step]:
             Step("endless", 40, ["eval", "endless", *of, *on, "--tokens", "200000", "--cache", "4+1020"]),
             Step("latency", 20, ["eval", "latency", *of, *usual]),
             Step("streameval", 40, [*lines, "--distances", "5", "20", "40", "100", "200", *usual]),
-            Step("stream-qa", 20, ["eval", "stream-qa", *of, *caches_1024, "--count", "500"]),
+            Step("stream-qa", 20, ["eval", "stream-qa", *chat, "--count", "500"]),
+            Step("chat", 30, ["eval", "chat", *of, "--rounds", "100"]),
         ]
     short = ["--sizes", "128", "256", "--lengths", "500", "1000", "2000", "--rounds", "5"]
     return [
@@ -85,7 +86,8 @@ def steps(model: str, text: Path, full: bool) -> list[Step]:
         Step("endless", 2, ["eval", "endless", *of, *on, "--tokens", "10000", "--cache", "4+252"]),
         Step("latency", 1, ["eval", "latency", *of, *short]),
         Step("streameval", 2, [*lines, "--distances", "5", "150", "--count", "20"]),
-        Step("stream-qa", 1, ["eval", "stream-qa", *of, *caches_1024, "--count", "40"]),
+        Step("stream-qa", 1, ["eval", "stream-qa", *chat, "--count", "40"]),
+        Step("chat", 2, ["eval", "chat", *of, "--rounds", "10"]),
     ]
 
 
