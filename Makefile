@@ -41,7 +41,7 @@ CORE := $(addprefix tests/hf/test_,swap.py trial.py versions.py generate.py gene
 
 STRICT := -std=c++17 -Wall -Wextra -Werror
 
-.PHONY: help setup demo test test-oldest test-newest check check-python check-cpp real bench bench-gpu gpu clean
+.PHONY: help setup demo test test-oldest test-newest check check-python check-cpp real bench compare bench-gpu gpu clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
@@ -118,6 +118,9 @@ real: $(READY)  ## evaluate that model, about ten minutes; ARGS=--full: hours, f
 
 bench: $(READY)  ## run the benchmarks
 	@$(PY) -m pytest $(wildcard bench/bench_*.py) $(ARGS)
+
+compare: $(READY)  ## that model side by side with transformers, attention_sinks and llama.cpp
+	@model=$$($(PY) bench/real_model.py) && $(PY) bench/compare --model "$$model" $(ARGS)
 
 bench-gpu: $(READY)  ## run the GPU benchmarks; under ten minutes on an H100, ARGS="--help" lists options
 	@$(PY) bench/run_gpu.py $(ARGS)

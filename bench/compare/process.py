@@ -1,6 +1,7 @@
 """A peer's process, seen from here."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ class PeerProcess:
 
     def __init__(self, python: Path, peer: Peer, job: dict[str, Any], log: Path) -> None:
         self._log = log
+        # What is added to this environment's path is none of another's.
+        hidden = {"PYTHONPATH"} if peer.requirements else set()
         with log.open("w") as errors:
             self._process = subprocess.Popen(
                 [python, HERE / peer.script],
@@ -37,6 +40,7 @@ class PeerProcess:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                env={name: value for name, value in os.environ.items() if name not in hidden},
                 # Ctrl-C is for this process, which then asks for no more.
                 start_new_session=True,
             )

@@ -27,6 +27,7 @@ def figures(results: list[Result]) -> list[dict[str, Any]]:
         row = {
             "name": result.name,
             "bits": result.bits,
+            "versions": result.versions,
             "median_ms": statistics.median(chain(*result.ms)) if result.ms else None,
             "worst_ms": statistics.median(map(max, result.ms)) if result.ms else None,
             "to_llama_cpp": _ratio_to_llama_cpp(result, results),
@@ -104,6 +105,7 @@ def _remarks(content: dict[str, Any]) -> list[str]:
         f"{content['other_work_percent']:.1f} %.",
         f"{settings['model']}, {settings['text']}; {settings['cache']} tokens in sight, {settings['sinks']} of them "
         "sinks.",
+        "; ".join(dict.fromkeys(_versions(row["versions"]) for row in rows if row["versions"])) + ".",
         *(f"{row['name']}: failed: {row['error']}" for row in rows if row["error"]),
     ]
     for row in rows:
@@ -111,6 +113,10 @@ def _remarks(content: dict[str, Any]) -> list[str]:
             met = "met" if row["to_llama_cpp"] <= TARGET else "MISSED"
             lines.append(f"{met}: {row['name']} / llama.cpp at most {TARGET}: {row['to_llama_cpp']:.2f}")
     return lines
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _text(figure: float | None, form: str) -> str:
