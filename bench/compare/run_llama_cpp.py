@@ -72,14 +72,20 @@ class LlamaCpp:
     def _complete(self, options: dict[str, Any], receive: Callable[[str, Any], bool]) -> None:
         """Complete the prompt greedily. ``receive`` gets text and logprobs of each token, and says whether to stop."""
 
+        errors: list[str] = []
+
         def on_event(event: dict[str, Any]) -> bool:
+            # What is raised here is lost in the server.
             if "error" in event:
-                raise RuntimeError(event["error"]["message"])
+                errors.append(event["error"]["message"])
+                return True
             choice = event["choices"][0]
             return choice["finish_reason"] is None and receive(choice["text"], choice["logprobs"])
 
         request = {"prompt": self._ids[: self._prompt], "temperature": 0, "ignore_eos": True, "stream": True}
         self._server.handle_completions({**request, "cache_prompt": False, **options}, on_event)
+        if errors:
+            raise RuntimeError(errors[0])
 
 
 if __name__ == "__main__":
