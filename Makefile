@@ -99,9 +99,9 @@ check-cpp: $(READY)
 	@$(MAKE) --no-print-directory -j $$(getconf _NPROCESSORS_ONLN) $(SANITIZED)
 	@set -e; for program in $(SANITIZED); do echo "$$program"; $$program; done
 
-KERNEL := $(patsubst csrc/%.cpp,%.o,$(wildcard csrc/attention_*.cpp))
+KERNEL := $(patsubst csrc/%.cpp,%.o,$(wildcard csrc/attention_*.cpp csrc/linear_*.cpp)) instruction_sets.o
 SANITIZED := $(patsubst tests/csrc/%.cpp,build/tests/address/%,$(wildcard tests/csrc/*.cpp)) \
-  $(addprefix build/tests/thread/,attention_test ring_cache_kernels_test)
+  $(addprefix build/tests/thread/,attention_test linear_test ring_cache_kernels_test)
 build/tests/address/%: SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 build/tests/thread/%: SANITIZE := -fsanitize=thread
 vpath %.cpp csrc tests/csrc
@@ -112,6 +112,8 @@ build/tests/thread/%.o: %.cpp ; $(COMPILE)
 $(SANITIZED): %: %.o ; @$(CXX) $(SANITIZE) -pthread $^ -o $@
 build/tests/address/attention_test: $(KERNEL:%=build/tests/address/%)
 build/tests/thread/attention_test: $(KERNEL:%=build/tests/thread/%)
+build/tests/address/linear_test: $(KERNEL:%=build/tests/address/%)
+build/tests/thread/linear_test: $(KERNEL:%=build/tests/thread/%)
 
 real: $(READY)  ## evaluate that model, about ten minutes; ARGS=--full: hours, for docs/evaluation
 	@$(PY) bench/real.py $(ARGS)

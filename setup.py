@@ -62,7 +62,8 @@ def cuda_toolkit() -> tuple[Path, tuple[int, int]] | None:
 
 def extensions() -> list[Extension]:
     info = [("SINKATTN_TORCH_VERSION", f'"{torch.__version__}"'), ("SINKATTN_TORCH_ABI", '"2.10"')]
-    sources, cuda = ["csrc/ops.cpp", "csrc/ring_cache.cpp", *map(str, sorted(Path("csrc").glob("attention*.cpp")))], {}
+    sources = sorted(str(path) for path in Path("csrc").glob("*.cpp") if path.name != "bindings.cpp")
+    cuda: dict[str, list[str]] = {}
     if toolkit := cuda_toolkit():
         home, version = toolkit
         # A CPU build of torch neither looks for the toolkit nor knows any architecture, and it lacks libraries that

@@ -1,6 +1,6 @@
 // Interface of the CPU attention kernel, without torch: append new tokens to the ring, attend over sinks and window.
 // attention.cpp (the operator) and tests/csrc call it; attention_kernel.h implements it, compiled once for each
-// instruction set by attention_<set>.cpp; attention_dispatch.cpp defines the table of instruction sets.
+// instruction set by attention_<set>.cpp.
 #pragma once
 
 #include <cstdint>
@@ -43,28 +43,5 @@ struct AttentionCall {
   const void* alibi_slopes;  // [heads] or null
   void* out;                 // [batch, tokens, heads, value_dim], contiguous
 };
-
-// Threads and memory that the caller provides to the kernel.
-class Workers {
- public:
-  virtual int64_t max_workers() const = 0;
-  // Calls work(context, i) for every i in [0, num_workers), possibly in parallel, and returns when all have returned.
-  virtual void run(int64_t num_workers, void (*work)(void* context, int64_t worker), void* context) = 0;
-  // Uninitialised memory, aligned to 64 bytes, valid until the next call of workspace().
-  virtual char* workspace(int64_t bytes) = 0;
-
- protected:
-  ~Workers() = default;
-};
-
-struct InstructionSet {
-  const char* name;
-  bool (*available)();  // on this processor
-  void (*attend)(const AttentionCall& call, Workers& workers);
-};
-
-// Fastest first; the last one is always available.
-extern const InstructionSet kInstructionSets[];
-extern const int kNumInstructionSets;
 
 }  // namespace sinkattn

@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "attention_softmax.h"
+#include "instruction_sets.h"
 #include "rotary.h"
 #include "simd.h"
 

@@ -1,5 +1,5 @@
 // Schemas of the `sinkattn::` operators. Implementations: ring_cache.cpp (CPU) and ring_cache_cuda.cu for the ring,
-// attention.cpp (CPU) and sinkattn/ops/attention.py (CUDA, Triton) for attention.
+// attention.cpp (CPU) and sinkattn/ops/attention.py (CUDA, Triton) for attention, linear.cpp (CPU) for linear layers.
 //
 // Shapes:
 //   keys, values               [batch, kv_heads, slots, head_dim]
@@ -10,6 +10,7 @@
 //     counts, source           [batch] int64
 //   rows                       [any number] int64
 //   sink_logits, alibi_slopes  [heads]
+//   input of linear            [..., columns], 1 to 4 tokens; weight [rows, columns], scale and bias [rows]
 //   arrivals                   [batch, kv_heads] int32, completion counters of KV splits on GPUs, zero between calls
 #include <torch/csrc/stable/library.h>
 
@@ -25,5 +26,6 @@ STABLE_TORCH_LIBRARY(sinkattn, m) {
       "sink_attention_(Tensor(a!) keys, Tensor(b!) values, Tensor query, Tensor key, Tensor value, Tensor seen, "
       "Tensor? lengths, Tensor? cos, Tensor? sin, int num_sinks, int window, float scale, bool interleaved, "
       "Tensor? sink_logits, float? softcap, Tensor? alibi_slopes, Tensor(c!)? arrivals) -> Tensor");
+  m.def("linear(Tensor input, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor");
   m.def("cpu_capability() -> str");
 }

@@ -42,6 +42,7 @@ def test_build_info_is_what_is_registered():
     assert info["compiler"]
     assert info["cuda"] == (info["cuda_toolkit"] is not None)
     assert has_kernel("sink_attention_", "CPU")
+    assert has_kernel("linear", "CPU")
     for operator in OPERATORS:
         assert has_kernel(operator, "CPU")
         assert has_kernel(operator, "CUDA") == info["cuda"], operator

@@ -170,6 +170,7 @@ def op_calls():
     lengths = torch.tensor([2, 3])
     query, (both_cos, both_sin) = randn(2, 4, 3, 16), make_rope().stream_tables(seen, 3, num_sinks=2, window=4)
     slopes, arrivals = torch.linspace(0.1, 0.4, 4), torch.zeros(2, 2, dtype=torch.int32)
+    input, weight, bias = randn(2, 1, 24), torch.rand(10, 24), torch.rand(10)
     attend = (keys, values, query, key, value, seen)
     return {
         "append": ("append_", (keys, values, key, value, seen, None, None, None, 2, False)),
@@ -183,6 +184,8 @@ def op_calls():
             "sink_attention_",
             (*attend, lengths, both_cos, both_sin, 2, 5, 0.25, True, slopes, 3.0, slopes, arrivals),
         ),
+        "linear": ("linear", (input, weight, None, bias)),
+        "linear-int8": ("linear", (input, (weight * 20).to(torch.int8), bias, None)),
     }
 
 

@@ -17,6 +17,7 @@ from sinkattn.hf.model_patch import get_patch, require_patch
 from sinkattn.hf.probe.probe import probe
 from sinkattn.hf.reencode.trial import enable_by_reencoding, has_absolute_positions
 from sinkattn.hf.swap.ring_patch import RingPatch
+from sinkattn.hf.trial.compiled import compile_step
 from sinkattn.hf.trial.trial import run_trial
 from sinkattn.hf.unsupported import UnsupportedModelError
 
@@ -30,6 +31,7 @@ def enable(
     headroom: int = 0,
     *,
     backend: ops.Backend = "auto",
+    compile: bool = False,
 ) -> Model:
     """Patch a loaded transformers model, in place, to run on endless streams with constant memory and time per token.
 
@@ -53,6 +55,11 @@ def enable(
         headroom: spare slots: the number of tokens that can always be rolled back. Prompt lookup and assisted decoding
             need as many as they propose at once (``prompt_lookup_num_tokens``, ``num_assistant_tokens``).
         backend: "auto", "cpu", "triton" or "reference"; the environment variable SINKATTN_BACKEND overrides it.
+        compile: compile the decode step (one token for each stream) with ``torch.compile``, now for a single stream,
+            later for other batch sizes; prompts stay as they are. Takes ten to thirty seconds, with torch's cache on
+            disk less. On a CPU, linear layers of up to four streams then run in kernels of sinkattn and, for 4-bit
+            weights, of PyTorch; quantize weights before, with torchao. Nothing is frozen: other weights, adapters and
+            hooks take effect.
 
     Returns:
         The same model.
@@ -68,13 +75,18 @@ def enable(
     if get_patch(model) is not None:
         raise ValueError("model: is enabled already; call sinkattn.disable(model) first")
     if not isinstance(model, PreTrainedModel):
-        enable(_unwrap(model), num_sinks, window, headroom, backend=backend)
+        enable(_unwrap(model), num_sinks, window, headroom, backend=backend, compile=compile)
         return model
     _check_model(model, layout)
     backend = ops.select_backend(model.device, backend, model.dtype)
     with _errors_as_unsupported(model):
         with preserve_state(model):
             if has_absolute_positions(model):
+                if compile:
+                    raise UnsupportedModelError(
+                        f"{type(model).__name__}: a model with absolute positions encodes its window again from time "
+                        "to time, and cannot be compiled"
+                    )
                 enable_by_reencoding(model, layout)
                 return model
             probe_result = probe_by_adapter(model) or probe(model)
@@ -83,6 +95,8 @@ def enable(
                 run_trial(model, layout, backend, probe_result)
         try:
             patch.install()
+            if compile:
+                compile_step(patch)
         except BaseException:
             patch.remove()
             raise

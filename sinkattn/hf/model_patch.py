@@ -75,9 +75,13 @@ class ModelPatch:
 
     def run_decoder(self, **kwargs: Any) -> Any:
         """Run the decoder's original forward."""
+        return self.original_forward(self.decoder)(**kwargs)
+
+    def original_forward(self, module: nn.Module) -> Callable:
+        """The forward of a module that `set_forward` has replaced."""
         attributes = self._attributes
-        previous = next(old for module, name, _, old in attributes if module is self.decoder and name == "forward")
-        return _original_forward(self.decoder, previous)(**kwargs)
+        previous = next(old for owner, name, _, old in attributes if owner is module and name == "forward")
+        return _original_forward(module, previous)
 
 
 def get_patch(model: nn.Module) -> ModelPatch | None:

@@ -70,10 +70,13 @@ class SinkLayer(CacheLayerMixin):
         """Columns fed so far, not slots in use: `generate` slices its inputs by this number.
 
         Within `generate`, only columns of its own ids. Within a forward, at most ``num_sinks + window - 1``, because
-        models allocate tensors of this length.
+        models allocate tensors of this length; within a compiled decode step always that, because another number would
+        need another graph.
         """
         state = self.state
         seen, layout = state.num_columns, state.layout
+        if state.compiled_seq_length is not None:
+            return state.compiled_seq_length
         if state.num_new_tokens:
             return min(seen, layout.num_sinks + layout.window - 1)
         return seen - (state.generate_offset or 0)

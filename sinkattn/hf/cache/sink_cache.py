@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -52,6 +53,14 @@ class SinkCache(Cache):
     def __copy__(self) -> SinkCache:
         """Refused: two caches that share memory would overwrite each other."""
         raise TypeError("a SinkCache cannot be copied shallowly; copy.deepcopy makes an independent fork")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SinkCache:
+        """An independent fork."""
+        fork = memo[id(self)] = type(self).__new__(type(self))
+        # No inference tensors, even under torch.inference_mode(): the fork may continue outside of it.
+        with torch.inference_mode(False):
+            fork.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return fork
 
     @property
     def layout(self) -> RingLayout:

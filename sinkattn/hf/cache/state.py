@@ -39,6 +39,8 @@ class SharedCacheState:
     """Ids of the forward in progress; None if unknown."""
     num_new_tokens: int = 0
     """Columns of the forward in progress; 0 between forwards."""
+    compiled_seq_length: int | None = None
+    """What `get_seq_length` returns within a compiled decode step; None outside."""
 
     in_generate: bool = False
     """Whether `generate` is running; it makes the mask of past columns itself."""

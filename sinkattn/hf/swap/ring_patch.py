@@ -26,6 +26,7 @@ from sinkattn.hf.inputs import can_read_on_host, check_positions, new_token_mask
 from sinkattn.hf.model_config import config_with_attention, modules_with_config, rope_parameters
 from sinkattn.hf.probe.result import ProbeResult, Rotation
 from sinkattn.hf.probe.rotations import identity_rotation_hook
+from sinkattn.hf.swap.compiled_step import CompiledStep, linear_forward
 from sinkattn.hf.swap.layer_attention import ATTENTION_NAME, LayerGroup, Padding, RunningForward, attend_over_ring
 from sinkattn.hf.swap.stream_patch import StreamPatch
 from sinkattn.hf.unsupported import UnsupportedModelError
@@ -57,6 +58,7 @@ class RingPatch(StreamPatch):
         self.groups = self._layer_groups()
         # Replaces `_running` during torch.compile, which cannot trace context variables.
         self._traced: RunningForward | None = None
+        self._compiled_step: CompiledStep | None = None
 
     def _check_decoder(self) -> None:
         name = type(self.model).__name__
@@ -141,6 +143,25 @@ class RingPatch(StreamPatch):
         for module in modules_with_config(self.decoder, original):
             self.set_attribute(module, "config", config)
 
+    def compile_step(self) -> None:
+        """Compile decode steps from now on, in the first one; on a CPU with linear layers made for few tokens."""
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear) and (forward := linear_forward(module)):
+                self.set_forward(module, forward)
+        self._decoder_forward = self.original_forward(self.decoder)
+        defaults = {"use_cache": True, "return_dict": self.config.return_dict}
+        in_use = {name: value for name, value in defaults.items() if name in self.parameters}
+        self._compiled_step = CompiledStep(self._run_step, in_use)
+
+    def _run_step(self, running: RunningForward, kwargs: dict[str, Any]) -> Any:
+        previous, self._traced = self._traced, running
+        running.cache.state.compiled_seq_length = self.layout.num_sinks + self.layout.window - 1
+        try:
+            return self._decoder_forward(**kwargs)
+        finally:
+            self._traced = previous
+            running.cache.state.compiled_seq_length = None
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the decoder: check the arguments, provide cache and positions, and advance ``seen`` at the end."""
         kwargs = self.named_arguments(args, kwargs)
@@ -168,7 +189,11 @@ class RingPatch(StreamPatch):
         is_finished, running = False, RunningForward(self, cache, num_tokens, padding, positions)
         previous = self._set_running(running)
         try:
-            output = self.run_decoder(**kwargs)
+            step = self._compiled_step
+            if step is None or num_tokens > 1 or padding is not None or cache.seen is None:
+                output = self.run_decoder(**kwargs)  # the first token, too, as it allocates memory
+            else:
+                output = step(running, kwargs)
             if running.num_layers_run != len(self.groups):
                 raise RuntimeError(f"expected {len(self.groups)} attention layers to run, got {running.num_layers_run}")
             is_finished = True

@@ -1,6 +1,5 @@
-// Table of the instruction sets that the CPU attention kernel is compiled for (attention.h), with the test whether the
-// processor has each.
-#include "attention.h"
+// Table of the instruction sets that the CPU kernels are compiled for, with the test whether the processor has each.
+#include "instruction_sets.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -13,9 +12,12 @@
 namespace sinkattn {
 
 void attend_baseline(const AttentionCall& call, Workers& workers);
+void linear_baseline(const LinearCall& call, Workers& workers);
 #if defined(__x86_64__)
 void attend_avx2(const AttentionCall& call, Workers& workers);
+void linear_avx2(const LinearCall& call, Workers& workers);
 void attend_avx512(const AttentionCall& call, Workers& workers);
+void linear_avx512(const LinearCall& call, Workers& workers);
 void attend_amx(const AttentionCall& call, Workers& workers);
 #endif
 
@@ -56,11 +58,11 @@ bool has_amx() {
 // Names as in torch.backends.cpu.get_cpu_capability(), in lower case.
 const InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__)
-    {"amx", has_amx, attend_amx},
-    {"avx512", has_avx512, attend_avx512},
-    {"avx2", has_avx2, attend_avx2},
+    {"amx", has_amx, attend_amx, linear_avx512},
+    {"avx512", has_avx512, attend_avx512, linear_avx512},
+    {"avx2", has_avx2, attend_avx2, linear_avx2},
 #endif
-    {"default", has_baseline, attend_baseline},
+    {"default", has_baseline, attend_baseline, linear_baseline},
 };
 const int kNumInstructionSets = sizeof(kInstructionSets) / sizeof(kInstructionSets[0]);
 

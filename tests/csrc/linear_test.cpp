@@ -1,0 +1,108 @@
+// Tests the CPU kernel of linear layers of every instruction set that this processor has against sums in double. Every
+// buffer ends with its last element, so that the address sanitizer detects accesses beyond it.
+#include "linear.h"
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "dtypes.h"
+#include "instruction_sets.h"
+#include "testing.h"
+#include "thread_workers.h"
+
+using namespace sinkattn;
+
+namespace {
+
+template <typename scalar_t>
+constexpr LinearType kType = std::is_same_v<scalar_t, float>  ? LinearType::kFloat
+                             : std::is_same_v<scalar_t, Half> ? LinearType::kHalf
+                                                              : LinearType::kBFloat16;
+// Half an ulp of the result, as a fraction of it.
+template <typename scalar_t>
+constexpr double kRounding = std::is_same_v<scalar_t, float> ? 0x1p-24 : std::is_same_v<scalar_t, Half> ? 0x1p-11 : 0x1p-8;
+
+template <typename T>
+std::vector<T> random_values(int64_t count, std::mt19937& random) {
+  std::vector<T> out;
+  for (int64_t i = 0; i < count; ++i) {
+    if constexpr (std::is_same_v<T, int8_t>) {
+      out.push_back(static_cast<int8_t>(static_cast<int>(random() % 256) - 128));
+    } else {
+      out.push_back(T(static_cast<float>(std::normal_distribution<double>()(random))));
+    }
+  }
+  return out;
+}
+
+template <typename T>
+double value(const T& x) {
+  return static_cast<double>(static_cast<float>(x));
+}
+
+template <typename weight_t, typename scalar_t>
+void test(const InstructionSet& set, int64_t threads, int64_t rows, int64_t columns, int64_t tokens, bool with_bias) {
+  std::mt19937 random(1);
+  const auto weight = random_values<weight_t>(rows * columns, random);
+  const auto input = random_values<scalar_t>(tokens * columns, random);
+  const auto bias = random_values<scalar_t>(with_bias ? rows : 0, random);
+  constexpr bool is_int8 = std::is_same_v<weight_t, int8_t>;
+  const auto scale = random_values<float>(is_int8 ? rows : 0, random);
+  std::vector<scalar_t> out(tokens * rows, scalar_t(NAN));
+  LinearCall call{kType<scalar_t>, is_int8, rows, columns, tokens, weight.data(), is_int8 ? scale.data() : nullptr,
+                  with_bias ? bias.data() : nullptr, input.data(), out.data()};
+  ThreadWorkers workers(threads);
+  set.linear(call, workers);
+  for (int64_t token = 0; token < tokens; ++token) {
+    for (int64_t row = 0; row < rows; ++row) {
+      double sum = 0, size = 0;
+      for (int64_t i = 0; i < columns; ++i) {
+        const double product = value(weight[row * columns + i]) * value(input[token * columns + i]);
+        sum += product;
+        size += std::abs(product);
+      }
+      const double factor = is_int8 ? scale[row] : 1.0, added = with_bias ? value(bias[row]) : 0.0;
+      const double want = sum * factor + added;
+      const double summation = (columns + 2) * 0x1p-24 * (size * std::abs(factor) + std::abs(added));
+      const double got = value(out[token * rows + row]);
+      CHECK(std::abs(got - want) <= summation + kRounding<scalar_t> * std::abs(want) * 1.001);
+    }
+  }
+}
+
+template <typename scalar_t>
+void test_all(const InstructionSet& set, const char* type) {
+  for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {5, 3}, {16, 64}, {37, 100}, {261, 577}}) {
+    for (int64_t tokens = 1; tokens <= kMaxLinearTokens; ++tokens) {
+      for (const int64_t threads : {1, 3}) {
+        for (const bool with_bias : {false, true}) {
+          current_case = std::string(set.name) + ", " + type + ", " + std::to_string(rows) + " x " +
+                         std::to_string(columns) + ", tokens " + std::to_string(tokens) + ", threads " +
+                         std::to_string(threads) + (with_bias ? ", bias" : "");
+          test<scalar_t, scalar_t>(set, threads, rows, columns, tokens, with_bias);
+          current_case += ", int8";
+          test<int8_t, scalar_t>(set, threads, rows, columns, tokens, with_bias);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int i = 0; i < kNumInstructionSets; ++i) {
+    const InstructionSet& set = kInstructionSets[i];
+    if (!set.available()) continue;
+    test_all<float>(set, "float");
+    test_all<Half>(set, "half");
+    test_all<BFloat16>(set, "bfloat16");
+  }
+  CHECK(ThreadWorkers::max_used == 3);
+  std::puts("ok");
+}

@@ -1,0 +1,203 @@
+"""`enable(model, compile=True)`: the compiled decode step gives what the plain one gives, whatever changes."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from families import build
+from hf_models import SIZES, random_ids
+from torch._dynamo.utils import counters
+
+import sinkattn
+from sinkattn.hf import UnsupportedModelError, stream_tokens
+from sinkattn.hf.swap import compiled_step
+
+S, W, NEW = 2, 14, 30
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def poison_fresh_memory():
+    """Not here: Dynamo cannot trace it."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    counters.clear()
+
+
+def enabled_pair(family: str, **overrides):
+    """The same model, plain and with a compiled decode step."""
+    return [sinkattn.enable(build(family, **overrides), S, W, compile=compiled) for compiled in (False, True)]
+
+
+def greedy(model, ids: torch.Tensor, **options) -> torch.Tensor:
+    return model.generate(ids, max_new_tokens=NEW, do_sample=False, **options)
+
+
+def num_graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3_text", "gpt_oss", "bloom", "gptj", "qwen3_next", "falcon_h1", "deepseek_v3"]
+)
+def test_tokens_are_those_of_the_plain_step(family):
+    """Past the point where the window is full, in one graph."""
+    plain, model = enabled_pair(family)
+    ids = random_ids(1, 5)
+    logits = [
+        torch.cat([each(part, cache=cache).logits for part in random_ids(1, 40).split([3] + [1] * 37, dim=1)], dim=1)
+        for each in (plain, model)
+        for cache in [sinkattn.SinkCache(each)]
+    ]
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(greedy(model, ids), greedy(plain, ids))
+    assert num_graphs() == 1
+
+
+def test_every_caller_shares_one_graph():
+    plain, model = enabled_pair("llama")
+    ids = random_ids(3, 5)
+    want = greedy(plain, ids[:1])[0, 5:].tolist()
+    assert greedy(model, ids[:1])[0, 5:].tolist() == want
+    assert list(stream_tokens(model, ids[0], max_new_tokens=NEW, temperature=0)) == want
+    cache = sinkattn.SinkCache(model)
+    with torch.inference_mode():
+        model(ids[:1], cache=cache)
+        fork = copy.deepcopy(cache)
+        first = model(input_ids=ids[1:2, :1], cache=cache).logits
+    with torch.no_grad():
+        strided = ids[1:2, ::2][:, :1]
+        mask = torch.ones(1, 6)
+        again = model(input_ids=strided, attention_mask=mask, cache=fork, use_cache=True, return_dict=True).logits
+    assert torch.equal(first, again)
+    assert num_graphs() == 1
+    assert torch.equal(greedy(model, ids), greedy(plain, ids))
+    assert num_graphs() == 2  # three streams
+
+
+def test_batches_with_padding_are_those_of_the_plain_step():
+    plain, model = enabled_pair("llama")
+    ids, mask = random_ids(2, 7), torch.ones(2, 7, dtype=torch.int64)
+    mask[0, :3] = 0
+    assert torch.equal(greedy(model, ids, attention_mask=mask), greedy(plain, ids, attention_mask=mask))
+
+
+def step_logits(model, changed=lambda: None) -> torch.Tensor:
+    """Logits of a decode step, with a change between it and the prompt."""
+    cache = sinkattn.SinkCache(model)
+    with torch.no_grad():
+        model(random_ids(1, 5), cache=cache)
+        changed()
+        return model(random_ids(1, 1, seed=1), cache=cache).logits
+
+
+def test_nothing_is_frozen():
+    plain, model = enabled_pair("llama")
+    before = step_logits(model)
+    torch.testing.assert_close(before, step_logits(plain))
+    for each in (plain, model):
+        layer = each.model.layers[1]
+        layer.mlp.down_proj.weight.data.mul_(2)
+        layer.mlp.up_proj.weight = torch.nn.Parameter(layer.mlp.up_proj.weight.detach() + 0.1)
+        layer.register_forward_hook(lambda module, args, output: output * 1.5)
+        each.lm_head.weight.data.add_(0.01)
+    after = step_logits(model)
+    torch.testing.assert_close(after, step_logits(plain))
+    assert (after - before).abs().max() > 0.1
+    for each in (plain, model):
+        each.to(torch.bfloat16)
+    torch.testing.assert_close(step_logits(model), step_logits(plain), rtol=0.1, atol=0.1)
+
+
+def test_a_copy_has_a_step_of_its_own():
+    _, model = enabled_pair("llama")
+    before = step_logits(model)
+    twin = copy.deepcopy(model)
+    twin.model.layers[0].mlp.down_proj.weight.data.zero_()
+    twin.lm_head.weight.data.zero_()
+    assert not step_logits(twin).any()
+    assert torch.equal(step_logits(model), before)
+
+
+def test_disable_restores_every_forward():
+    model = build("llama")
+    attributes = [sorted(module.__dict__) for module in model.modules()]
+    with torch.no_grad():
+        want = model(random_ids(1, 9)).logits
+    sinkattn.enable(model, S, W, compile=True)
+    sinkattn.disable(model)
+    assert [sorted(module.__dict__) for module in model.modules()] == attributes
+    with torch.no_grad():
+        assert torch.equal(model(random_ids(1, 9)).logits, want)
+
+
+def test_threads_keep_their_streams_apart():
+    plain, model = enabled_pair("llama")
+    prompts = random_ids(4, 6)
+    want = [greedy(plain, prompt[None]) for prompt in prompts]
+    got = [None] * len(prompts)
+
+    def run(index: int) -> None:
+        got[index] = greedy(model, prompts[index][None])
+
+    workers = [threading.Thread(target=run, args=(index,)) for index in range(len(prompts))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for each, expected in zip(got, want, strict=True):
+        assert torch.equal(each, expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_weights_give_what_they_give_unpatched(bits):
+    quantization = pytest.importorskip("torchao.quantization")
+    if bits == 8:
+        config, dtype = quantization.Int8WeightOnlyConfig(set_inductor_config=False), torch.float32
+    else:
+        int4 = pytest.importorskip("torchao.prototype.quantization.int4")
+        config, dtype = int4.PrototypeInt4WeightOnlyConfig(32, set_inductor_config=False), torch.bfloat16
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    plain, model = (build("llama", dtype, **sizes) for _ in range(2))
+    for each in (plain, model):
+        quantization.quantize_(
+            each, config, lambda module, name: isinstance(module, torch.nn.Linear) and "lm" not in name
+        )
+    product = compiled_step._product(model.model.layers[0].mlp.up_proj)
+    assert product.func is {8: sinkattn.ops.linear, 4: sinkattn.ops.int4_linear}[bits]
+    sinkattn.enable(model, S, W, compile=True)
+    ids = random_ids(1, 12)
+    with torch.no_grad():
+        want = plain(ids).logits
+        cache = sinkattn.SinkCache(model)
+        got = torch.cat([model(part, cache=cache).logits for part in ids.split([5] + [1] * 7, dim=1)], dim=1)
+    tolerance = 1e-4 if bits == 8 else 0.05
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_a_wrong_step_is_refused(monkeypatch):
+    linear = sinkattn.ops.linear
+    monkeypatch.setattr(compiled_step.ops, "linear", lambda *args, **options: linear(*args, **options) * 1.01)
+    model = build("llama")
+    attributes = [sorted(module.__dict__) for module in model.modules()]
+    with pytest.raises(UnsupportedModelError, match=r"differs from the original by .* in its compiled decode step"):
+        sinkattn.enable(model, S, W, compile=True)
+    assert [sorted(module.__dict__) for module in model.modules()] == attributes
+
+
+def test_a_step_that_cannot_be_compiled_is_refused(monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    model = build("llama", intermediate_size=SIZES["intermediate_size"] + 8)  # nothing of it is in a cache on disk
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM: its decode step could not be compiled: \w+: "):
+        sinkattn.enable(model, S, W, compile=True)
+
+
+def test_models_that_encode_their_window_again_are_refused():
+    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel: .* cannot be compiled"):
+        sinkattn.enable(build("gpt2"), S, W, compile=True)
