@@ -60,6 +60,9 @@ def steps(model: str, text: Path, full: bool) -> list[Step]:
         sizes = ["--tokens", str(tokens), "--dense-tokens", str(dense), "--recompute-every", str(every)]
         return ["eval", "ppl", *of, *on, *caches(total), *sizes]
 
+    def talk(rounds: int) -> list[str]:
+        return ["eval", "chat", *of, "--compile", "--cache", "0+512", "4+508", "--rounds", str(rounds)]
+
     def agreement(tokens: int) -> list[str]:
         return ["real_agreement.py", *of, *on, "--cache", "4+252", "--tokens", str(tokens)]
 
@@ -67,16 +70,17 @@ def steps(model: str, text: Path, full: bool) -> list[Step]:
     lines = ["eval", "streameval", "--no-recompute", *chat]
     if full:
         usual = ["--minutes", "1000"]  # the usual sizes, however slow the model is
+        half = ["--dtype", "bfloat16"]
         return [
-            Step("ppl-256", 100, ppl(256, 100_000, 12_000, 64)),
-            Step("ppl-1024", 100, ppl(1024, 100_000, 12_000, 256)),
+            Step("ppl-256", 30, [*ppl(256, 100_000, 12_000, 128), *half]),
+            Step("ppl-1024", 45, [*ppl(1024, 100_000, 12_000, 256), *half]),
             Step("sinks", 20, ["eval", "sinks", *of, *on, *usual]),
             Step("agreement", 40, agreement(100_000)),
-            Step("endless", 40, ["eval", "endless", *of, *on, "--tokens", "200000", "--cache", "4+1020"]),
+            Step("endless", 20, ["eval", "endless", *of, *on, "--tokens", "200000", "--cache", "4+1020", *half]),
             Step("latency", 20, ["eval", "latency", *of, *usual]),
             Step("streameval", 40, [*lines, "--distances", "5", "20", "40", "100", "200", *usual]),
             Step("stream-qa", 20, ["eval", "stream-qa", *chat, "--count", "500"]),
-            Step("chat", 30, ["eval", "chat", *of, "--rounds", "100"]),
+            Step("chat", 10, [*talk(100), *half]),
         ]
     short = ["--sizes", "128", "256", "--lengths", "500", "1000", "2000", "--rounds", "5"]
     return [
@@ -87,7 +91,7 @@ def steps(model: str, text: Path, full: bool) -> list[Step]:
         Step("latency", 1, ["eval", "latency", *of, *short]),
         Step("streameval", 2, [*lines, "--distances", "5", "150", "--count", "20"]),
         Step("stream-qa", 1, ["eval", "stream-qa", *chat, "--count", "40"]),
-        Step("chat", 2, ["eval", "chat", *of, "--rounds", "10"]),
+        Step("chat", 2, talk(10)),
     ]
 
 

@@ -28,8 +28,9 @@ class Peer:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def _sinkattn(name: str, bits: int, dtype: str, quantize: str | None = None) -> Peer:
-    return Peer(f"sinkattn {name}", "run_sinkattn.py", "folder", bits, dtype, options={"quantize": quantize})
+def _sinkattn(name: str, bits: int, dtype: str, quantize: str | None = None, *, compile: bool = False) -> Peer:
+    options = {"quantize": quantize, "compile": compile}
+    return Peer(f"sinkattn {name}", "run_sinkattn.py", "folder", bits, dtype, options=options)
 
 
 def _transformers(name: str, bits: int, dtype: str, method: str) -> Peer:
@@ -47,6 +48,10 @@ PEERS = [
     _sinkattn("bf16", 16, "bfloat16"),
     _sinkattn("int8", 8, "bfloat16", "int8"),
     _sinkattn("int4", 4, "bfloat16", "int4"),
+    _sinkattn("fp32, compiled", 32, "float32", compile=True),
+    _sinkattn("bf16, compiled", 16, "bfloat16", compile=True),
+    _sinkattn("int8, compiled", 8, "bfloat16", "int8", compile=True),
+    _sinkattn("int4, compiled", 4, "bfloat16", "int4", compile=True),
     _transformers("DynamicCache fp32, growing", 32, "float32", "growing"),
     _transformers("DynamicCache fp32, kept at this length", 32, "float32", "kept"),
     _transformers("DynamicCache bf16, kept at this length", 16, "bfloat16", "kept"),

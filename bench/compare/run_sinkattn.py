@@ -18,7 +18,7 @@ class Streamed(TorchRunner):
     def __init__(self, job: dict[str, Any]) -> None:
         torch.set_num_threads(job["threads"])
         model, _ = load(job["model"], device="cpu", dtype=job["dtype"], quantize=job["options"]["quantize"])
-        enable(model, job["sinks"], job["cache"] - job["sinks"])
+        enable(model, job["sinks"], job["cache"] - job["sinks"], compile=job["options"]["compile"])
         super().__init__(job, model)
 
     def reset(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -50,6 +51,13 @@ def add_model(parser: argparse.ArgumentParser, default: str = "the small one tha
         help="default: the checkpoint's; bfloat16 with --quantize",
     )
     parser.add_argument("--quantize", choices=("int8", "int4"), help="quantize the weights (default: as they are)")
+
+
+def add_compile(parser: argparse.ArgumentParser) -> None:
+    """Add whether the decode step is compiled."""
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the decode step first; takes about half a minute, later less"
+    )
 
 
 def add_layout(parser: argparse.ArgumentParser, window: int | None, default: str) -> None:
@@ -139,6 +147,12 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
         # The shipped model is so small that a second thread costs more than it gains.
         torch.set_num_threads(1)
     return model, tokenizer
+
+
+def announce_compilation(args: argparse.Namespace) -> None:
+    """Say on stderr what takes so long, if the decode step is compiled."""
+    if args.compile:
+        print("Compiling the decode step, once for each cache ...", file=sys.stderr, flush=True)
 
 
 def window_of(model: PreTrainedModel, args: argparse.Namespace) -> int:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import sinkattn
 from sinkattn.cli.arguments import (
     add_command,
+    add_compile,
     add_layout,
     add_model,
     add_sampling,
+    announce_compilation,
     describe_model,
     load_model,
     model_lines,
@@ -32,6 +34,7 @@ def add_parser(commands: Commands) -> None:
     """Add the command to those of a parser."""
     parser = add_command(commands, "generate", run, "generate text without end; Ctrl-C ends it")
     add_model(parser)
+    add_compile(parser)
     add_layout(parser, None, "1020, or what the model was trained for")
     parser.add_argument("--prompt", metavar="TEXT", help="default: read from stdin")
     parser.add_argument("--max-new-tokens", type=positive, help="default: no limit")
@@ -68,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     if not prompt_ids:
         raise UserError("prompt: is empty, and this model has no start token")
     with as_user_error(ValueError, RuntimeError):
-        sinkattn.enable(model, args.num_sinks, window_of(model, args))
+        announce_compilation(args)
+        sinkattn.enable(model, args.num_sinks, window_of(model, args), compile=args.compile)
         cache = SinkCache(model)
         tokens = stream_tokens(
             model,

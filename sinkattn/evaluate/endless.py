@@ -37,6 +37,8 @@ class Settings:
     """Length of the stream."""
     stretch: int
     """Length of a stretch; the last one may be shorter."""
+    compile: bool = False
+    """Whether decode steps are compiled."""
 
     @property
     def timed(self) -> int:
@@ -118,7 +120,7 @@ def run(
             result is then what there was of it.
     """
     settings.check()
-    method = Streamed(model, settings.cache)
+    method = Streamed(model, settings.cache, compile=settings.compile)
     result = Result(settings, Blocks(0, settings.tokens))
     ids = iter(stream)
     last, begin, done = next(ids), 0, 0
@@ -149,7 +151,9 @@ def run(
                     on_stretch(result)
             begin = end
         new = list(islice(stream, settings.cache.total + settings.timed))
-        result.turns = time_in_turns(method, Streamed(model, settings.cache), new, settings.timed)
+        result.turns = time_in_turns(
+            method, Streamed(model, settings.cache, compile=settings.compile), new, settings.timed
+        )
     except Interrupted:
         if not done:
             raise

@@ -134,16 +134,21 @@ class Cached:
 class Streamed(Cached):
     """sinkattn: sinks and a window of recent tokens; with 0 sinks, window attention.
 
+    Args:
+        model: the model.
+        size: sinks and window.
+        compile: compile the decode step, as `sinkattn.enable` does.
+
     Raises:
         ValueError: if `sinkattn.enable` refuses the model, the number of sinks or the window.
     """
 
     cache: SinkCache
 
-    def __init__(self, model: PreTrainedModel, size: CacheSize) -> None:
+    def __init__(self, model: PreTrainedModel, size: CacheSize, *, compile: bool = False) -> None:
         self.name = str(size)
         self.size = size
-        self.model = enable(copy_sharing_weights(model), size.num_sinks, size.window)
+        self.model = enable(copy_sharing_weights(model), size.num_sinks, size.window, compile=compile)
         self.reset()
 
     @property

@@ -8,6 +8,7 @@
 #include <random>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "dtypes.h"
@@ -25,7 +26,9 @@ constexpr LinearType kType = std::is_same_v<scalar_t, float>  ? LinearType::kFlo
                                                               : LinearType::kBFloat16;
 // Half an ulp of the result, as a fraction of it.
 template <typename scalar_t>
-constexpr double kRounding = std::is_same_v<scalar_t, float> ? 0x1p-24 : std::is_same_v<scalar_t, Half> ? 0x1p-11 : 0x1p-8;
+constexpr double kRounding = std::is_same_v<scalar_t, float>  ? 0x1p-24
+                             : std::is_same_v<scalar_t, Half> ? 0x1p-11
+                                                              : 0x1p-8;
 
 template <typename T>
 std::vector<T> random_values(int64_t count, std::mt19937& random) {
@@ -77,7 +80,8 @@ void test(const InstructionSet& set, int64_t threads, int64_t rows, int64_t colu
 
 template <typename scalar_t>
 void test_all(const InstructionSet& set, const char* type) {
-  for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {5, 3}, {16, 64}, {37, 100}, {261, 577}}) {
+  const std::vector<std::pair<int64_t, int64_t>> shapes{{1, 1}, {5, 3}, {16, 64}, {37, 100}, {261, 577}};
+  for (const auto& [rows, columns] : shapes) {
     for (int64_t tokens = 1; tokens <= kMaxLinearTokens; ++tokens) {
       for (const int64_t threads : {1, 3}) {
         for (const bool with_bias : {false, true}) {

@@ -7,7 +7,15 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sinkattn.cli.arguments import add_command, add_model, add_sampling, positive, sampling
+from sinkattn.cli.arguments import (
+    add_command,
+    add_compile,
+    add_model,
+    add_sampling,
+    announce_compilation,
+    positive,
+    sampling,
+)
 from sinkattn.cli.budget import add_minutes, choose
 from sinkattn.cli.eval.arguments import add_caches, add_outputs, counts
 from sinkattn.cli.eval.session import open_session
@@ -29,6 +37,7 @@ def add_parser(commands: Commands) -> None:
     """Add the command to those of a parser."""
     parser = add_command(commands, "chat", run, "a chat of many rounds in one stream, in the model's chat template")
     add_model(parser)
+    add_compile(parser)
     parser.add_argument(
         "--questions",
         type=Path,
@@ -69,9 +78,11 @@ def run(args: argparse.Namespace) -> int:
         numbers = counts(args.rounds, ROUNDS)
         number = choose(numbers, lambda number: number * len(caches) * each_round, args.minutes)
         chats: dict[Streamed, list[Round]] = {}
+        announce_compilation(args)
         with session.progress as progress:
             try:
-                for streamed in [Streamed(session.model, cache) for cache in caches]:
+                for cache in caches:
+                    streamed = Streamed(session.model, cache, compile=args.compile)
                     bar = progress.add(streamed.name, number)
                     asked = islice(cycle(questions), number)
                     for each in converse(streamed, session.tokenizer, asked, args.max_reply, sampling(args)):

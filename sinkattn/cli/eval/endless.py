@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from sinkattn.cli.arguments import add_command, add_model, describe_text, positive
+from sinkattn.cli.arguments import (
+    add_command,
+    add_compile,
+    add_model,
+    announce_compilation,
+    describe_text,
+    positive,
+)
 from sinkattn.cli.budget import SHARES, add_minutes, choose, stream_tokens
 from sinkattn.cli.eval.arguments import add_outputs, add_text
 from sinkattn.cli.eval.session import open_session, write_json
@@ -32,6 +39,7 @@ def add_parser(commands: Commands) -> None:
     """Add the command to those of a parser."""
     parser = add_command(commands, "endless", run, "one stream without a break: loss, memory and time, by stretch")
     add_model(parser)
+    add_compile(parser)
     add_text(parser)
     parser.add_argument("--cache", metavar="S+W", help="sinks + window (default: 4 sinks, window by the model)")
     parser.add_argument("--tokens", type=positive, help=f"length of the stream (default: up to {TOKENS})")
@@ -67,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
                 if args.json:
                     write_json(args.json, session.report(report(result)))
 
+            announce_compilation(args)
             result = endless.run(session.model, stream, settings, on_progress, on_stretch, progress.resident)
         session.finish(report(result), table(report(result)), draw)
     return 0
@@ -78,7 +87,8 @@ def _candidates(args: argparse.Namespace, cache: CacheSize) -> Iterator[Settings
 
     for share in SHARES:
         tokens = args.tokens or stream_tokens(TOKENS, share, cache.total)
-        yield Settings(cache, tokens, args.stretch or min(MAX_STRETCH, max(2 * cache.total, tokens // NUM_STRETCHES)))
+        stretch = args.stretch or min(MAX_STRETCH, max(2 * cache.total, tokens // NUM_STRETCHES))
+        yield Settings(cache, tokens, stretch, args.compile)
 
 
 def as_dict(result: Result) -> dict[str, Any]:
