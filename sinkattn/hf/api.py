@@ -57,9 +57,9 @@ def enable(
         backend: "auto", "cpu", "triton" or "reference"; the environment variable SINKATTN_BACKEND overrides it.
         compile: compile the decode step (one token for each stream) with ``torch.compile``, now for a single stream,
             later for other batch sizes; prompts stay as they are. Takes ten to thirty seconds, with torch's cache on
-            disk less. On a CPU, linear layers of up to four streams then run in kernels of sinkattn and, for 4-bit
-            weights, of PyTorch; quantize weights before, with torchao. Nothing is frozen: other weights, adapters and
-            hooks take effect.
+            disk less. On a CPU, linear layers of up to four streams then run in a kernel of sinkattn; those with
+            quantized weights of torchao do so in any case. Nothing is frozen: other weights, adapters and hooks take
+            effect, but quantize weights before.
 
     Returns:
         The same model.
@@ -97,6 +97,9 @@ def enable(
             patch.install()
             if compile:
                 compile_step(patch)
+            else:
+                # With its own forwards a quantized model is slower than the original.
+                patch.replace_linear_forwards(only_quantized=True)
         except BaseException:
             patch.remove()
             raise

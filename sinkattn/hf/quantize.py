@@ -56,7 +56,7 @@ def _bytes(tensor: Any) -> int:
 
 
 def _config(quantization: Quantization, device: torch.device) -> Any:
-    """The configuration of torchao whose kernels are the fastest on a device."""
+    """The configuration of torchao whose weights a decode step multiplies fastest on a device."""
     try:
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig

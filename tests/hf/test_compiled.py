@@ -155,8 +155,9 @@ def test_threads_keep_their_streams_apart():
         assert torch.equal(each, expected)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantized_weights_give_what_they_give_unpatched(bits):
+def test_quantized_weights_give_what_they_give_unpatched(bits, compiled):
     quantization = pytest.importorskip("torchao.quantization")
     if bits == 8:
         config, dtype = quantization.Int8WeightOnlyConfig(set_inductor_config=False), torch.float32
@@ -171,7 +172,9 @@ def test_quantized_weights_give_what_they_give_unpatched(bits):
         )
     product = compiled_step._product(model.model.layers[0].mlp.up_proj)
     assert product.func is {8: sinkattn.ops.linear, 4: sinkattn.ops.int4_linear}[bits]
-    sinkattn.enable(model, S, W, compile=True)
+    sinkattn.enable(model, S, W, compile=compiled)
+    assert "forward" in model.model.layers[0].mlp.up_proj.__dict__
+    assert ("forward" in model.lm_head.__dict__) == compiled  # its weights are not quantized
     ids = random_ids(1, 12)
     with torch.no_grad():
         want = plain(ids).logits

@@ -48,12 +48,15 @@ def _normal(x: Any) -> Any:
     return x.clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x
 
 
-def linear_forward(module: nn.Linear) -> Callable[[Tensor], Tensor] | None:
-    """Forward of a linear layer on a CPU that is fast for few tokens; None for a layer or weights of an unknown kind.
+def linear_forward(module: nn.Linear, *, only_quantized: bool) -> Callable[[Tensor], Tensor] | None:
+    """Forward of a linear layer on a CPU that is fast for few tokens; None for a layer or weights of another kind.
 
     Quantized weights are those of torchao. They must not be replaced afterwards; others may.
     """
-    product = _product(module) if type(module) is nn.Linear and module.weight.is_cpu else None
+    is_wanted = type(module) is nn.Linear and module.weight.is_cpu
+    if only_quantized and is_wanted:
+        is_wanted = type(module.weight.data) is not Tensor
+    product = _product(module) if is_wanted else None
     return product and partial(_linear, module, product, module.weight.dtype)
 
 

@@ -143,11 +143,16 @@ class RingPatch(StreamPatch):
         for module in modules_with_config(self.decoder, original):
             self.set_attribute(module, "config", config)
 
-    def compile_step(self) -> None:
-        """Compile decode steps from now on, in the first one; on a CPU with linear layers made for few tokens."""
+    def replace_linear_forwards(self, *, only_quantized: bool) -> None:
+        """Run linear layers on a CPU in kernels made for few tokens."""
         for module in self.model.modules():
-            if isinstance(module, nn.Linear) and (forward := linear_forward(module)):
-                self.set_forward(module, forward)
+            if isinstance(module, nn.Linear):
+                forward = linear_forward(module, only_quantized=only_quantized)
+                if forward is not None:
+                    self.set_forward(module, forward)
+
+    def compile_step(self) -> None:
+        """Compile decode steps from now on, in the first one."""
         self._decoder_forward = self.original_forward(self.decoder)
         defaults = {"use_cache": True, "return_dict": self.config.return_dict}
         in_use = {name: value for name, value in defaults.items() if name in self.parameters}
