@@ -196,6 +196,18 @@ def test_generate_prints_the_text(capsys):
     assert capsys.readouterr().out == expected_text("import ", 20, **options)
 
 
+@pytest.mark.slow
+def test_generate_with_a_compiled_step_prints_the_same_text(capsys):
+    command = ["generate", "--device", "cpu", "--prompt", "import ", "--max-new-tokens", "20", "--temperature", "0"]
+    assert cli.main(command) == 0
+    plain = capsys.readouterr()
+    assert cli.main([*command, "--compile"]) == 0
+    compiled = capsys.readouterr()
+    assert compiled.out == plain.out
+    assert "Compiling the decode step" in compiled.err
+    assert "Compiling" not in plain.err
+
+
 def test_generate_replies_in_a_chat(capsys, chat_model):
     arguments = ["generate", "--device", "cpu", "--model", str(chat_model), "--prompt", "import os", "--seed", "0"]
     assert cli.main([*arguments, "--chat"]) == 0

@@ -134,7 +134,7 @@ def test_nothing_is_kept_of_tokens_that_have_left_the_window(leak, tokenizer, mo
     class Constant:
         kv_bytes = 0
 
-        def __init__(self, model, size):
+        def __init__(self, model, size, compile):
             pass
 
         def feed(self, ids, targets, wanted):
