@@ -81,6 +81,18 @@ def test_every_caller_shares_one_graph():
     assert num_graphs() == 2  # three streams
 
 
+def test_beyond_the_limit_of_graphs_the_plain_step_runs(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    plain, model = enabled_pair("llama")
+    ids = random_ids(3, 5)
+    assert torch.equal(greedy(model, ids[:2]), greedy(plain, ids[:2]))
+    with pytest.warns(RuntimeWarning, match=r"this decode step is not compiled"):
+        got = greedy(model, ids)
+    assert torch.equal(got, greedy(plain, ids))
+    assert torch.equal(greedy(model, ids[:1]), greedy(plain, ids[:1]))
+    assert num_graphs() == 2
+
+
 def test_batches_with_padding_are_those_of_the_plain_step():
     plain, model = enabled_pair("llama")
     ids, mask = random_ids(2, 7), torch.ones(2, 7, dtype=torch.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -41,7 +42,17 @@ class CompiledStep:
         # Callers' arguments also differ in strides and in being inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             given = {name: _normal(x) for name, x in kwargs.items() if x is not None}
-            return self._compiled(running, self._defaults | given)
+            try:
+                return self._compiled(running, self._defaults | given)
+            except torch._dynamo.exc.FailOnRecompileLimitHit:
+                # Nothing has run. The graphs that there are stay in use.
+                warnings.warn(
+                    "sinkattn: this decode step is not compiled, as torch has compiled it for so many other batch "
+                    "sizes or settings already (torch._dynamo.config.recompile_limit)",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return self._step(running, self._defaults | given)
 
 
 def _normal(x: Any) -> Any:
