@@ -30,7 +30,7 @@ def add_minutes(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def stream_tokens(usual: int, share: float, full: int) -> int:
+def stream_length(usual: int, share: float, full: int) -> int:
     """A share of the usual length of a stream, but enough beyond the ``full`` tokens after which losses count."""
     return max(round(usual * share), full + max(full, MIN_COUNTED))
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from sinkattn.evaluate.chat_template import ChatTemplate
 from sinkattn.evaluate.exact_match import QUARTERS
 from sinkattn.evaluate.methods import Streamed
-from sinkattn.evaluate.turns import Turns
 from sinkattn.hf.stream import end_ids, stream_tokens
 
 # Length in tokens of what counts as repeated.
@@ -56,7 +56,7 @@ def everyday_questions() -> list[str]:
 
 def question_tokens(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> int:
     """Mean tokens of a turn up to its reply, over the first questions; raises ValueError as `converse` does."""
-    asked = [*map(Turns.of(tokenizer).asked, questions[:SAMPLE])]
+    asked = [*map(ChatTemplate.of(tokenizer).asked, questions[:SAMPLE])]
     return sum(map(len, tokenizer(asked, add_special_tokens=False).input_ids)) // len(asked)
 
 
@@ -100,7 +100,7 @@ def converse(
         ValueError: for a chat template that cannot be continued turn by turn, or a model without an end token.
         Interrupted: if it is raised in a forward; the round that it interrupts is not yielded.
     """
-    turns = Turns.of(tokenizer)
+    turns = ChatTemplate.of(tokenizer)
     stop_ids = end_ids(streamed.model)
     if not stop_ids:
         raise ValueError("chat: this model has no end token, so it cannot end a reply")

@@ -16,10 +16,10 @@ from scipy.stats import binomtest
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sinkattn.evaluate.chat_template import ChatTemplate
 from sinkattn.evaluate.interruption import Interrupted
 from sinkattn.evaluate.items import Item
 from sinkattn.evaluate.methods import Predictor
-from sinkattn.evaluate.turns import Turns
 
 QUARTERS = 4
 
@@ -68,13 +68,13 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return line_break[-1]
 
 
-def start_ids(tokenizer: PreTrainedTokenizerBase, turns: Turns | None) -> list[int]:
+def start_ids(tokenizer: PreTrainedTokenizerBase, turns: ChatTemplate | None) -> list[int]:
     """First tokens of a stream of questions: what the chat template begins with, or else `first_token`."""
     start = [] if turns is None else tokenizer(turns.start, add_special_tokens=False).input_ids
     return start or [first_token(tokenizer)]
 
 
-def encode(item: Item, tokenizer: PreTrainedTokenizerBase, turns: Turns | None = None) -> tuple[Tensor, Tensor]:
+def encode(item: Item, tokenizer: PreTrainedTokenizerBase, turns: ChatTemplate | None = None) -> tuple[Tensor, Tensor]:
     """Token ids of an item, int64 ``[tokens]``, and a mask of its answer, bool ``[tokens]``; with ``turns``, in a chat.
 
     A token that covers both a part of the answer and text around it counts as the answer's. Raises ValueError for an
@@ -108,7 +108,7 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     count: int,
     on_progress: OnProgress,
-    turns: Turns | None = None,
+    turns: ChatTemplate | None = None,
 ) -> tuple[list[Tally], int]:
     """Feed the first ``count`` items to all predictors; returns a tally for each, and the tokens of the stream.
 

@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from transformers.utils.import_utils import is_accelerate_available, is_gguf_available
+
+# What is replaced here belongs to the process, so one file is read at a time.
+_lock = Lock()
 
 
 @contextmanager
@@ -22,7 +26,7 @@ def opened(path: Path) -> Iterator[str]:
     """
     reader = _open(path)
     # The bar for the conversion of the tensors cannot be switched off.
-    with _parsed_once(reader), redirect_stderr(io.StringIO()):
+    with _lock, _parsed_once(reader), redirect_stderr(io.StringIO()):
         try:
             # By its full path: transformers prefers a file of the same name in the current folder.
             yield str(path.absolute())

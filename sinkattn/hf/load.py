@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
@@ -49,7 +50,7 @@ def load(
     try:
         with _no_progress_bars():
             model, tokenizer = _load(DEMO_MODEL if name is None else name, dtype)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model: cannot load {name}: {_reason(error)}") from error
     model = model.to(device).eval()  # type: ignore[arg-type]  # transformers decorates `to` without its self
     if quantize is not None:
@@ -87,7 +88,9 @@ def _load(name: str | Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, 
     if path.suffix == ".gguf":
         path = _gguf_path(str(name), path)
         with gguf_file.opened(path) as file:
-            return _from_pretrained(path.parent, {"gguf_file": file}, dtype, GgufConfig(dequantize=True))
+            return _from_pretrained(
+                path.parent, {"gguf_file": file}, dtype, quantization_config=GgufConfig(dequantize=True)
+            )
     if path.is_file():
         raise ValueError("expected a folder, a GGUF file (.gguf) or a name on the hub, and this is another file")
     if path.is_dir():
@@ -100,12 +103,11 @@ def _load(name: str | Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, 
 
 
 def _from_pretrained(
-    name: str | Path, file: dict[str, str], dtype: torch.dtype | str, quantization: GgufConfig | None = None
+    name: str | Path, file: dict[str, str], dtype: torch.dtype | str, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model, all of whose weights must be there, and its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(name, **file)
-    options: dict[str, Any] = {**file, "dtype": dtype, "quantization_config": quantization}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, dtype=dtype, **file, **options)
     model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"it has no weights for {missing[0]} ({len(missing)} missing in all)")

@@ -37,6 +37,10 @@ def quantize_weights(model: PreTrainedModel, quantization: Quantization) -> None
         return isinstance(module, nn.Linear) and (quantization == "int8" or _fits_int4(module))
 
     head: Any = model.get_output_embeddings()
+    if not any(is_quantized(module, "") for module in model.modules() if module is not head):
+        raise ValueError(
+            f"quantize: {type(model).__name__} has no linear layers, or none of sizes that {quantization} takes"
+        )
     if head is not None and is_quantized(head, "") and head.weight is model.get_input_embeddings().weight:
         _untie(model, head)
     quantize_(model, config, is_quantized)

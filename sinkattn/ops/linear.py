@@ -51,7 +51,8 @@ def int4_linear(
     Returns:
         ``[..., rows]`` in the dtype of ``input``.
     """
-    out = torch.ops.aten._weight_int4pack_mm_for_cpu(input.reshape(-1, input.shape[-1]), packed, group, scale_and_zero)
+    rows = input.reshape(-1, input.shape[-1]).contiguous()
+    out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group, scale_and_zero)
     out = out.view(*input.shape[:-1], -1)
     return out if bias is None else out + bias
 

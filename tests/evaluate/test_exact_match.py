@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 import sinkattn
 from sinkattn.evaluate import exact_match
+from sinkattn.evaluate.chat_template import ChatTemplate
 from sinkattn.evaluate.exact_match import Tally, encode
 from sinkattn.evaluate.items import Item, code_items, line_items
 from sinkattn.evaluate.methods import CacheSize, Dense, OneShot, Recomputed, Scores, Streamed
 from sinkattn.evaluate.text import StandardLibrary
-from sinkattn.evaluate.turns import Turns
 
 
 def test_tokens_of_an_answer_are_those_that_spell_it(tokenizer):
@@ -111,7 +111,9 @@ def test_items_of_a_chat_are_the_chat_that_the_template_writes(chat_tokenizer):
         messages += [{"role": "user", "content": item.question}, {"role": "assistant", "content": item.reply}]
     text = chat_tokenizer.apply_chat_template(messages, tokenize=False)
     recording = Recording()
-    _, tokens = exact_match.run([recording], items, chat_tokenizer, 5, lambda *progress: None, Turns.of(chat_tokenizer))
+    _, tokens = exact_match.run(
+        [recording], items, chat_tokenizer, 5, lambda *progress: None, ChatTemplate.of(chat_tokenizer)
+    )
     whole = chat_tokenizer(text, add_special_tokens=False).input_ids
     assert recording.ids == whole[:-1]
     assert tokens == len(whole)
@@ -123,7 +125,7 @@ def test_items_of_a_chat_are_the_chat_that_the_template_writes(chat_tokenizer):
 
 
 def test_one_question_at_a_time_begins_as_the_chat_does(model, chat_tokenizer):
-    turns = Turns.of(chat_tokenizer)
+    turns = ChatTemplate.of(chat_tokenizer)
     start = exact_match.start_ids(chat_tokenizer, turns)
     assert chat_tokenizer.decode(start) == "<s>Be brief.\n"
     item = next(line_items(1, 2))

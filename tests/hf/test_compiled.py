@@ -1,6 +1,7 @@
 """`enable(model, compile=True)`: the compiled decode step gives what the plain one gives, whatever changes."""
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ from torch._dynamo.utils import counters
 import sinkattn
 from sinkattn.hf import UnsupportedModelError, stream_tokens
 from sinkattn.hf.swap import compiled_step
+from sinkattn.hf.swap.ring_patch import RingPatch
 
 S, W, NEW = 2, 14, 30
 
@@ -81,8 +83,8 @@ def test_every_caller_shares_one_graph():
     assert num_graphs() == 2  # three streams
 
 
-def test_beyond_the_limit_of_graphs_the_plain_step_runs(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_beyond_the_limit_of_graphs_the_plain_step_runs():
     plain, model = enabled_pair("llama")
     ids = random_ids(3, 5)
     assert torch.equal(greedy(model, ids[:2]), greedy(plain, ids[:2]))
@@ -131,10 +133,12 @@ def test_a_copy_has_a_step_of_its_own():
     _, model = enabled_pair("llama")
     before = step_logits(model)
     twin = copy.deepcopy(model)
+    saved = pickle.loads(pickle.dumps(model))
     twin.model.layers[0].mlp.down_proj.weight.data.zero_()
     twin.lm_head.weight.data.zero_()
     assert not step_logits(twin).any()
     assert torch.equal(step_logits(model), before)
+    assert torch.equal(step_logits(saved), before)
 
 
 def test_disable_restores_every_forward():
@@ -167,6 +171,11 @@ def test_threads_keep_their_streams_apart():
         assert torch.equal(each, expected)
 
 
+def layer_with(layer: torch.nn.Linear, weight: torch.Tensor) -> torch.nn.Linear:
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_weights_give_what_they_give_unpatched(bits, compiled):
@@ -194,11 +203,44 @@ def test_quantized_weights_give_what_they_give_unpatched(bits, compiled):
         got = torch.cat([model(part, cache=cache).logits for part in ids.split([5] + [1] * 7, dim=1)], dim=1)
     tolerance = 1e-4 if bits == 8 else 0.05
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    layer = model.model.layers[0].mlp.up_proj
+    strided = torch.randn(4, 3, 64, dtype=dtype)[:, -1:]
+    with torch.no_grad():
+        torch.testing.assert_close(layer(strided), type(layer).forward(layer, strided), rtol=tolerance, atol=tolerance)
+        assert layer(strided[:0]).shape == (0, 1, 128)
+    other = sinkattn.enable(plain, S, W)
+    for each in (model, other):  # adapters of peft do so when they are merged
+        quantization.quantize_(layer_with(each.model.layers[0].mlp.up_proj, torch.ones(128, 64, dtype=dtype)), config)
+    torch.testing.assert_close(step_logits(model), step_logits(other), rtol=tolerance, atol=tolerance)
+
+
+def test_a_product_that_differs_is_not_used(monkeypatch):
+    linear = sinkattn.ops.linear
+    monkeypatch.setattr(compiled_step.ops, "linear", lambda *args, **options: linear(*args, **options) * 1.01)
+    model = sinkattn.enable(build("llama"), S, W, compile=True)
+    assert not any("forward" in module.__dict__ for module in model.model.layers.modules())
+    monkeypatch.undo()
+    torch.testing.assert_close(step_logits(model), step_logits(sinkattn.enable(build("llama"), S, W)))
+
+
+def test_a_forward_of_the_users_stays():
+    model = build("llama")
+    layer = model.model.layers[1].mlp.down_proj
+    layer.forward = lambda input: torch.zeros(*input.shape[:-1], layer.out_features)
+    plain = copy.deepcopy(model)
+    sinkattn.enable(model, S, W, compile=True)
+    torch.testing.assert_close(step_logits(model), step_logits(sinkattn.enable(plain, S, W)))
 
 
 def test_a_wrong_step_is_refused(monkeypatch):
-    linear = sinkattn.ops.linear
-    monkeypatch.setattr(compiled_step.ops, "linear", lambda *args, **options: linear(*args, **options) * 1.01)
+    step = RingPatch._run_step
+
+    def wrong_step(self, running, kwargs):
+        output = step(self, running, kwargs)
+        output.last_hidden_state = output.last_hidden_state + 0.01 * output.last_hidden_state.roll(1, dims=-1)
+        return output
+
+    monkeypatch.setattr(RingPatch, "_run_step", wrong_step)
     model = build("llama")
     attributes = [sorted(module.__dict__) for module in model.modules()]
     with pytest.raises(UnsupportedModelError, match=r"differs from the original by .* in its compiled decode step"):

@@ -183,6 +183,19 @@ def test_what_cannot_be_quantized():
         quantize_weights(quantized, "int8")
 
 
+def test_a_checkpoint_keeps_its_own_quantization(monkeypatch):
+    given = {}
+
+    def from_pretrained(name, **options):
+        given.update(options)
+        raise ValueError("stop")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(ValueError, match="stop"):
+        load(device="cpu")
+    assert "quantization_config" not in given  # not even None, which transformers takes for the answer
+
+
 def patched_error(model, ids):
     """How far the logits of a model are off once it is enabled, as a fraction of their spread."""
     plain = model(ids).logits

@@ -15,7 +15,7 @@ from sinkattn.cli.arguments import (
     describe_text,
     positive,
 )
-from sinkattn.cli.budget import SHARES, add_minutes, choose, stream_tokens
+from sinkattn.cli.budget import SHARES, add_minutes, choose, stream_length
 from sinkattn.cli.eval.arguments import add_outputs, add_text
 from sinkattn.cli.eval.session import open_session, write_json
 from sinkattn.cli.formatting import captioned_table, restart_lines, size_text, turns_line
@@ -86,7 +86,7 @@ def _candidates(args: argparse.Namespace, cache: CacheSize) -> Iterator[Settings
     from sinkattn.evaluate.endless import Settings
 
     for share in SHARES:
-        tokens = args.tokens or stream_tokens(TOKENS, share, cache.total)
+        tokens = args.tokens or stream_length(TOKENS, share, cache.total)
         stretch = args.stretch or min(MAX_STRETCH, max(2 * cache.total, tokens // NUM_STRETCHES))
         yield Settings(cache, tokens, stretch, args.compile)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinkattn.cli.arguments import add_command, add_model, count, describe_text, positive
-from sinkattn.cli.budget import SHARES, add_minutes, choose, stream_tokens
+from sinkattn.cli.budget import SHARES, add_minutes, choose, stream_length
 from sinkattn.cli.eval.arguments import add_caches, add_outputs, add_text
 from sinkattn.cli.eval.session import open_session
 from sinkattn.cli.formatting import captioned_table, count_text, restart_lines, size_text
@@ -86,7 +86,7 @@ def _candidates(args: argparse.Namespace, caches: tuple[CacheSize, ...]) -> Iter
 
     begin = max(cache.total for cache in caches)
     for share in SHARES:
-        tokens = args.tokens or stream_tokens(TOKENS, share, begin)
+        tokens = args.tokens or stream_length(TOKENS, share, begin)
         dense = max(round(DENSE_TOKENS * share), 2 * begin) if args.dense_tokens is None else args.dense_tokens
         every = args.recompute_every
         if every is None:

@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from sinkattn.cli.arguments import add_command, add_model, describe_text, positive
-from sinkattn.cli.budget import SHARES, add_minutes, choose, stream_tokens
+from sinkattn.cli.budget import SHARES, add_minutes, choose, stream_length
 from sinkattn.cli.eval.arguments import add_outputs, add_text
 from sinkattn.cli.eval.session import open_session
 from sinkattn.cli.formatting import captioned_table, count_text, range_text, restart_lines
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         stream = session.stream()
         total = args.size or session.total
         tokens = choose(
-            [args.tokens or stream_tokens(TOKENS, share, total) for share in SHARES],
+            [args.tokens or stream_length(TOKENS, share, total) for share in SHARES],
             lambda each: sinks.seconds(session.speed, total, each),
             args.minutes,
         )

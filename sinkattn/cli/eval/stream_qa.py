@@ -47,16 +47,16 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     with open_session(args) as session:
         from sinkattn.evaluate import exact_match
+        from sinkattn.evaluate.chat_template import ChatTemplate
         from sinkattn.evaluate.items import code_items, read_items
         from sinkattn.evaluate.methods import OneShot, Streamed, dense_limit
         from sinkattn.evaluate.text import StandardLibrary
-        from sinkattn.evaluate.turns import Turns
 
         if args.questions is None:
             items = list(islice(code_items(StandardLibrary().pieces()), args.count or COUNT))
         else:
             items = read_items(args.questions)[: args.count or COUNT]
-        turns = Turns.of(session.tokenizer) if args.chat else None
+        turns = ChatTemplate.of(session.tokenizer) if args.chat else None
         start = exact_match.start_ids(session.tokenizer, turns)
         streamed = [Streamed(session.model, cache) for cache in session.caches((0, 4))]
         predictors: list[Predictor] = [OneShot(session.model, start, dense_limit(streamed[0])), *streamed]

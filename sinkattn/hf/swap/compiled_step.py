@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -20,30 +19,31 @@ class CompiledStep:
 
     Args:
         step: takes the state of the running forward, and the arguments of the decoder by name.
+        plain: the same without being compiled; takes only the arguments of the decoder.
         defaults: values of arguments that some callers leave out, so that all share one graph.
     """
 
-    def __init__(self, step: Callable[..., Any], defaults: dict[str, Any]) -> None:
+    def __init__(self, step: Callable[..., Any], plain: Callable[..., Any], defaults: dict[str, Any]) -> None:
         def own_step(running: Any, kwargs: dict[str, Any]) -> Any:
             return step(running, kwargs)
 
         # Dynamo limits the graphs of a code object, which enabled models would share.
         own_step.__code__ = own_step.__code__.replace()
-        self._step = step
-        self._defaults = defaults
+        self._arguments = step, plain, defaults
         self._compiled = torch.compile(own_step, fullgraph=True, dynamic=False)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledStep:
-        """The step of a copied model, which is compiled when it first runs."""
-        return CompiledStep(copy.deepcopy(self._step, memo), self._defaults)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, of a copied or saved model, is compiled when it first runs."""
+        return CompiledStep, self._arguments
 
     def __call__(self, running: Any, kwargs: dict[str, Any]) -> Any:
         """Run the step. It is compiled again for another batch size or dtype, under autocast, and for new adapters."""
+        _, plain, defaults = self._arguments
         # Callers' arguments also differ in strides and in being inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             given = {name: _normal(x) for name, x in kwargs.items() if x is not None}
             try:
-                return self._compiled(running, self._defaults | given)
+                return self._compiled(running, defaults | given)
             except torch._dynamo.exc.FailOnRecompileLimitHit:
                 # Nothing has run. The graphs that there are stay in use.
                 warnings.warn(
@@ -52,34 +52,51 @@ class CompiledStep:
                     RuntimeWarning,
                     stacklevel=2,
                 )
-                return self._step(running, self._defaults | given)
+                return plain(**defaults | given)
 
 
 def _normal(x: Any) -> Any:
     return x.clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x
 
 
-def linear_forward(module: nn.Linear, *, only_quantized: bool) -> Callable[[Tensor], Tensor] | None:
-    """Forward of a linear layer on a CPU that is fast for few tokens; None for a layer or weights of another kind.
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a linear layer has weights of a tensor subclass, such as torchao's."""
+    return type(module) is nn.Linear and type(module.weight.data) is not Tensor
 
-    Quantized weights are those of torchao. They must not be replaced afterwards; others may.
+
+def linear_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """Forward of a linear layer on a CPU that is fast for few tokens, and agrees with its own on a random token.
+
+    None for other modules, weights of an unknown kind, and layers whose forward was replaced.
     """
-    is_wanted = type(module) is nn.Linear and module.weight.is_cpu
-    if only_quantized and is_wanted:
-        is_wanted = type(module.weight.data) is not Tensor
-    product = _product(module) if is_wanted else None
-    return product and partial(_linear, module, product, module.weight.dtype)
+    if type(module) is not nn.Linear or not module.weight.is_cpu or "forward" in module.__dict__:
+        return None
+    product = _product(module)
+    if product is None or not _agrees(module, product):
+        return None
+    return partial(_linear, module, product, module.weight if is_quantized(module) else None, module.weight.dtype)
 
 
-def _linear(module: nn.Linear, product: Callable[..., Tensor], dtype: torch.dtype, input: Tensor) -> Tensor:
+def _linear(
+    module: nn.Linear, product: Callable[..., Tensor], quantized: Tensor | None, dtype: torch.dtype, input: Tensor
+) -> Tensor:
+    """Linear layer; ``quantized`` are the weights that ``product`` was made of, if it reads no others."""
     if (
-        input.numel() > ops.MAX_LINEAR_TOKENS * module.in_features
+        not 0 < input.numel() <= ops.MAX_LINEAR_TOKENS * module.in_features
         or input.dtype != dtype
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
+        # In a graph they would become inputs, and torch caches no graph on disk whose inputs are of a subclass.
+        or (not torch.compiler.is_dynamo_compiling() and quantized is not None and module.weight is not quantized)
     ):
         return functional.linear(input, module.weight, module.bias)
     return product(input, bias=module.bias)
+
+
+def has_replaced_weights(forward: Callable[[Tensor], Tensor]) -> bool:
+    """Whether quantized weights were replaced since `linear_forward` returned this forward."""
+    module, _, quantized, _ = forward.args  # type: ignore[attr-defined]  # a partial of _linear
+    return quantized is not None and module.weight is not quantized
 
 
 def _product(module: nn.Linear) -> Callable[..., Tensor] | None:
@@ -107,3 +124,12 @@ def _is_weight_only(weight: Any) -> bool:
     others = ("act_quant_kwargs", "act_mapping_type", "act_pre_scale")
     zero_point = getattr(weight, "zero_point", None)
     return all(getattr(weight, name, None) is None for name in others) and (zero_point is None or not zero_point.any())
+
+
+@torch.no_grad()
+def _agrees(module: nn.Linear, product: Callable[..., Tensor]) -> bool:
+    generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
+    input = torch.randn(1, module.in_features, generator=generator).to(module.weight.dtype)
+    want = functional.linear(input, module.weight, module.bias).float()
+    error, size = (product(input, bias=module.bias).float() - want).norm(), want.norm()
+    return bool(error <= max(1e-3, 4 * torch.finfo(input.dtype).eps) * size)

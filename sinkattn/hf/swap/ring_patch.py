@@ -26,7 +26,7 @@ from sinkattn.hf.inputs import can_read_on_host, check_positions, new_token_mask
 from sinkattn.hf.model_config import config_with_attention, modules_with_config, rope_parameters
 from sinkattn.hf.probe.result import ProbeResult, Rotation
 from sinkattn.hf.probe.rotations import identity_rotation_hook
-from sinkattn.hf.swap.compiled_step import CompiledStep, linear_forward
+from sinkattn.hf.swap.compiled_step import CompiledStep, has_replaced_weights, is_quantized, linear_forward
 from sinkattn.hf.swap.layer_attention import ATTENTION_NAME, LayerGroup, Padding, RunningForward, attend_over_ring
 from sinkattn.hf.swap.stream_patch import StreamPatch
 from sinkattn.hf.unsupported import UnsupportedModelError
@@ -59,6 +59,7 @@ class RingPatch(StreamPatch):
         # Replaces `_running` during torch.compile, which cannot trace context variables.
         self._traced: RunningForward | None = None
         self._compiled_step: CompiledStep | None = None
+        self._linear_forwards: list[Callable[[Tensor], Tensor]] = []
 
     def _check_decoder(self) -> None:
         name = type(self.model).__name__
@@ -146,17 +147,18 @@ class RingPatch(StreamPatch):
     def replace_linear_forwards(self, *, only_quantized: bool) -> None:
         """Run linear layers on a CPU in kernels made for few tokens."""
         for module in self.model.modules():
-            if isinstance(module, nn.Linear):
-                forward = linear_forward(module, only_quantized=only_quantized)
+            if is_quantized(module) or not only_quantized:
+                forward = linear_forward(module)
                 if forward is not None:
                     self.set_forward(module, forward)
+                    self._linear_forwards.append(forward)
 
     def compile_step(self) -> None:
         """Compile decode steps from now on, in the first one."""
         self._decoder_forward = self.original_forward(self.decoder)
         defaults = {"use_cache": True, "return_dict": self.config.return_dict}
         in_use = {name: value for name, value in defaults.items() if name in self.parameters}
-        self._compiled_step = CompiledStep(self._run_step, in_use)
+        self._compiled_step = CompiledStep(self._run_step, self.run_decoder, in_use)
 
     def _run_step(self, running: RunningForward, kwargs: dict[str, Any]) -> Any:
         previous, self._traced = self._traced, running
@@ -191,13 +193,18 @@ class RingPatch(StreamPatch):
         provided = {self.cache_argument: cache, "attention_mask": None, "position_ids": positions}
         kwargs |= {name: value for name, value in provided.items() if name in self.parameters}
         cache.begin_forward(batch, num_tokens, kwargs.get("input_ids"))
-        is_finished, running = False, RunningForward(self, cache, num_tokens, padding, positions)
+        is_finished, may_have_written = False, False
+        running = RunningForward(self, cache, num_tokens, padding, positions)
         previous = self._set_running(running)
         try:
             step = self._compiled_step
-            if step is None or num_tokens > 1 or padding is not None or cache.seen is None:
-                output = self.run_decoder(**kwargs)  # the first token, too, as it allocates memory
+            # The first token allocates memory.
+            if num_tokens > 1 or padding is not None or cache.seen is None:
+                step = None
+            if step is None or any(map(has_replaced_weights, self._linear_forwards)):
+                output = self.run_decoder(**kwargs)
             else:
+                may_have_written = True  # Dynamo counts layers only at the end of a graph
                 output = step(running, kwargs)
             if running.num_layers_run != len(self.groups):
                 raise RuntimeError(f"expected {len(self.groups)} attention layers to run, got {running.num_layers_run}")
@@ -208,7 +215,7 @@ class RingPatch(StreamPatch):
             if is_finished:
                 cache.finish_forward(token_mask)
             else:
-                cache.abandon_forward(written=running.num_layers_run > 0)
+                cache.abandon_forward(written=may_have_written or running.num_layers_run > 0)
 
     def _set_running(self, running: RunningForward | None) -> RunningForward | None:
         """Set the running forward; returns the previous one."""

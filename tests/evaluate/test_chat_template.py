@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from sinkattn.evaluate.turns import Turns
+from sinkattn.evaluate.chat_template import ChatTemplate
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and message.role != 'system' %}<|begin|>system\nBe kind.<|end|>\n"
@@ -36,7 +36,7 @@ def with_template(tokenizer, template):
 @pytest.mark.parametrize("template", [CHATML, INST, START_ONCE], ids=["chatml", "inst", "start once"])
 def test_parts_make_the_whole_chat(tokenizer, template):
     tokenizer = with_template(tokenizer, template)
-    turns = Turns.of(tokenizer)
+    turns = ChatTemplate.of(tokenizer)
     messages, text = [], turns.start
     lead = " " if template is INST else ""
     for number in range(4):
@@ -60,4 +60,4 @@ def test_parts_make_the_whole_chat(tokenizer, template):
 )
 def test_templates_that_cannot_be_continued_are_refused(tokenizer, template, message):
     with pytest.raises(ValueError, match=f"^chat: .*{message}"):
-        Turns.of(with_template(tokenizer, template))
+        ChatTemplate.of(with_template(tokenizer, template))

@@ -12,7 +12,7 @@ FIRST, REPLY, SECOND = "first 0a7f question", "first 0a7f reply", "second 0a7f q
 
 
 @dataclass(frozen=True)
-class Turns:
+class ChatTemplate:
     """Parts of a chat template. A chat is ``start``, then for each turn: `asked`, the reply, ``end``."""
 
     start: str
@@ -25,7 +25,7 @@ class Turns:
     """After the reply."""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Turns:
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
         """Take a tokenizer's chat template apart.
 
         Raises:
