@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import torch._inductor.config
 from families import build
 from hf_models import SIZES, random_ids
 from torch._dynamo.utils import counters
@@ -248,8 +249,8 @@ def test_a_wrong_step_is_refused(monkeypatch):
     assert [sorted(module.__dict__) for module in model.modules()] == attributes
 
 
-def test_a_step_that_cannot_be_compiled_is_refused(monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+@torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+def test_a_step_that_cannot_be_compiled_is_refused():
     model = build("llama", intermediate_size=SIZES["intermediate_size"] + 8)  # nothing of it is in a cache on disk
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM: its decode step could not be compiled: \w+: "):
         sinkattn.enable(model, S, W, compile=True)
