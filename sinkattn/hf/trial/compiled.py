@@ -41,9 +41,10 @@ def compile_step(patch: RingPatch) -> None:
         try:
             got = [_outputs(patch, step, cache) for step in steps]
         except Exception as error:  # Dynamo, its backend and the C++ compiler raise many types
-            lines = str(error).strip().splitlines() or [""]
+            # The first line names the part of the compiler that failed, the second one why.
+            reason = " ".join(str(error).strip().splitlines()[:2])
             raise UnsupportedModelError(
-                f"{name}: its decode step could not be compiled: {type(error).__name__}: {lines[0]}"
+                f"{name}: its decode step could not be compiled: {type(error).__name__}: {reason}"
             ) from error
     finally:
         for module in training:
