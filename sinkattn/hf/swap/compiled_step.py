@@ -94,9 +94,9 @@ def _linear(
 
 
 def has_replaced_weights(forward: Callable[[Tensor], Tensor]) -> bool:
-    """Whether quantized weights were replaced since `linear_forward` returned this forward."""
+    """Whether the weights of a quantized layer were replaced since `linear_forward` returned this forward of it."""
     module, _, quantized, _ = forward.args  # type: ignore[attr-defined]  # a partial of _linear
-    return quantized is not None and module.weight is not quantized
+    return module.weight is not quantized
 
 
 def _product(module: nn.Linear) -> Callable[..., Tensor] | None:

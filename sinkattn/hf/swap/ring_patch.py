@@ -59,7 +59,7 @@ class RingPatch(StreamPatch):
         # Replaces `_running` during torch.compile, which cannot trace context variables.
         self._traced: RunningForward | None = None
         self._compiled_step: CompiledStep | None = None
-        self._linear_forwards: list[Callable[[Tensor], Tensor]] = []
+        self._quantized_forwards: list[Callable[[Tensor], Tensor]] = []
 
     def _check_decoder(self) -> None:
         name = type(self.model).__name__
@@ -151,7 +151,8 @@ class RingPatch(StreamPatch):
                 forward = linear_forward(module)
                 if forward is not None:
                     self.set_forward(module, forward)
-                    self._linear_forwards.append(forward)
+                    if is_quantized(module):
+                        self._quantized_forwards.append(forward)
 
     def compile_step(self) -> None:
         """Compile decode steps from now on, in the first one."""
@@ -198,10 +199,9 @@ class RingPatch(StreamPatch):
         previous = self._set_running(running)
         try:
             step = self._compiled_step
-            # The first token allocates memory.
             if num_tokens > 1 or padding is not None or cache.seen is None:
-                step = None
-            if step is None or any(map(has_replaced_weights, self._linear_forwards)):
+                step = None  # not one token of each stream, or the first one, which allocates memory
+            if step is None or any(map(has_replaced_weights, self._quantized_forwards)):
                 output = self.run_decoder(**kwargs)
             else:
                 may_have_written = True  # Dynamo counts layers only at the end of a graph
