@@ -115,7 +115,7 @@ build/tests/thread/attention_test: $(KERNEL:%=build/tests/thread/%)
 build/tests/address/linear_test: $(KERNEL:%=build/tests/address/%)
 build/tests/thread/linear_test: $(KERNEL:%=build/tests/thread/%)
 
-real: $(READY)  ## evaluate that model, about a quarter of an hour; ARGS=--full: hours, for docs/evaluation
+real: $(READY)  ## evaluate that model; says first how long it takes; ARGS=--full: hours, for docs/evaluation
 	@$(PY) bench/real.py $(ARGS)
 
 bench: $(READY)  ## run the benchmarks

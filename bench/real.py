@@ -1,6 +1,6 @@
 """Evaluates a pretrained model with the commands of sinkattn, beside the paper's figures.
 
-    make real                               # in about a quarter of an hour; into docs/evaluation/real-quick
+    make real                               # says first how long it takes; into docs/evaluation/real-quick
     make real ARGS="--full"                 # as long streams as the paper's, hours; into docs/evaluation/real
     make real ARGS="--full --text FILE"     # on a text of yours; default: the help topics of Python, English prose
     make real ARGS="--only endless latency" # some steps; --again runs them although they are finished
