@@ -100,7 +100,7 @@ def converse(
         ValueError: for a chat template that cannot be continued turn by turn, or a model without an end token.
         Interrupted: if it is raised in a forward; the round that it interrupts is not yielded.
     """
-    turns = ChatTemplate.of(tokenizer)
+    template = ChatTemplate.of(tokenizer)
     stop_ids = end_ids(streamed.model)
     if not stop_ids:
         raise ValueError("chat: this model has no end token, so it cannot end a reply")
@@ -112,12 +112,12 @@ def converse(
     def special_ids(ids: list[int]) -> list[int]:
         return [number for number in ids if number in special]
 
-    end = encode(turns.end)
-    template_ids = special_ids(encode(turns.asked("")) + end)
+    end = encode(template.end)
+    template_ids = special_ids(encode(template.asked("")) + end)
     streamed.reset()
-    fed = encode(turns.start)
+    fed = encode(template.start)
     for number, question in enumerate(questions):
-        asked, reply, times = encode(turns.asked(question)), [], [time.perf_counter()]
+        asked, reply, times = encode(template.asked(question)), [], [time.perf_counter()]
         tokens = stream_tokens(
             streamed.model,
             fed + asked,

@@ -68,25 +68,27 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return line_break[-1]
 
 
-def start_ids(tokenizer: PreTrainedTokenizerBase, turns: ChatTemplate | None) -> list[int]:
+def start_ids(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None) -> list[int]:
     """First tokens of a stream of questions: what the chat template begins with, or else `first_token`."""
-    start = [] if turns is None else tokenizer(turns.start, add_special_tokens=False).input_ids
+    start = [] if template is None else tokenizer(template.start, add_special_tokens=False).input_ids
     return start or [first_token(tokenizer)]
 
 
-def encode(item: Item, tokenizer: PreTrainedTokenizerBase, turns: ChatTemplate | None = None) -> tuple[Tensor, Tensor]:
-    """Token ids of an item, int64 ``[tokens]``, and a mask of its answer, bool ``[tokens]``; with ``turns``, in a chat.
+def encode(
+    item: Item, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None = None
+) -> tuple[Tensor, Tensor]:
+    """Token ids of an item, int64 ``[tokens]``, and a mask of its answer, bool ``[tokens]``.
 
-    A token that covers both a part of the answer and text around it counts as the answer's. Raises ValueError for an
-    answer that the tokenizer cannot represent.
+    With a template, the item is a turn of a chat. A token that covers both a part of the answer and text around it
+    counts as the answer's. Raises ValueError for an answer that the tokenizer cannot represent.
     """
     before, answer, after = item.context, item.answer, item.closing
-    if turns is not None:
-        before, answer, after = turns.asked(item.question), item.reply, turns.end
+    if template is not None:
+        before, answer, after = template.asked(item.question), item.reply, template.end
     encoding = tokenizer(
         before + answer + after,
         add_special_tokens=False,
-        split_special_tokens=turns is None,
+        split_special_tokens=template is None,
         return_offsets_mapping=True,
         verbose=False,
     )
@@ -108,15 +110,15 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     count: int,
     on_progress: OnProgress,
-    turns: ChatTemplate | None = None,
+    template: ChatTemplate | None = None,
 ) -> tuple[list[Tally], int]:
     """Feed the first ``count`` items to all predictors; returns a tally for each, and the tokens of the stream.
 
-    With ``turns``, the items are turns of a chat. Raises `Interrupted` if it is raised in a forward before any item is
-    done; later it only ends the stream early.
+    With a template, the items are turns of a chat. Raises `Interrupted` if it is raised in a forward before any item
+    is done; later it only ends the stream early.
     """
     tallies = [Tally(count) for _ in predictors]
-    start = torch.tensor(start_ids(tokenizer, turns))
+    start = torch.tensor(start_ids(tokenizer, template))
     last, tokens = int(start[-1]), len(start)
     for predictor in predictors:
         predictor.reset()
@@ -124,7 +126,7 @@ def run(
             predictor.feed(start[:-1], start[1:], torch.zeros(len(start) - 1, dtype=torch.bool))
     try:
         for number, item in enumerate(islice(items, count)):
-            ids, is_answer = encode(item, tokenizer, turns)
+            ids, is_answer = encode(item, tokenizer, template)
             fed = torch.cat((torch.tensor([last]), ids[:-1]))
             # Only after all forwards: an interrupted item counts for no predictor.
             scores = [predictor.feed(fed, ids, is_answer) for predictor in predictors]

@@ -36,16 +36,16 @@ def with_template(tokenizer, template):
 @pytest.mark.parametrize("template", [CHATML, INST, START_ONCE], ids=["chatml", "inst", "start once"])
 def test_parts_make_the_whole_chat(tokenizer, template):
     tokenizer = with_template(tokenizer, template)
-    turns = ChatTemplate.of(tokenizer)
-    messages, text = [], turns.start
+    parts = ChatTemplate.of(tokenizer)
+    messages, text = [], parts.start
     lead = " " if template is INST else ""
     for number in range(4):
         question, reply = f"question {number}", f"reply {number}"
         messages.append({"role": "user", "content": question})
-        text += turns.asked(f"\n{question} ")
+        text += parts.asked(f"\n{question} ")
         assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text
         messages.append({"role": "assistant", "content": reply})
-        text += lead + reply + turns.end
+        text += lead + reply + parts.end
         assert tokenizer.apply_chat_template(messages, tokenize=False) == text
 
 

@@ -125,11 +125,11 @@ def test_items_of_a_chat_are_the_chat_that_the_template_writes(chat_tokenizer):
 
 
 def test_one_question_at_a_time_begins_as_the_chat_does(model, chat_tokenizer):
-    turns = ChatTemplate.of(chat_tokenizer)
-    start = exact_match.start_ids(chat_tokenizer, turns)
+    template = ChatTemplate.of(chat_tokenizer)
+    start = exact_match.start_ids(chat_tokenizer, template)
     assert chat_tokenizer.decode(start) == "<s>Be brief.\n"
     item = next(line_items(1, 2))
-    ids, is_answer = encode(item, chat_tokenizer, turns)
+    ids, is_answer = encode(item, chat_tokenizer, template)
     scores = OneShot(model, start).feed(torch.tensor([7, *ids[:-1].tolist()]), ids, is_answer)
     whole = torch.tensor([*start, *ids.tolist()])
     with torch.no_grad():

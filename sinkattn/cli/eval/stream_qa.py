@@ -56,18 +56,18 @@ def run(args: argparse.Namespace) -> int:
             items = list(islice(code_items(StandardLibrary().pieces()), args.count or COUNT))
         else:
             items = read_items(args.questions)[: args.count or COUNT]
-        turns = ChatTemplate.of(session.tokenizer) if args.chat else None
-        start = exact_match.start_ids(session.tokenizer, turns)
+        template = ChatTemplate.of(session.tokenizer) if args.chat else None
+        start = exact_match.start_ids(session.tokenizer, template)
         streamed = [Streamed(session.model, cache) for cache in session.caches((0, 4))]
         predictors: list[Predictor] = [OneShot(session.model, start, dense_limit(streamed[0])), *streamed]
-        lengths = [len(exact_match.encode(item, session.tokenizer, turns)[0]) for item in items[:SAMPLE]]
+        lengths = [len(exact_match.encode(item, session.tokenizer, template)[0]) for item in items[:SAMPLE]]
         length = sum(lengths) // len(lengths)
         one_shot = session.speed.forward(len(start) - 1 + length)
         forwards = one_shot + len(streamed) * session.speed.forward(length)
         number = choose(counts(args.count and len(items), len(items)), lambda number: number * forwards, args.minutes)
         with session.progress as progress:
             on_progress = session.show_accuracies(predictors, progress.add("questions", number))
-            tallies, tokens = exact_match.run(predictors, items, session.tokenizer, number, on_progress, turns)
+            tallies, tokens = exact_match.run(predictors, items, session.tokenizer, number, on_progress, template)
         report = as_dict(args.questions, args.chat, predictors, tallies, tokens)
         session.finish(report, table(report), draw)
     return 0

@@ -62,13 +62,13 @@ def run(args: argparse.Namespace) -> int:
         from sinkattn.evaluate.items import line_items
         from sinkattn.evaluate.methods import Recomputed, Streamed
 
-        turns = ChatTemplate.of(session.tokenizer) if args.chat else None
+        template = ChatTemplate.of(session.tokenizer) if args.chat else None
         streams = {distance: line_items(distance, args.every, args.seed) for distance in sorted({*args.distances})}
         caches = session.caches((0, 4))
         totals = sorted({cache.total for cache in caches})
         # The first items are longer: they reach back to the line that is asked for.
         sample = next(islice(line_items(1, args.every, args.seed), 1, None))
-        ids, is_answer = exact_match.encode(sample, session.tokenizer, turns)
+        ids, is_answer = exact_match.encode(sample, session.tokenizer, template)
         asked = len(caches) * session.speed.forward(len(ids))
         recomputed = int(is_answer.sum()) * sum(map(session.speed.forward, totals))
 
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
                 for distance, items in streams.items():
                     bar = progress.add(f"{distance} lines back", number)
                     tallies[distance] = exact_match.run(
-                        predictors, items, session.tokenizer, number, session.show_accuracies(predictors, bar), turns
+                        predictors, items, session.tokenizer, number, session.show_accuracies(predictors, bar), template
                     )
             except Interrupted:
                 if not tallies:
