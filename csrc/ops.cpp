@@ -10,7 +10,8 @@
 //     counts, source           [batch] int64
 //   rows                       [any number] int64
 //   sink_logits, alibi_slopes  [heads]
-//   input of linear            [..., columns], 1 to 4 tokens; weight [rows, columns], scale and bias [rows]
+//   input of linear            [..., columns], 1 to 4 tokens; each weight [rows, columns], scale and bias [rows];
+//     output [..., rows of all weights], one weight after the other
 //   arrivals                   [batch, kv_heads] int32, completion counters of KV splits on GPUs, zero between calls
 #include <torch/csrc/stable/library.h>
 
@@ -26,6 +27,6 @@ STABLE_TORCH_LIBRARY(sinkattn, m) {
       "sink_attention_(Tensor(a!) keys, Tensor(b!) values, Tensor query, Tensor key, Tensor value, Tensor seen, "
       "Tensor? lengths, Tensor? cos, Tensor? sin, int num_sinks, int window, float scale, bool interleaved, "
       "Tensor? sink_logits, float? softcap, Tensor? alibi_slopes, Tensor(c!)? arrivals) -> Tensor");
-  m.def("linear(Tensor input, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor");
+  m.def("linear(Tensor input, Tensor[] weights, Tensor[] scales, Tensor[] biases) -> Tensor");
   m.def("cpu_capability() -> str");
 }

@@ -63,7 +63,7 @@ class ModelPatch:
         A wrapper around it, such as accelerate's, may keep it longer; then it calls the previous forward.
         """
         previous = module.__dict__.get("forward")
-        self.set_attribute(module, "forward", _PatchedForward(_dispatch, self, module, forward, previous))
+        self.set_attribute(module, "forward", PatchedForward(_dispatch, self, module, forward, previous))
 
     def cache_layers(self, state: Any) -> list[Any]:
         """Layers of a new cache."""
@@ -109,8 +109,8 @@ def _dispatch(
     return (forward if is_enabled else _original_forward(module, previous))(*args, **kwargs)
 
 
-class _PatchedForward(partial):
-    """`_dispatch`, with the signature of the forward that it replaces."""
+class PatchedForward(partial):
+    """`_dispatch`, with the signature of the forward that it replaces; never changed."""
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -9,7 +9,7 @@ from sinkattn.ops.attention import sink_attention_
 from sinkattn.ops.backends import BACKENDS, Backend, cpu_capability, select_backend
 from sinkattn.ops.checks import DTYPES, check_no_gradients, check_tensor
 from sinkattn.ops.library import RingLayout, build_info
-from sinkattn.ops.linear import LINEAR_DTYPES, MAX_LINEAR_TOKENS, int4_linear, linear
+from sinkattn.ops.linear import LINEAR_DTYPES, MAX_LINEAR_TOKENS, int4_linear, linear, linear_operator
 from sinkattn.ops.ring import append_, linearise, reorder_, reset_, rollback_
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "cpu_capability",
     "int4_linear",
     "linear",
+    "linear_operator",
     "linearise",
     "reorder_",
     "reset_",

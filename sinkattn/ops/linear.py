@@ -8,7 +8,9 @@ from torch import Tensor
 import sinkattn.ops.library  # noqa: F401  (registers the operators)
 from sinkattn.ops.checks import check_no_gradients
 
-_operator = torch.ops.sinkattn.linear.default
+# The operator itself, for graphs: takes an input and lists of weights, of their scales and of their biases, the latter
+# two empty without any, and returns the products one after the other in the last dimension.
+linear_operator = torch.ops.sinkattn.linear.default
 
 # Tokens in one call; with more, PyTorch's matrix product is faster.
 MAX_LINEAR_TOKENS = 4
@@ -33,7 +35,7 @@ def linear(input: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Ten
         RuntimeError: for arguments of another shape, dtype or device, or an input that requires gradients.
     """
     check_no_gradients(input, weight, scale, bias)
-    return _operator(input, weight, scale, bias)
+    return linear_operator(input, [weight], [] if scale is None else [scale], [] if bias is None else [bias])
 
 
 def int4_linear(
@@ -58,5 +60,5 @@ def int4_linear(
 
 
 @torch.library.register_fake("sinkattn::linear")
-def _(input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    return input.new_empty(*input.shape[:-1], weight.shape[0])
+def _(input: Tensor, weights: list[Tensor], scales: list[Tensor], biases: list[Tensor]) -> Tensor:
+    return input.new_empty(*input.shape[:-1], sum(weight.shape[0] for weight in weights))

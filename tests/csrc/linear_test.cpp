@@ -49,45 +49,71 @@ double value(const T& x) {
 }
 
 template <typename weight_t, typename scalar_t>
-void test(const InstructionSet& set, int64_t threads, int64_t rows, int64_t columns, int64_t tokens, bool with_bias) {
+struct Matrix {
+  std::vector<weight_t> weight;
+  std::vector<float> scale;
+  std::vector<scalar_t> bias;
+};
+
+template <typename weight_t, typename scalar_t>
+void test(
+    const InstructionSet& set, int64_t threads, const std::vector<int64_t>& rows_of, int64_t columns, int64_t tokens,
+    bool with_bias) {
   std::mt19937 random(1);
-  const auto weight = random_values<weight_t>(rows * columns, random);
-  const auto input = random_values<scalar_t>(tokens * columns, random);
-  const auto bias = random_values<scalar_t>(with_bias ? rows : 0, random);
   constexpr bool is_int8 = std::is_same_v<weight_t, int8_t>;
-  const auto scale = random_values<float>(is_int8 ? rows : 0, random);
-  std::vector<scalar_t> out(tokens * rows, scalar_t(NAN));
-  LinearCall call{kType<scalar_t>, is_int8, rows, columns, tokens, weight.data(), is_int8 ? scale.data() : nullptr,
-                  with_bias ? bias.data() : nullptr, input.data(), out.data()};
+  std::vector<Matrix<weight_t, scalar_t>> matrices;
+  std::vector<LinearMatrix> arguments;
+  int64_t all_rows = 0;
+  for (const int64_t rows : rows_of) {
+    matrices.push_back(
+        {random_values<weight_t>(rows * columns, random), random_values<float>(is_int8 ? rows : 0, random),
+         random_values<scalar_t>(with_bias ? rows : 0, random)});
+    all_rows += rows;
+  }
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    const auto& [weight, scale, bias] = matrices[i];
+    arguments.push_back(
+        {rows_of[i], weight.data(), is_int8 ? scale.data() : nullptr, with_bias ? bias.data() : nullptr});
+  }
+  const auto input = random_values<scalar_t>(tokens * columns, random);
+  std::vector<scalar_t> out(tokens * all_rows, scalar_t(NAN));
+  LinearCall call{kType<scalar_t>,  is_int8,      columns,   tokens, arguments.data(),
+                  static_cast<int64_t>(arguments.size()), input.data(), out.data()};
   ThreadWorkers workers(threads);
   set.linear(call, workers);
   for (int64_t token = 0; token < tokens; ++token) {
-    for (int64_t row = 0; row < rows; ++row) {
-      double sum = 0, size = 0;
-      for (int64_t i = 0; i < columns; ++i) {
-        const double product = value(weight[row * columns + i]) * value(input[token * columns + i]);
-        sum += product;
-        size += std::abs(product);
+    const scalar_t* got = out.data() + token * all_rows;
+    for (size_t i = 0; i < matrices.size(); ++i) {
+      const auto& [weight, scale, bias] = matrices[i];
+      for (int64_t row = 0; row < rows_of[i]; ++row, ++got) {
+        double sum = 0, size = 0;
+        for (int64_t column = 0; column < columns; ++column) {
+          const double product = value(weight[row * columns + column]) * value(input[token * columns + column]);
+          sum += product;
+          size += std::abs(product);
+        }
+        const double factor = is_int8 ? scale[row] : 1.0, added = with_bias ? value(bias[row]) : 0.0;
+        const double want = sum * factor + added;
+        const double summation = (columns + 2) * 0x1p-24 * (size * std::abs(factor) + std::abs(added));
+        CHECK(std::abs(value(*got) - want) <= summation + kRounding<scalar_t> * std::abs(want) * 1.001);
       }
-      const double factor = is_int8 ? scale[row] : 1.0, added = with_bias ? value(bias[row]) : 0.0;
-      const double want = sum * factor + added;
-      const double summation = (columns + 2) * 0x1p-24 * (size * std::abs(factor) + std::abs(added));
-      const double got = value(out[token * rows + row]);
-      CHECK(std::abs(got - want) <= summation + kRounding<scalar_t> * std::abs(want) * 1.001);
     }
   }
 }
 
 template <typename scalar_t>
 void test_all(const InstructionSet& set, const char* type) {
-  const std::vector<std::pair<int64_t, int64_t>> shapes{{1, 1}, {5, 3}, {16, 64}, {37, 100}, {261, 577}};
+  const std::vector<std::pair<std::vector<int64_t>, int64_t>> shapes{
+      {{1}, 1}, {{5}, 3}, {{16}, 64}, {{37}, 100}, {{261}, 577}, {{40, 0, 3, 261}, 133}, {{1, 1, 1}, 7}, {{0}, 5}};
   for (const auto& [rows, columns] : shapes) {
+    std::string name;
+    for (const int64_t each : rows) name += (name.empty() ? "" : "+") + std::to_string(each);
     for (int64_t tokens = 1; tokens <= kMaxLinearTokens; ++tokens) {
       for (const int64_t threads : {1, 3}) {
         for (const bool with_bias : {false, true}) {
-          current_case = std::string(set.name) + ", " + type + ", " + std::to_string(rows) + " x " +
-                         std::to_string(columns) + ", tokens " + std::to_string(tokens) + ", threads " +
-                         std::to_string(threads) + (with_bias ? ", bias" : "");
+          current_case = std::string(set.name) + ", " + type + ", " + name + " x " + std::to_string(columns) +
+                         ", tokens " + std::to_string(tokens) + ", threads " + std::to_string(threads) +
+                         (with_bias ? ", bias" : "");
           test<scalar_t, scalar_t>(set, threads, rows, columns, tokens, with_bias);
           current_case += ", int8";
           test<int8_t, scalar_t>(set, threads, rows, columns, tokens, with_bias);

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 import sinkattn
 from sinkattn.hf import UnsupportedModelError, stream_tokens
+from sinkattn.hf.quantize import quantize_weights
 from sinkattn.hf.swap import compiled_step
 from sinkattn.hf.swap.ring_patch import RingPatch
 
@@ -219,9 +220,10 @@ def test_a_product_that_differs_is_not_used(monkeypatch):
     linear = sinkattn.ops.linear
     monkeypatch.setattr(compiled_step.ops, "linear", lambda *args, **options: linear(*args, **options) * 1.01)
     model = sinkattn.enable(build("llama"), S, W, compile=True)
-    assert not any("forward" in module.__dict__ for module in model.model.layers.modules())
+    assert "forward" not in model.lm_head.__dict__
     monkeypatch.undo()
     torch.testing.assert_close(step_logits(model), step_logits(sinkattn.enable(build("llama"), S, W)))
+    assert "forward" in sinkattn.enable(build("llama"), S, W, compile=True).lm_head.__dict__
 
 
 def test_a_forward_of_the_users_stays():
@@ -231,6 +233,25 @@ def test_a_forward_of_the_users_stays():
     plain = copy.deepcopy(model)
     sinkattn.enable(model, S, W, compile=True)
     torch.testing.assert_close(step_logits(model), step_logits(sinkattn.enable(plain, S, W)))
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_forward_set_later_is_used(quantize):
+    plain, model = build("llama", torch.bfloat16), build("llama", torch.bfloat16)
+    for each, compiled in ((plain, False), (model, True)):
+        if quantize is not None:
+            pytest.importorskip("torchao")
+            quantize_weights(each, quantize)
+        sinkattn.enable(each, S, W, compile=compiled)
+    before = step_logits(model)
+    for each in (plain, model):
+        layer = each.model.layers[1].mlp.down_proj
+        layer.forward = lambda input, rows=layer.out_features: input.sum(-1, keepdim=True).expand(
+            *input.shape[:-1], rows
+        )
+    after = step_logits(model)
+    torch.testing.assert_close(after, step_logits(plain), rtol=0.05, atol=0.05)
+    assert (after - before).abs().max() > 0.1
 
 
 def test_a_wrong_step_is_refused(monkeypatch):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sinkattn import ops
+from sinkattn.hf.swap.step_backend import compile_graph, keep_guards
 
 
 class CompiledStep:
@@ -30,7 +31,13 @@ class CompiledStep:
         # Dynamo limits the graphs of a code object, which enabled models would share.
         own_step.__code__ = own_step.__code__.replace()
         self._arguments = step, plain, defaults
-        self._compiled = torch.compile(own_step, fullgraph=True, dynamic=False)
+        self._compiled = torch.compile(
+            own_step,
+            backend=compile_graph,
+            fullgraph=True,
+            dynamic=False,
+            options={"guard_filter_fn": keep_guards},  # type: ignore[dict-item]
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, of a copied or saved model, is compiled when it first runs."""

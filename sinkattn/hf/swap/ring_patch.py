@@ -145,9 +145,13 @@ class RingPatch(StreamPatch):
             self.set_attribute(module, "config", config)
 
     def replace_linear_forwards(self, *, only_quantized: bool) -> None:
-        """Run linear layers on a CPU in kernels made for few tokens."""
+        """Run linear layers on a CPU in kernels made for few tokens.
+
+        Others than those with quantized weights only outside the decoder, whose graph replaces them by itself.
+        """
+        inside = set(self.decoder.modules())
         for module in self.model.modules():
-            if is_quantized(module) or not only_quantized:
+            if is_quantized(module) or not (only_quantized or module in inside):
                 forward = linear_forward(module)
                 if forward is not None:
                     self.set_forward(module, forward)
