@@ -23,6 +23,8 @@ import real_page
 
 ROOT = Path(__file__).parents[1]
 EVALUATION = ROOT / "docs" / "evaluation"
+# Facts that a small model knows, with what it says of them.
+QUESTIONS = ROOT / "bench" / "capitals.jsonl"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def steps(model: str, text: Path, full: bool) -> list[Step]:
 
     chat = ["--chat", *of, "--cache", "0+1024", "4+1020"]
     lines = ["eval", "streameval", "--no-recompute", *chat]
+    answers = ["eval", "stream-qa", "--chat", *of, "--questions", str(QUESTIONS), "--cache", "0+512", "4+508"]
     if full:
         usual = ["--minutes", "1000"]  # the usual sizes, however slow the model is
         half = ["--dtype", "bfloat16"]
@@ -79,18 +82,18 @@ def steps(model: str, text: Path, full: bool) -> list[Step]:
             Step("endless", 20, ["eval", "endless", *of, *on, "--tokens", "200000", "--cache", "4+1020", *half]),
             Step("latency", 20, ["eval", "latency", *of, *usual]),
             Step("streameval", 40, [*lines, "--distances", "5", "20", "40", "100", "200", *usual]),
-            Step("stream-qa", 20, ["eval", "stream-qa", *chat, "--count", "500"]),
+            Step("stream-qa", 1, answers),
             Step("chat", 10, [*talk(100), *half]),
         ]
     short = ["--sizes", "128", "256", "--lengths", "500", "1000", "2000", "--rounds", "5"]
     return [
-        Step("ppl-256", 4, ppl(256, 6_000, 3_000, 128)),
-        Step("sinks", 2, ["eval", "sinks", *of, *on, "--size", "256", "--tokens", "1000"]),
+        Step("ppl-256", 2, ppl(256, 6_000, 3_000, 128)),
+        Step("sinks", 1, ["eval", "sinks", *of, *on, "--size", "256", "--tokens", "1000"]),
         Step("agreement", 3, agreement(8_000)),
-        Step("endless", 2, ["eval", "endless", *of, *on, "--tokens", "10000", "--cache", "4+252"]),
+        Step("endless", 1, ["eval", "endless", *of, *on, "--tokens", "10000", "--cache", "4+252"]),
         Step("latency", 1, ["eval", "latency", *of, *short]),
-        Step("streameval", 2, [*lines, "--distances", "5", "150", "--count", "20"]),
-        Step("stream-qa", 1, ["eval", "stream-qa", *chat, "--count", "40"]),
+        Step("streameval", 1, [*lines, "--distances", "5", "150", "--count", "20"]),
+        Step("stream-qa", 1, answers),
         Step("chat", 2, talk(10)),
     ]
 

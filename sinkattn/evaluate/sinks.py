@@ -43,6 +43,8 @@ class Beginning:
     """Mean loss by number of sinks."""
     gains: dict[int, Mean]
     """By number of sinks: loss with them minus loss without sinks, over the same tokens."""
+    behind: dict[int, Mean]
+    """By number of sinks: loss with them minus that with the best number, over the same tokens."""
 
 
 @dataclass
@@ -61,10 +63,11 @@ class Result:
 
     @property
     def recommended(self) -> int:
-        """Smallest number of sinks whose loss is within `MIN_GAIN` of the best."""
-        losses = {count: mean.loss for count, mean in self.beginnings[0].losses.items()}
-        best = min(losses.values())
-        return min(count for count, loss in losses.items() if loss <= best + MIN_GAIN)
+        """Smallest number of sinks whose loss is within `MIN_GAIN` of the best, or not shown to be above it.
+
+        None are recommended only if they are within it.
+        """
+        return min(count for count, behind in self.beginnings[0].behind.items() if _is_enough(count, behind))
 
     @property
     def verdict(self) -> str:
@@ -98,6 +101,7 @@ class Result:
                 beginning.name: {
                     "losses": {count: mean.as_dict() for count, mean in beginning.losses.items()},
                     "gains": {count: asdict(mean) for count, mean in beginning.gains.items()},
+                    "behind_best": {count: asdict(mean) for count, mean in beginning.behind.items()},
                 }
                 for beginning in self.beginnings
             },
@@ -168,10 +172,18 @@ def run(model: PreTrainedModel, stream: TokenStream, total: int, tokens: int, on
     return result
 
 
+def _is_enough(count: int, behind: Mean) -> bool:
+    if behind.loss <= MIN_GAIN:
+        return True
+    return count > 0 and behind.margin is not None and behind.loss <= behind.margin
+
+
 def _beginning(name: str, blocks: list[Blocks]) -> Beginning:
-    losses = {count: each.mean() for count, each in zip(SINK_COUNTS, blocks, strict=True)}
-    gains = {count: each.difference(blocks[0]) for count, each in zip(SINK_COUNTS, blocks, strict=True)}
-    return Beginning(name, _present(losses), _present(gains))
+    losses = _present({count: each.mean() for count, each in zip(SINK_COUNTS, blocks, strict=True)})
+    gains = _present({count: each.difference(blocks[0]) for count, each in zip(SINK_COUNTS, blocks, strict=True)})
+    best = blocks[SINK_COUNTS.index(min(losses, key=lambda count: losses[count].loss))]
+    behind = {count: each.difference(best) for count, each in zip(SINK_COUNTS, blocks, strict=True)}
+    return Beginning(name, losses, gains, _present(behind))
 
 
 def _present(means: dict[int, Mean | None]) -> dict[int, Mean]:

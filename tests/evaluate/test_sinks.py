@@ -17,7 +17,9 @@ from sinkattn.evaluate.text import Pipe, TokenStream
 def beginning(name, losses, margin=0.005):
     means = {count: Mean(1000, loss, margin) for count, loss in losses.items()}
     gains = {count: Mean(1000, loss - losses[0], margin) for count, loss in losses.items()}
-    return Beginning(name, means, gains)
+    best = min(losses.values())
+    behind = {count: Mean(1000, loss - best, None if loss == best else margin) for count, loss in losses.items()}
+    return Beginning(name, means, gains, behind)
 
 
 def losses_of(*values):
@@ -51,6 +53,13 @@ def test_a_gain_within_its_margin_proves_nothing():
     assert Result(128, [noisy, noisy]).verdict == f"Not sure: {text}, give or take 0.080; more tokens would tell."
     few = beginning("start token", HELPED, margin=None)
     assert Result(128, [few, few]).verdict.startswith("Not sure: keeping the first 1 token lowers the loss by 1.000")
+
+
+@pytest.mark.parametrize(("margin", "recommended"), [(0.01, 4), (0.02, 2), (0.2, 1), (None, 4)])
+def test_more_sinks_are_recommended_only_if_they_were_shown_to_be_better(margin, recommended):
+    """But none are not recommended only because few tokens were measured."""
+    losses = losses_of(2.6, 2.53, 2.515, 2.5, 2.505)
+    assert Result(128, [beginning("start token", losses, margin)]).recommended == recommended
 
 
 def test_a_tokenizer_without_line_breaks_has_one_beginning_less():
