@@ -48,7 +48,8 @@ def write(folder: Path, names: list[str]) -> Path:
     lines = ["# A pretrained model: SmolLM2-135M-Instruct", ""]
     lines += ["Written by `make real` ([bench/real.py](../../../bench/real.py)): 135 M parameters, Llama architecture,"]
     lines += ["trained on up to 8,192 tokens, from a GGUF file of 4 bits. Methods and intervals are those of"]
-    lines += ["[evaluation.md](../../evaluation.md)."]
+    lines += ["[evaluation.md](../../evaluation.md). A run takes hours, beside other work at times, so compare times"]
+    lines += ["only within a table; [benchmarks.md](../../benchmarks.md) has those of an idle machine."]
     if missing := [name for name in names if name not in reports]:
         lines += ["", f"Not run yet: {', '.join(missing)}."]
     if rows := table_2(reports):

@@ -166,7 +166,7 @@ def describe_model(model: PreTrainedModel, args: argparse.Namespace) -> dict[str
     """The entry of a model in a report, which the arguments name."""
     from sinkattn.hf.load import advised_sinks, default_window
     from sinkattn.hf.model_config import trained_length
-    from sinkattn.hf.quantize import weight_bytes
+    from sinkattn.hf.quantize import quantized_share, weight_bytes
 
     num_sinks, why = advised_sinks(model)
     loaded_as = getattr(model.config, "quantization_config", None)
@@ -176,6 +176,7 @@ def describe_model(model: PreTrainedModel, args: argparse.Namespace) -> dict[str
         "class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": args.quantize or (loaded_as and str(loaded_as.quant_method)),
+        "quantized_share": quantized_share(model) if args.quantize else None,
         "device": str(model.device),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "weight_bytes": weight_bytes(model),
@@ -186,7 +187,9 @@ def describe_model(model: PreTrainedModel, args: argparse.Namespace) -> dict[str
 
 def model_lines(model: dict[str, Any]) -> str:
     """The entry of `describe_model` as two lines: what was loaded, and what suits it."""
-    dtype = model["dtype"] + (f" with {model['quantization']} weights" if model["quantization"] else "")
+    dtype, quantization, share = (model[key] for key in ("dtype", "quantization", "quantized_share"))
+    if quantization:
+        dtype += f" with {quantization} weights" + ("" if share is None else f" ({share:.0%} of them)")
     size = f"{model['parameters'] / 1e6:,.2f} M parameters, {size_text(model['weight_bytes'])}"
     length, suits = model["trained_length"], model["suits"]
     trained = "with no limit to its length" if length is None else f"trained on up to {length:,} tokens"

@@ -51,6 +51,12 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum(_bytes(parameter) for parameter in model.parameters())
 
 
+def quantized_share(model: PreTrainedModel) -> float:
+    """Share of the parameters that `quantize_weights` has quantized, 0 to 1."""
+    sizes = [(parameter.numel(), hasattr(parameter, "__tensor_flatten__")) for parameter in model.parameters()]
+    return sum(size for size, is_quantized in sizes if is_quantized) / sum(size for size, _ in sizes)
+
+
 def _bytes(tensor: Any) -> int:
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:

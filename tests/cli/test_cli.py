@@ -137,6 +137,7 @@ def test_demo(capsys):
         "class": "LlamaForCausalLM",
         "dtype": "float32",
         "quantization": None,
+        "quantized_share": None,
         "device": "cpu",
         "parameters": 639_616,
         "weight_bytes": 4 * 639_616,
@@ -225,11 +226,12 @@ def test_a_gguf_file_with_quantized_weights(capsys):
     write_gguf(Path("tiny.gguf"), build("llama", hidden_size=64), "llama")
     arguments = ["--model", "tiny.gguf", "--device", "cpu", "--quantize", "int8"]
     assert cli.main(["generate", *arguments, "--prompt", "ab", "--max-new-tokens", "5"]) == 0
-    assert "Model: tiny.gguf (LlamaForCausalLM, bfloat16 with int8 weights, 0.06 M" in capsys.readouterr().err
+    assert "Model: tiny.gguf (LlamaForCausalLM, bfloat16 with int8 weights (89% of them), 0.06 M" in capsys.readouterr().err
     assert cli.main(["info", *arguments, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["model"]["accepted"]
     assert facts["loaded"]["quantization"] == "int8"
+    assert facts["loaded"]["quantized_share"] == pytest.approx(0.89, abs=0.005)
     assert facts["loaded"]["suits"]["window"] == 508
     assert cli.main(["info", *arguments]) == 0
     assert "Suits it: a window of 508 (trained on up to 512 tokens); 4 sinks" in capsys.readouterr().out
