@@ -87,6 +87,8 @@ class Track:
     """Losses at the positions where recomputation is scored."""
     series: Sums
     """Losses by bucket, for a plot along the stream."""
+    sampled_series: Sums
+    """The same at the positions where recomputation is scored."""
     end: int = 0
     """Tokens fed."""
     seconds: float | None = None
@@ -114,6 +116,23 @@ class Result:
             if isinstance(other.method, Recomputed) and other.method.size == track.method.size.total
         )
         return next(matches, None)
+
+    def estimates(self, track: Track) -> list[tuple[int, int, int, float]]:
+        """Losses of recomputation by bucket: begin, end, number of scored tokens, loss.
+
+        A bucket has too few scored tokens for a mean of their losses. But recomputation and a streamed method differ
+        little at each token, so this is the loss of the method over all tokens, plus the mean of the differences.
+        """
+        references = [other for other in self.tracks if self.recomputed(other) is track]
+        if not references:
+            return []
+        every, sampled = references[-1].series, references[-1].sampled_series
+        losses = {begin: loss for begin, _, _, loss in every.means()}
+        differences = {begin: loss for begin, _, _, loss in sampled.means()}
+        return [
+            (begin, end, tokens, losses[begin] + loss - differences[begin])
+            for begin, end, tokens, loss in track.series.means()
+        ]
 
 
 OnProgress = Callable[[int, list[Track]], None]
@@ -153,7 +172,8 @@ def run(model: PreTrainedModel, stream: TokenStream, settings: Settings, on_prog
     result = Result(settings)
     for method in methods:
         blocks = Blocks(begin, tokens), Blocks(begin, dense_end), Blocks(begin, tokens)
-        result.tracks.append(Track(method, *blocks, Sums(bucket_edges(tokens))))
+        series = Sums(bucket_edges(tokens)), Sums(bucket_edges(tokens))
+        result.tracks.append(Track(method, *blocks, *series))
     done = 0
     try:
         for first, fed, targets in chunks(iter(stream), tokens):
@@ -171,7 +191,9 @@ def run(model: PreTrainedModel, stream: TokenStream, settings: Settings, on_prog
                 track.all.add(first, losses)
                 track.early.add(first, losses)
                 track.series.add(first, losses)
-                track.sampled.add(first, np.where(sampled[: len(losses)], losses, np.nan))
+                at_sampled = np.where(sampled[: len(losses)], losses, np.nan)
+                track.sampled.add(first, at_sampled)
+                track.sampled_series.add(first, at_sampled)
                 track.end, track.kv_bytes = first + len(losses), track.method.kv_bytes
             done = first + len(fed)
             on_progress(done, result.tracks)

@@ -226,7 +226,10 @@ def test_a_gguf_file_with_quantized_weights(capsys):
     write_gguf(Path("tiny.gguf"), build("llama", hidden_size=64), "llama")
     arguments = ["--model", "tiny.gguf", "--device", "cpu", "--quantize", "int8"]
     assert cli.main(["generate", *arguments, "--prompt", "ab", "--max-new-tokens", "5"]) == 0
-    assert "Model: tiny.gguf (LlamaForCausalLM, bfloat16 with int8 weights (89% of them), 0.06 M" in capsys.readouterr().err
+    assert (
+        "Model: tiny.gguf (LlamaForCausalLM, bfloat16 with int8 weights (89% of them), 0.06 M"
+        in capsys.readouterr().err
+    )
     assert cli.main(["info", *arguments, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["model"]["accepted"]

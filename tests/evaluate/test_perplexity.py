@@ -68,6 +68,18 @@ def test_series_covers_every_token_fed(result, expected):
         assert total / track.end == pytest.approx(expected[track.method.name][: track.end].mean(), abs=1e-4)
 
 
+def test_recomputation_is_estimated_by_what_differs_from_a_streamed_method(result, expected):
+    *streamed, recomputed, dense = result.tracks
+    streams, recomputes = expected["4+60"], expected["recomputed 64"]
+    for (begin, end, tokens, loss), raw in zip(result.estimates(recomputed), recomputed.series.means(), strict=True):
+        sampled = [i for i in range(max(begin, 64), end) if i % 5 == 0]
+        assert (begin, end, tokens) == (*raw[:2], len(sampled))
+        wanted = streams[begin:end].mean() + (recomputes - streams)[sampled].mean()
+        assert loss == pytest.approx(wanted, abs=1e-4)
+        assert loss != pytest.approx(raw[3], abs=1e-3)
+    assert not any(map(result.estimates, (*streamed, dense)))
+
+
 def test_each_layout_is_compared_with_recomputation_of_its_size(result, expected):
     sampled = np.flatnonzero((np.arange(2000) % 5 == 0) & (np.arange(2000) >= 64))
     for track in result.tracks[:2]:

@@ -124,11 +124,13 @@ def _track_dict(result: Result, track: Track) -> dict[str, Any]:
         "minus_recomputed": difference and asdict(difference),
         "seconds_per_token": track.seconds,
         "kv_cache_bytes": track.kv_bytes,
-        "series": [
-            {"begin": begin, "end": end, "tokens": tokens, "loss": loss}
-            for begin, end, tokens, loss in track.series.means()
-        ],
+        "series": _buckets(track.series.means()),
+        "estimated_series": _buckets(result.estimates(track)),
     }
+
+
+def _buckets(means: list[tuple[int, int, int, float]]) -> list[dict[str, Any]]:
+    return [{"begin": begin, "end": end, "tokens": tokens, "loss": loss} for begin, end, tokens, loss in means]
 
 
 def table(report: dict[str, Any]) -> Table:
@@ -208,7 +210,8 @@ def draw(figure: Figure, report: dict[str, Any]) -> None:
     axes = figure.subplots()
     settings = report["settings"]
     for name, style in styles(report["methods"]).items():
-        axes.plot(*merge_buckets(report["methods"][name]["series"], "loss"), **style)
+        method = report["methods"][name]
+        axes.plot(*merge_buckets(method["estimated_series"] or method["series"], "loss"), **style)
     marks = {"widest window full": settings["counted_from"], "trained length": report["model"]["trained_length"]}
     vertical_lines(axes, marks, settings["tokens"])
     axes.set(xscale="log", xlabel="token of the stream", ylabel="loss, nats per token")
