@@ -23,7 +23,7 @@ import real_page
 
 ROOT = Path(__file__).parents[1]
 EVALUATION = ROOT / "docs" / "evaluation"
-# Facts that a small model knows, with what it says of them.
+# Facts that a small model knows, in its own words.
 QUESTIONS = ROOT / "bench" / "capitals.jsonl"
 
 

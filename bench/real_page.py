@@ -36,8 +36,9 @@ NOTES = {
     "endless": "In the paper's figure 5 perplexities are stable over four million tokens.",
     "latency": "The paper's figure 10 has the same curves, of Llama 2 on a GPU.",
     "streameval": "The paper's table 7: recall ends where the cache ends.",
-    "stream-qa": """The paper's table 5: with sinks as many right answers as one by one, without them nearly none. With
-sinks there may be more than one by one, as earlier answers show the form.""",
+    "stream-qa": """The paper's table 5: with sinks as many right answers as one by one, without them nearly none. The
+questions are capitals that a model of this size knows, and only whole sentences count, so in a stream earlier answers
+help: they show the form.""",
     "agreement": "The plain model, `tests/evaluate/naive.py`, has no cache: fp64, keys gathered and rotated anew.",
 }
 

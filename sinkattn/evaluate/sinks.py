@@ -28,6 +28,8 @@ SINK_COUNTS = (0, 1, 2, 4, 8)
 LINE_BREAKS = 4
 # Smaller gains, in nats per token, do not count: about one percent of perplexity.
 MIN_GAIN = 0.01
+# Of the gain of sinks, which more of them may seem to add by chance.
+SMALL_PART = 0.05
 FIRST_TOKENS = 4
 # The attention weights of all layers are in memory at once, and grow with the square of the tokens.
 MAX_ATTENTION_TOKENS = 512
@@ -63,11 +65,12 @@ class Result:
 
     @property
     def recommended(self) -> int:
-        """Smallest number of sinks whose loss is within `MIN_GAIN` of the best, or not shown to be above it.
+        """Smallest number of sinks with the loss of the best one: within `MIN_GAIN`, or not shown to be above it.
 
-        None are recommended only if they are within it.
+        The latter only if it has all but a small part of the gain over no sinks, as few tokens show little.
         """
-        return min(count for count, behind in self.beginnings[0].behind.items() if _is_enough(count, behind))
+        first = self.beginnings[0]
+        return min(count for count, gain in first.gains.items() if _is_enough(gain, first.behind[count]))
 
     @property
     def verdict(self) -> str:
@@ -172,10 +175,9 @@ def run(model: PreTrainedModel, stream: TokenStream, total: int, tokens: int, on
     return result
 
 
-def _is_enough(count: int, behind: Mean) -> bool:
-    if behind.loss <= MIN_GAIN:
-        return True
-    return count > 0 and behind.margin is not None and behind.loss <= behind.margin
+def _is_enough(gain: Mean, behind: Mean) -> bool:
+    is_shown_to_be_above = behind.margin is not None and behind.loss > behind.margin
+    return behind.loss <= MIN_GAIN or (behind.loss <= -SMALL_PART * gain.loss and not is_shown_to_be_above)
 
 
 def _beginning(name: str, blocks: list[Blocks]) -> Beginning:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import sinkattn.ops.library  # noqa: F401  (registers the operators)
-from sinkattn.ops.checks import check_no_gradients
+from sinkattn.ops.checks import check_no_gradients, check_same_device
 
 # The operator itself, for graphs: takes an input and lists of weights, of their scales and of their biases, the latter
 # two empty without any, and returns the products one after the other in the last dimension.
@@ -61,4 +61,6 @@ def int4_linear(
 
 @torch.library.register_fake("sinkattn::linear")
 def _(input: Tensor, weights: list[Tensor], scales: list[Tensor], biases: list[Tensor]) -> Tensor:
+    for x in (*weights, *scales, *biases):
+        check_same_device(input, weight=x)
     return input.new_empty(*input.shape[:-1], sum(weight.shape[0] for weight in weights))

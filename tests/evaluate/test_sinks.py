@@ -55,10 +55,18 @@ def test_a_gain_within_its_margin_proves_nothing():
     assert Result(128, [few, few]).verdict.startswith("Not sure: keeping the first 1 token lowers the loss by 1.000")
 
 
-@pytest.mark.parametrize(("margin", "recommended"), [(0.01, 4), (0.02, 2), (0.2, 1), (None, 4)])
-def test_more_sinks_are_recommended_only_if_they_were_shown_to_be_better(margin, recommended):
-    """But none are not recommended only because few tokens were measured."""
-    losses = losses_of(2.6, 2.53, 2.515, 2.5, 2.505)
+@pytest.mark.parametrize(
+    ("losses", "margin", "recommended"),
+    [
+        (losses_of(3.5, 2.52, 2.515, 2.5, 2.505), 0.03, 1),
+        (losses_of(3.5, 2.52, 2.515, 2.5, 2.505), None, 1),
+        (losses_of(3.5, 2.52, 2.515, 2.5, 2.505), 0.01, 4),
+        (losses_of(3.5, 3.4, 2.6, 2.5, 2.5), 1.0, 4),  # a tenth of the gain is not a small part
+        (losses_of(2.52, 2.55, 2.5, 2.5, 2.5), 0.06, 2),  # worse than no sinks
+        (losses_of(2.55, 2.5, 2.5, 2.5, 2.5), 0.2, 1),  # no sinks only if they are as good
+    ],
+)
+def test_more_sinks_are_recommended_only_if_they_were_shown_to_be_better(losses, margin, recommended):
     assert Result(128, [beginning("start token", losses, margin)]).recommended == recommended
 
 

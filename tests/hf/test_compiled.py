@@ -48,7 +48,7 @@ def num_graphs() -> int:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "family", ["llama", "gemma3_text", "gpt_oss", "bloom", "gptj", "qwen3_next", "falcon_h1", "deepseek_v3"]
+    "family", ["llama", "gemma3_text", "gpt_oss", "bloom", "gptj", "qwen3_next", "falcon_h1", "deepseek_v3", "jetmoe"]
 )
 def test_tokens_are_those_of_the_plain_step(family):
     """Past the point where the window is full, in one graph."""

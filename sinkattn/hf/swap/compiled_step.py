@@ -91,6 +91,7 @@ def _linear(
     if (
         not 0 < input.numel() <= ops.MAX_LINEAR_TOKENS * module.in_features
         or input.dtype != dtype
+        or not (module.bias is None or (module.bias.dtype == dtype and module.bias.is_contiguous()))
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         # In a graph they would become inputs, and torch caches no graph on disk whose inputs are of a subclass.
