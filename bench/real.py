@@ -78,7 +78,7 @@ def steps(model: str, text: Path, full: bool) -> list[Step]:
             Step("ppl-256", 30, [*ppl(256, 100_000, 12_000, 128), *half]),
             Step("ppl-1024", 45, [*ppl(1024, 100_000, 12_000, 256), *half]),
             Step("sinks", 20, ["eval", "sinks", *of, *on, *usual]),
-            Step("agreement", 40, agreement(100_000)),
+            Step("agreement", 8, agreement(20_000)),
             Step("endless", 20, ["eval", "endless", *of, *on, "--tokens", "200000", "--cache", "4+1020", *half]),
             Step("latency", 20, ["eval", "latency", *of, *usual]),
             Step("streameval", 40, [*lines, "--distances", "5", "20", "40", "100", "200", *usual]),
