@@ -124,7 +124,8 @@ def main() -> None:
     comparison.run(plan)
     results = list(comparison.results.values())
     content = {
-        "command": shlex.join(["python", "bench/compare", *sys.argv[1:]]),
+        # With names of files instead of paths, which are those of one machine.
+        "command": shlex.join(["python", "bench/compare", *(Path(each).name for each in sys.argv[1:])]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions(),
