@@ -74,3 +74,29 @@ GOOD = {"input": torch.zeros(1, 8), "weight": torch.zeros(4, 8)}
 def test_bad_arguments_are_refused(bad, message):
     with pytest.raises(RuntimeError, match=message):
         ops.linear(**{**GOOD, **bad})
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_several_weights_give_their_products_one_after_the_other(tokens):
+    input = randn(tokens, 40, dtype=torch.float32)
+    weights = [torch.randint(-128, 128, (rows, 40), dtype=torch.int8) for rows in (5, 0, 33)]
+    scales, biases = ([torch.rand(len(weight)) for weight in weights] for _ in range(2))
+    got = ops.linear_operator(input, weights, scales, biases)
+    want = [ops.linear(input, *each) for each in zip(weights, scales, biases, strict=True)]
+    assert torch.equal(got, torch.cat(want, dim=-1))
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        (([], [], []), "weights: expected at least one, got none"),
+        (([GOOD["weight"]] * 2, [torch.ones(4)], []), "scales: expected none, or as many as weights"),
+        (([GOOD["weight"]] * 2, [], [torch.ones(4)]), "biases: expected none, or as many as weights"),
+        (([GOOD["weight"], GOOD["weight"].to(torch.int8)], [], []), "weight: expected int8 or the dtype of input"),
+        (([GOOD["weight"].to(torch.int8), GOOD["weight"]], [], []), "weight: expected int8 or the dtype of input"),
+        (([GOOD["weight"], torch.zeros(4, 7)], [], []), r"input: expected \[\.\.\., 7\]"),
+    ],
+)
+def test_bad_lists_are_refused(lists, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.linear_operator(GOOD["input"], *lists)

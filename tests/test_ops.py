@@ -184,8 +184,8 @@ def op_calls():
             "sink_attention_",
             (*attend, lengths, both_cos, both_sin, 2, 5, 0.25, True, slopes, 3.0, slopes, arrivals),
         ),
-        "linear": ("linear", (input, weight, None, bias)),
-        "linear-int8": ("linear", (input, (weight * 20).to(torch.int8), bias, None)),
+        "linear": ("linear", (input, [weight], [], [bias])),
+        "linear-int8": ("linear", (input, [(weight * 20).to(torch.int8)] * 2, [bias] * 2, [])),
     }
 
 
