@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from sinkattn.cli.formatting import count_text
 from sinkattn.cli.pictures import COLOURS, finish
 
 COUNTS = ("0", "1", "2", "4", "8")
@@ -58,7 +59,8 @@ def write(folder: Path, names: list[str]) -> Path:
         draw(rows, folder / TABLE_2)
     for name, report in reports.items():
         lines += ["", f"## {TITLES[name]}", "", f"`{report['command']}`, {report['seconds'] / 60:.1f} minutes on"]
-        lines += [f"{report['machine']['processor']}, {report['machine']['threads']} threads:", ""]
+        threads = count_text(report["machine"]["threads"], "thread")
+        lines += [f"{report['machine']['processor']}, {threads}:", ""]
         lines += ["```text", (folder / f"{name}.txt").read_text(encoding="utf-8").rstrip(), "```"]
         if name in NOTES:
             lines += ["", NOTES[name]]
