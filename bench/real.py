@@ -75,15 +75,15 @@ def steps(model: str, text: Path, full: bool) -> list[Step]:
         usual = ["--minutes", "1000"]  # the usual sizes, however slow the model is
         half = ["--dtype", "bfloat16"]
         return [
-            Step("ppl-256", 30, [*ppl(256, 100_000, 12_000, 128), *half]),
-            Step("ppl-1024", 45, [*ppl(1024, 100_000, 12_000, 256), *half]),
-            Step("sinks", 20, ["eval", "sinks", *of, *on, *usual]),
+            Step("ppl-256", 11, [*ppl(256, 100_000, 12_000, 128), *half]),
+            Step("ppl-1024", 13, [*ppl(1024, 100_000, 12_000, 256), *half]),
+            Step("sinks", 8, ["eval", "sinks", *of, *on, *usual]),
             Step("agreement", 8, agreement(20_000)),
-            Step("endless", 20, ["eval", "endless", *of, *on, "--tokens", "200000", "--cache", "4+1020", *half]),
+            Step("endless", 10, ["eval", "endless", *of, *on, "--tokens", "200000", "--cache", "4+1020", *half]),
             Step("latency", 20, ["eval", "latency", *of, *usual]),
-            Step("streameval", 40, [*lines, "--distances", "5", "20", "40", "100", "200", *usual]),
+            Step("streameval", 10, [*lines, "--distances", "5", "20", "40", "100", "200", *usual]),
             Step("stream-qa", 1, answers),
-            Step("chat", 10, [*talk(100), *half]),
+            Step("chat", 8, [*talk(100), *half]),
         ]
     short = ["--sizes", "128", "256", "--lengths", "500", "1000", "2000", "--rounds", "5"]
     return [
