@@ -185,3 +185,9 @@ def test_no_circle_of_imports():
 
 def test_a_circle_of_imports_is_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == {"b", "c"}
+
+
+def test_inductor_is_imported_only_to_compile():
+    """It takes most of a second."""
+    code = "import sys, sinkattn.hf; assert 'torch._inductor.compile_fx' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

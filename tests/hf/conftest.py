@@ -1,4 +1,5 @@
 import pytest
+import torch
 from continued import FedTokenCounter
 from hf_models import ROTARY
 
@@ -15,3 +16,12 @@ def count_fed():
     yield lambda model: made.append(FedTokenCounter(model)) or made[-1]
     for fed in made:
         fed.hook.remove()
+
+
+@pytest.fixture
+def fresh_compiler():
+    """For tests that compile: no graphs of earlier tests, and counters at zero."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()

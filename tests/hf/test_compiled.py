@@ -19,18 +19,7 @@ from sinkattn.hf.swap.ring_patch import RingPatch
 
 S, W, NEW = 2, 14, 30
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def poison_fresh_memory():
-    """Not here: Dynamo cannot trace it."""
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    counters.clear()
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
 
 
 def enabled_pair(family: str, **overrides):

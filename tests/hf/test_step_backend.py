@@ -14,22 +14,12 @@ import sinkattn
 from sinkattn import ops
 from sinkattn.hf.model_patch import PatchedForward
 from sinkattn.hf.quantize import quantize_weights
-from sinkattn.hf.swap import compiled_step, step_backend
+from sinkattn.hf.swap import step_backend
 from sinkattn.hf.swap.step_backend import keep_guards, merge_linears, replace_linears
 
 COLUMNS = 24
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def poison_fresh_memory():
-    """Not here: Dynamo cannot trace it."""
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
 
 
 class Products(nn.Module):
@@ -214,7 +204,7 @@ def test_a_model_gets_four_calls_in_each_layer(quantize, monkeypatch):
         return kept
 
     monkeypatch.setattr(step_backend, "merge_linears", spy_on_graph)
-    monkeypatch.setattr(compiled_step, "keep_guards", spy_on_guards)
+    monkeypatch.setattr(step_backend, "keep_guards", spy_on_guards)
     model = build("llama", torch.bfloat16)
     if quantize is not None:
         pytest.importorskip("torchao")

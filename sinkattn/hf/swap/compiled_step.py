@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sinkattn import ops
-from sinkattn.hf.swap.step_backend import compile_graph, keep_guards
 
 
 class CompiledStep:
@@ -25,6 +24,9 @@ class CompiledStep:
     """
 
     def __init__(self, step: Callable[..., Any], plain: Callable[..., Any], defaults: dict[str, Any]) -> None:
+        # It imports inductor, which takes most of a second, and which only models that are compiled need.
+        from sinkattn.hf.swap.step_backend import compile_graph, keep_guards
+
         def own_step(running: Any, kwargs: dict[str, Any]) -> Any:
             return step(running, kwargs)
 
@@ -36,7 +38,7 @@ class CompiledStep:
             backend=compile_graph,
             fullgraph=True,
             dynamic=False,
-            options={"guard_filter_fn": keep_guards},  # type: ignore[dict-item]
+            options={"guard_filter_fn": keep_guards},
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
