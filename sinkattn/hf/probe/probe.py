@@ -9,9 +9,12 @@ mask functions that the model passes to transformers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sinkattn.hf.dry_run import evaluation_mode
@@ -26,6 +29,7 @@ from sinkattn.hf.probe.rotations import (
     inv_freq_buffers,
     without_rotation,
 )
+from sinkattn.hf.probe.unrotated import unrotated_forward
 from sinkattn.hf.unsupported import UnsupportedModelError
 
 PROBE_TOKENS = 8
@@ -90,7 +94,30 @@ def probe(model: PreTrainedModel) -> ProbeResult:
             f"{name}: its rotary embedding changes more than the queries and keys passed to transformers' attention "
             "function"
         )
+    with evaluation_mode(model):
+        result.unrotated_forwards = _unrotated_forwards(result, ids, unrotated)
     return result
+
+
+def _unrotated_forwards(result: ProbeResult, ids: Tensor, unrotated: Recording) -> dict[nn.Module, Callable]:
+    """Forwards of the layers that rotate; empty unless all give what the hook on the rotary modules gives."""
+    forwards = {module: unrotated_forward(module) for module, layer in result.layers.items() if layer.rotation}
+    found: dict[nn.Module, Callable] = {module: x for module, x in forwards.items() if x is not None}
+    if len(found) < len(forwards):
+        return {}
+    with without_rotation(result.rotary_modules), ExitStack() as restored:
+        for module, forward in found.items():
+            module.__dict__["forward"] = forward
+            restored.callback(module.__dict__.pop, "forward")
+        try:
+            recorded = record_forward(result.decoder, ids)
+        except Exception:  # the model's code, run in another way than it was written for
+            return {}
+    is_same = len(recorded.calls) == len(unrotated.calls) and all(
+        x.module is y.module and torch.equal(x.query, y.query) and torch.equal(x.key, y.key)
+        for x, y in zip(recorded.calls, unrotated.calls, strict=True)
+    )
+    return found if is_same and torch.equal(recorded.output, unrotated.output) else {}
 
 
 def _check_calls(model: PreTrainedModel, recording: Recording) -> None:

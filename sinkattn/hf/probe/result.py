@@ -53,3 +53,5 @@ class ProbeResult:
     """Attention modules, in the order in which they ran."""
     adapter_forwards: dict[nn.Module, Callable] = field(default_factory=dict)
     """Forwards that replace those of attention modules that do not call transformers' attention function."""
+    unrotated_forwards: dict[nn.Module, Callable] = field(default_factory=dict)
+    """Forwards of the other attention modules without the rotation of the model; empty if it cannot be left out."""

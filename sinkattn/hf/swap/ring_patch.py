@@ -136,7 +136,7 @@ class RingPatch(StreamPatch):
             self.set_attribute(self.model, "prepare_inputs_for_generation", partial(prepare, self.model))
         for rotary in self.probe_result.rotary_modules:
             self._hooks.append(rotary.register_forward_hook(identity_rotation_hook))
-        for module, forward in self.probe_result.adapter_forwards.items():
+        for module, forward in (self.probe_result.adapter_forwards | self.probe_result.unrotated_forwards).items():
             self.set_forward(module, forward)
         original = self.decoder.config
         name = adapters.MASK_NAME if self.probe_result.adapter_forwards else ATTENTION_NAME
