@@ -12,9 +12,13 @@ import pytest
 import torch
 from budget import assert_within_budget, oracle_of
 from factories import make_qkv, make_rope, max_error, strided
+from families import build
+from hf_models import random_ids
 from test_ops import op_calls
 
+import sinkattn
 from sinkattn import RingKVCache, ops, reference, sink_attention
+from sinkattn.hf import decode_steps
 from sinkattn.rope import table_dtype
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -249,6 +253,45 @@ def test_compile_fullgraph():
         query, key, value = make_qkv(1, **heads)
         expected = sink_attention(query * 2, key, value, cpu, rope=rope) + 1
         assert max_error(step(query.cuda(), key.cuda(), value.cuda()).cpu(), expected.double()) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt_oss", "bloom"])
+def test_generate_replays_its_steps(family):
+    """Greedy and sampled tokens of a batch with padding are those of plain steps, in every turn."""
+    ids, mask = random_ids(2, 9).cuda(), torch.ones(2, 9, dtype=torch.int64, device="cuda")
+    mask[0, :3] = 0
+    results = []
+    for graphs in (False, "auto"):
+        model = sinkattn.enable(build(family, torch.bfloat16).cuda(), 2, 30, graphs=graphs)
+        cache, turns = sinkattn.SinkCache(model), []
+        for sampled in (False, True, False):
+            torch.manual_seed(0)
+            given = ids if not turns else torch.cat((turns[-1], ids[:, :2]), dim=1)
+            past = torch.cat((mask, mask.new_ones(2, given.shape[1] - 9)), dim=1)
+            turns.append(model.generate(given, attention_mask=past, cache=cache, max_new_tokens=40, do_sample=sampled))
+        results.append(turns)
+    assert decode_steps(model, cache) == "replayed from a graph"
+    for plain, replayed in zip(*results, strict=True):
+        assert torch.equal(plain, replayed)
+
+
+def test_a_replayed_step_sees_other_weights():
+    ids = random_ids(1, 40).cuda()
+    results = []
+    for graphs in (False, "auto"):
+        model = sinkattn.enable(build("llama").cuda(), 2, 30, graphs=graphs)
+        cache = sinkattn.SinkCache(model)
+        parts = []
+        with torch.no_grad():
+            for index, token in enumerate(ids.split(1, dim=1)):
+                if index == 20:
+                    layer = model.model.layers[0].mlp.up_proj
+                    layer.weight = torch.nn.Parameter(layer.weight * 1.5)
+                    torch.cuda.empty_cache()
+                parts.append(model(token, cache=cache).logits)
+        results.append(torch.cat(parts, dim=1))
+    assert decode_steps(model, cache) == "replayed from a graph"
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 SANITIZED = """

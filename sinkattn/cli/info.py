@@ -67,12 +67,13 @@ def collect() -> dict[str, Any]:
 
 def model_facts(model: PreTrainedModel, num_sinks: int, window: int) -> dict[str, Any]:
     """Whether `sinkattn.enable` accepts a model and, if so, how it streams. The model is not changed."""
-    from sinkattn.hf import SinkCache, disable, enable
+    from sinkattn.hf import SinkCache, decode_steps, disable, enable
     from sinkattn.hf.dry_run import evaluation_mode, preserve_state
     from sinkattn.hf.model_patch import get_patch
     from sinkattn.hf.reencode.lanes import extra_tokens
     from sinkattn.hf.reencode.patch import ReencodePatch
     from sinkattn.hf.swap.ring_patch import RingPatch
+    from sinkattn.hf.swap.step_graphs import STEPS_BEFORE
     from sinkattn.hf.versions import forward_cache
 
     facts: dict[str, Any] = {"class": type(model).__name__, "num_sinks": num_sinks, "window": window}
@@ -85,8 +86,11 @@ def model_facts(model: PreTrainedModel, num_sinks: int, window: int) -> dict[str
         with evaluation_mode(model), preserve_state(model):
             token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
             model(input_ids=token, **{forward_cache(model): cache})
+            facts |= {"accepted": True, "cache_bytes_per_stream": cache.nbytes}
+            for _ in range(STEPS_BEFORE + 1):  # the last one is captured if it can be
+                model(input_ids=token, **{forward_cache(model): cache})
+            facts["decode_steps"] = decode_steps(model, cache)
         patch = get_patch(model)
-        facts |= {"accepted": True, "cache_bytes_per_stream": cache.nbytes}
         if isinstance(patch, ReencodePatch):
             return {**facts, "reencoded_tokens_per_token": extra_tokens(patch.layout)}
         assert isinstance(patch, RingPatch)
@@ -127,6 +131,7 @@ def lines(info: dict[str, Any]) -> Iterator[str]:
                 yield f"    {name}: {text} in {layers.count(text)} of {len(layers)} attention layers"
         if others := model.get("layers_with_other_states"):
             yield f"    other layers: {others}, with a state of their own or none"
+        yield f"    decode steps: {model['decode_steps']}"
         yield f"    cache: {size_text(model['cache_bytes_per_stream'])} per stream"
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from sinkattn import ops
 from sinkattn.hf.adapters import probe_by_adapter
+from sinkattn.hf.cache.sink_cache import SinkCache, check_cache
 from sinkattn.hf.dry_run import evaluation_mode, preserve_state
 from sinkattn.hf.model_config import rope_parameters, trained_length
 from sinkattn.hf.model_patch import get_patch, require_patch
 from sinkattn.hf.probe.probe import probe
 from sinkattn.hf.reencode.trial import enable_by_reencoding, has_absolute_positions
+from sinkattn.hf.swap.captured_step import CudaGraph, Graph
 from sinkattn.hf.swap.ring_patch import RingPatch
 from sinkattn.hf.trial.compiled import compile_step
 from sinkattn.hf.trial.trial import run_trial
@@ -32,6 +35,7 @@ def enable(
     *,
     backend: ops.Backend = "auto",
     compile: bool = False,
+    graphs: bool | Literal["auto"] = "auto",
 ) -> Model:
     """Patch a loaded transformers model, in place, to run on endless streams with constant memory and time per token.
 
@@ -60,6 +64,9 @@ def enable(
             disk less. On a CPU, linear layers of up to four streams then run in a kernel of sinkattn; those with
             quantized weights of torchao do so in any case. Nothing is frozen: other weights, adapters and hooks take
             effect, but quantize weights before.
+        graphs: whether decode steps are captured in a CUDA graph and replayed, after the first few of a cache. "auto":
+            on a CUDA device. A step that cannot be captured, or whose first replay gives other values, runs as without
+            graphs; `decode_steps` says why.
 
     Returns:
         The same model.
@@ -75,17 +82,18 @@ def enable(
     if get_patch(model) is not None:
         raise ValueError("model: is enabled already; call sinkattn.disable(model) first")
     if not isinstance(model, PreTrainedModel):
-        enable(_unwrap(model), num_sinks, window, headroom, backend=backend, compile=compile)
+        enable(_unwrap(model), num_sinks, window, headroom, backend=backend, compile=compile, graphs=graphs)
         return model
+    new_graph = _graph_class(model.device, graphs)
     _check_model(model, layout)
     backend = ops.select_backend(model.device, backend, model.dtype)
     with _errors_as_unsupported(model):
         with preserve_state(model):
             if has_absolute_positions(model):
-                if compile:
+                if compile or graphs is True:
                     raise UnsupportedModelError(
                         f"{type(model).__name__}: a model with absolute positions encodes its window again from time "
-                        "to time, and cannot be compiled"
+                        f"to time, and cannot be {'compiled' if compile else 'captured in graphs'}"
                     )
                 enable_by_reencoding(model, layout)
                 return model
@@ -100,6 +108,8 @@ def enable(
             else:
                 # With its own forwards a quantized model is slower than the original.
                 patch.replace_linear_forwards(only_quantized=True)
+            if new_graph is not None:
+                patch.capture_steps(new_graph)
         except BaseException:
             patch.remove()
             raise
@@ -110,6 +120,28 @@ def disable(model: Model) -> Model:
     """Undo `enable`: restore the model exactly. Returns the same model; raises ValueError if it is not enabled."""
     require_patch(model).remove()
     return model
+
+
+def decode_steps(model: nn.Module, cache: SinkCache) -> str:
+    """How an enabled model runs the decode steps of a cache now, in one line.
+
+    Whether they are compiled, and replayed from a graph; if not, why. A graph is captured after the first few steps.
+
+    Raises:
+        ValueError: for a model that is not enabled, or a cache of another one.
+    """
+    patch = require_patch(model)
+    check_cache(patch, "cache", cache)
+    return patch.describe_steps(cache)
+
+
+def _graph_class(device: torch.device, graphs: bool | Literal["auto"]) -> Callable[[], Graph] | None:
+    """What captures the decode steps of a model; None if nothing does."""
+    if graphs not in (True, False, "auto"):
+        raise ValueError(f"graphs: expected True, False or 'auto', got {graphs!r}")
+    if graphs is True and device.type != "cuda":
+        raise ValueError(f"graphs: expected False or 'auto' for a model on {device}, as only CUDA devices have graphs")
+    return CudaGraph if graphs and device.type == "cuda" else None
 
 
 def _unwrap(model: Any) -> nn.Module:

@@ -73,6 +73,10 @@ class ModelPatch:
         """Forward of the decoder while the model is enabled."""
         raise NotImplementedError
 
+    def describe_steps(self, cache: Any) -> str:
+        """How the decode steps of a cache run, and why, in one line."""
+        raise NotImplementedError
+
     def run_decoder(self, **kwargs: Any) -> Any:
         """Run the decoder's original forward."""
         return self.original_forward(self.decoder)(**kwargs)

@@ -297,6 +297,7 @@ def test_info(capsys, monkeypatch):
     assert model["window"] == 252
     assert model["rotary_by_layer"] == ["half, 32 of 32 elements"] * 2
     assert model["cache_bytes_per_stream"] == 2 * 2 * 4 * 256 * 32 * 4
+    assert model["decode_steps"] == "launched one by one"
 
     assert cli.main(["info", "--model", "demo", "--device", "cpu", "--window", "300"]) == 0
     text = capsys.readouterr().out

@@ -35,6 +35,10 @@ class ReencodePatch(StreamPatch):
         """One layer, which reports the tokens seen; the lanes of the cache hold keys and values."""
         return [SinkLayer(state, self.layout)]
 
+    def describe_steps(self, cache: Any) -> str:
+        """How the decode steps of a cache run, and why."""
+        return "launched one by one, as their context is encoded again from time to time"
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the decoder: run each lane, with a rebuild where its context is full, and join the outputs."""
         kwargs = self.named_arguments(args, kwargs)

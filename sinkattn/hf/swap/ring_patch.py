@@ -26,8 +26,10 @@ from sinkattn.hf.inputs import can_read_on_host, check_positions, new_token_mask
 from sinkattn.hf.model_config import config_with_attention, modules_with_config, rope_parameters
 from sinkattn.hf.probe.result import ProbeResult, Rotation
 from sinkattn.hf.probe.rotations import identity_rotation_hook
+from sinkattn.hf.swap.captured_step import Graph
 from sinkattn.hf.swap.compiled_step import CompiledStep, has_replaced_weights, is_quantized, linear_forward
 from sinkattn.hf.swap.layer_attention import ATTENTION_NAME, LayerGroup, Padding, RunningForward, attend_over_ring
+from sinkattn.hf.swap.step_graphs import StepGraphs
 from sinkattn.hf.swap.stream_patch import StreamPatch
 from sinkattn.hf.unsupported import UnsupportedModelError
 from sinkattn.hf.versions import native_layers
@@ -59,6 +61,7 @@ class RingPatch(StreamPatch):
         # Replaces `_running` during torch.compile, which cannot trace context variables.
         self._traced: RunningForward | None = None
         self._compiled_step: CompiledStep | None = None
+        self._step_graphs: StepGraphs | None = None
         self._quantized_forwards: list[Callable[[Tensor], Tensor]] = []
 
     def _check_decoder(self) -> None:
@@ -143,6 +146,7 @@ class RingPatch(StreamPatch):
         config = config_with_attention(original, name)
         for module in modules_with_config(self.decoder, original):
             self.set_attribute(module, "config", config)
+        self._decoder_forward = self.original_forward(self.decoder)
 
     def replace_linear_forwards(self, *, only_quantized: bool) -> None:
         """Run linear layers on a CPU in kernels made for few tokens.
@@ -158,12 +162,35 @@ class RingPatch(StreamPatch):
                     if is_quantized(module):
                         self._quantized_forwards.append(forward)
 
+    def capture_steps(self, new_graph: Callable[[], Graph]) -> None:
+        """Capture decode steps in graphs from now on."""
+        self._step_graphs = StepGraphs(self._plain_step, self._fixed_step, self.decoder, new_graph)
+
+    def describe_steps(self, cache: SinkCache) -> str:
+        """How the decode steps of a cache run, and why."""
+        kind = "" if self._compiled_step is None else "compiled, "
+        return kind + ("launched one by one" if self._step_graphs is None else self._step_graphs.describe(cache))
+
     def compile_step(self) -> None:
         """Compile decode steps from now on, in the first one."""
-        self._decoder_forward = self.original_forward(self.decoder)
         defaults = {"use_cache": True, "return_dict": self.config.return_dict}
         in_use = {name: value for name, value in defaults.items() if name in self.parameters}
         self._compiled_step = CompiledStep(self._run_step, self.run_decoder, in_use)
+
+    def _plain_step(self, running: RunningForward, kwargs: dict[str, Any]) -> Any:
+        """A decode step in this forward, compiled if it can be."""
+        step = self._compiled_step
+        if step is None or any(map(has_replaced_weights, self._quantized_forwards)):
+            return self.run_decoder(**kwargs)
+        return step(running, kwargs)
+
+    def _fixed_step(self, running: RunningForward, kwargs: dict[str, Any]) -> Any:
+        """A decode step for a graph of any length of the stream, within another forward."""
+        previous = self._set_running(running)
+        try:
+            return (self._compiled_step or self._run_step)(running, kwargs)
+        finally:
+            self._set_running(previous)
 
     def _run_step(self, running: RunningForward, kwargs: dict[str, Any]) -> Any:
         previous, self._traced = self._traced, running
@@ -202,13 +229,11 @@ class RingPatch(StreamPatch):
         running = RunningForward(self, cache, num_tokens, padding, positions)
         previous = self._set_running(running)
         try:
-            step = self._compiled_step
-            if num_tokens > 1 or padding is not None or cache.seen is None:
-                step = None  # not one token of each stream, or the first one, which allocates memory
-            if step is None or any(map(has_replaced_weights, self._quantized_forwards)):
+            step = self._decode_step(padding) if num_tokens == 1 and cache.seen is not None else None
+            if step is None:
                 output = self.run_decoder(**kwargs)
             else:
-                may_have_written = True  # Dynamo counts layers only at the end of a graph
+                may_have_written = True  # layers are counted only at the end of a graph
                 output = step(running, kwargs)
             if running.num_layers_run != len(self.groups):
                 raise RuntimeError(f"expected {len(self.groups)} attention layers to run, got {running.num_layers_run}")
@@ -220,6 +245,14 @@ class RingPatch(StreamPatch):
                 cache.finish_forward(token_mask)
             else:
                 cache.abandon_forward(written=may_have_written or running.num_layers_run > 0)
+
+    def _decode_step(self, padding: Padding | None) -> Callable[[RunningForward, dict[str, Any]], Any] | None:
+        """What runs a decode step of streams that have memory; None if nothing but the decoder does."""
+        if self._step_graphs is not None and not torch.compiler.is_dynamo_compiling():
+            return self._step_graphs
+        # On a GPU there may be padding in any step, as the mask is not read; on a CPU it would take another graph.
+        is_compiled = self._compiled_step is not None and (padding is None or padding.num_new.is_cuda)
+        return self._plain_step if is_compiled else None
 
     def _set_running(self, running: RunningForward | None) -> RunningForward | None:
         """Set the running forward; returns the previous one."""
