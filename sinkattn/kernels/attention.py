@@ -13,20 +13,21 @@ from torch import Tensor
 
 from sinkattn.attention_arguments import AttentionArguments
 from sinkattn.kernels.chunk import chunk_kernel, rotate_kernel
-from sinkattn.kernels.configs import Config, block_size, chunk_config, decode_config, fits_decode, num_kv_splits
+from sinkattn.kernels.configs import (
+    Config,
+    Target,
+    block_size,
+    chunk_config,
+    decode_config,
+    fits_decode,
+    num_kv_splits,
+)
 from sinkattn.kernels.decode import decode_kernel
 from sinkattn.kernels.primitives import LOG2_E
 
 # Calls of more than one token go to the decode kernel up to this many tokens, and queries per KV head.
 MAX_DECODE_TOKENS = 16
 MAX_DECODE_ROWS = 64
-
-
-class Target(NamedTuple):
-    """What kernels are compiled for: compute capability (90 for 9.0) and number of streaming multiprocessors."""
-
-    capability: int
-    num_sms: int
 
 
 @functools.cache
@@ -171,8 +172,8 @@ def launches(
 @functools.lru_cache(maxsize=256)
 def decode_launch(shape: CallShape) -> Launch:
     """Launch of the decode kernel."""
-    config = decode_config(shape.group * shape.tokens, shape.block_dim, shape.dtype, shape.target.capability)
-    num_splits = num_kv_splits(shape.num_kv_rows, shape.slots - shape.num_sinks, config.block_n, shape.target.num_sms)
+    config = decode_config(shape.group * shape.tokens, shape.block_dim, shape.dtype, shape.target, shape.num_kv_rows)
+    num_splits = num_kv_splits(shape.num_kv_rows, shape.slots - shape.num_sinks, config, shape.target.num_sms)
     block_rows = triton.next_power_of_2(shape.group * shape.tokens)
     # Splits combined at once: as many as fit into this many registers per thread beside the running sums.
     registers = 64 if block_rows < 16 else 32
@@ -201,9 +202,10 @@ def rotate_launch(shape: CallShape) -> Launch:
 @functools.lru_cache(maxsize=256)
 def chunk_launch(shape: CallShape) -> Launch:
     """Launch of the chunk kernel."""
-    config = chunk_config(shape.block_dim, shape.dtype, shape.target.capability)
+    rows = shape.tokens * shape.group
+    config = chunk_config(shape.block_dim, shape.dtype, shape.target, shape.num_kv_rows, rows)
     numbers = {**_attention_numbers(shape, config), "BLOCK_SINKS": 16}
-    blocks = triton.cdiv(shape.tokens * shape.group, config.block_m)
+    blocks = triton.cdiv(rows, config.block_m)
     return Launch(chunk_kernel, (blocks * shape.num_kv_rows,), numbers)
 
 

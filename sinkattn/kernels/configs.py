@@ -7,6 +7,15 @@ from typing import NamedTuple
 import torch
 
 MAX_RING_SPLITS = 128
+# (row, KV head) pairs from which on the decode kernel uses programs of two warps.
+MANY_KV_ROWS = 32
+
+
+class Target(NamedTuple):
+    """What kernels are compiled for: compute capability (90 for 9.0) and number of streaming multiprocessors."""
+
+    capability: int
+    num_sms: int
 
 
 class Config(NamedTuple):
@@ -28,22 +37,36 @@ def fits_decode(rows: int, dim: int, dtype: torch.dtype) -> bool:
     return rows <= 16 or block_size(rows) * dim <= (2048 if dtype == torch.float32 else 8192)
 
 
-def decode_config(rows: int, dim: int, dtype: torch.dtype, capability: int) -> Config:
-    """Config of the decode kernel for ``rows`` queries per KV head, which `fits_decode`."""
+def decode_config(rows: int, dim: int, dtype: torch.dtype, target: Target, num_kv_rows: int) -> Config:
+    """Config of the decode kernel for ``rows`` queries per (row, KV head), which `fits_decode`."""
     block_m = block_size(rows)
     if dtype == torch.float32:
         return Config(block_m, 16 if dim > 128 else 32, 8, 2)
+    if num_kv_rows >= MANY_KV_ROWS and block_m == 16 and 64 < dim <= 128:
+        # On an H200, head_dim 128 (bench/results/nvidia-h200-2026-11-27-sweep.json): microseconds of this config and of
+        # four warps with blocks of 64, each with its best number of splits.
+        #   KV rows 32, window 4096: 22.8, 23.5;  64, 4096: 41.1, 42.7;  64, 1024: 16.4, 17.2;
+        #   512, 4096: 246.3, 247.5;  512, 1024: 71.6, 75.5;  but 8, 4096: 16.1, 14.1;  8, 1024: 10.5, 9.7.
+        return Config(block_m, 32, 2, 3)
     warps = 8 if block_m * dim > 2048 else 4
-    return Config(block_m, 32 if dim > 128 else 64, warps, 3 if block_m < 64 or _shared_is_large(capability) else 2)
+    return Config(
+        block_m, 32 if dim > 128 else 64, warps, 3 if block_m < 64 or _shared_is_large(target.capability) else 2
+    )
 
 
-def chunk_config(dim: int, dtype: torch.dtype, capability: int) -> Config:
-    """Config of the chunk kernel."""
+def chunk_config(dim: int, dtype: torch.dtype, target: Target, num_kv_rows: int, rows: int) -> Config:
+    """Config of the chunk kernel for ``rows`` queries per (row, KV head)."""
+    capability = target.capability
     if dtype == torch.float32:
         return Config(32, 32, 8, 2) if dim <= 64 else Config(16, 16, 8, 2) if dim <= 128 else Config(16, 16, 4, 1)
     if dim > 128:
         return Config(64, 32, 8, 2) if _shared_is_large(capability) else Config(32, 32, 4, 2)
-    return Config(128, 64, 8, 3 if _shared_is_large(capability) else 2)
+    if not _shared_is_large(capability):
+        return Config(128, 64, 8, 2)
+    if 2 * num_kv_rows * -(-rows // 128) <= target.num_sms:
+        # Measured as above, 8 KV rows of 256 queries, window 4096: 94 us, and 115 us in larger blocks of queries.
+        return Config(64, 128, 8, 3)
+    return Config(128, 64, 8, 3)
 
 
 def _shared_is_large(capability: int) -> bool:
@@ -51,16 +74,18 @@ def _shared_is_large(capability: int) -> bool:
     return 90 <= capability < 120
 
 
-def num_kv_splits(num_kv_rows: int, ring: int, block_n: int, num_sms: int) -> int:
+def num_kv_splits(num_kv_rows: int, ring: int, config: Config, num_sms: int) -> int:
     """Programs per (row, KV head), from shapes only: how many tokens the ring holds is known only on the device.
 
-    Either one program does everything, or several share the ring and one more does sinks and new tokens. The number
-    minimises an estimate of the time: waves of programs, with two programs per SM, times the key blocks of a program
-    plus two, which stand for its other work.
+    Either one program does everything, or several share the ring and one more does sinks and new tokens. As many as run
+    at the same time, or fewer if the longest has no more blocks of keys to read then: each split adds to what is
+    combined at the end.
     """
-    blocks = -(-ring // block_n)
-    splits = min(
-        range(1, min(blocks, MAX_RING_SPLITS) + 1),
-        key=lambda splits: -(-num_kv_rows * splits // (2 * num_sms)) * (-(-blocks // splits) + 2),
-    )
+    # Measured as above, 8 KV rows, window 4096: 14.1 us with 12 splits and 104 programs, 17.5 with 32 and 264. With two
+    # warps, 64 KV rows: 41.1 us with 448 programs, 44.7 with 576.
+    programs = num_sms if config.warps > 2 else 3 * num_sms
+    # With two splits, more programs than fit at once are still better than too few to use all processors.
+    most = min(max(programs // num_kv_rows - 1, 2 if num_kv_rows < num_sms else 1), MAX_RING_SPLITS)
+    blocks = -(-ring // config.block_n)
+    splits = -(-blocks // -(-blocks // most))
     return splits if splits == 1 else splits + 1

@@ -16,7 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from sinkattn.kernels.attention import CallShape, Launch, Target, launches
+from sinkattn.kernels.attention import CallShape, Launch, launches
+from sinkattn.kernels.configs import Target
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SPILL = re.compile(r"\b(LDL|STL)\b")

@@ -22,6 +22,7 @@ OPTIONS = {"softcap": 30.0, "sink_logits": True, "alibi_slopes": True, "ragged":
 # Every configuration of block sizes, warps and stages, compiled for every architecture.
 CONFIGS = {
     "bf16": {},
+    "many-streams": {"batch": 16},
     "d64": {"head_dim": 64},
     "d64-group71": {"head_dim": 64, "heads": 71, "kv_heads": 1},
     "group32": {"heads": 64},
@@ -34,6 +35,7 @@ CONFIGS = {
     "fp32-d256": {"dtype": FP32, "head_dim": 256},
     "few-tokens": {"tokens": 16},
     "chunk": {"tokens": 4096},
+    "chunk-few-queries": {"tokens": 64},
     "chunk-d64": {"tokens": 4096, "head_dim": 64},
     "chunk-d256": {"tokens": 4096, "head_dim": 256},
     "chunk-fp32": {"tokens": 4096, "dtype": FP32},
@@ -49,6 +51,7 @@ FEATURES = {
     "group16": (100, {"heads": 32}),
     "one-program": (90, {"batch": 512}),
     "options": (90, OPTIONS),
+    "many-streams-options": (90, {"batch": 16, **OPTIONS}),
     "interleaved": (100, {"interleaved": True}),
     "partial": (80, {"pairs": 16}),
     "no-rotation": (100, {"pairs": 0}),

@@ -4,20 +4,49 @@ import pytest
 
 pytest.importorskip("triton")
 
-from sinkattn.kernels.configs import MAX_RING_SPLITS, block_size, num_kv_splits
+import torch
+
+from sinkattn.kernels.configs import MAX_RING_SPLITS, Config, Target, block_size, decode_config, num_kv_splits
+
+NUM_SMS = 132
 
 
-@pytest.mark.parametrize("lines", [1, 8, 24, 64, 128, 320, 512, 5000])
-@pytest.mark.parametrize("slots", [1, 64, 65, 1024, 4096, 16384, 10**6])
-def test_parts_fill_the_processors(lines, slots):
-    processors, block_n = 132, 64
-    parts, blocks = num_kv_splits(lines, slots, block_n, processors), -(-slots // block_n)
+@pytest.mark.parametrize("warps", [2, 4, 8])
+@pytest.mark.parametrize("num_kv_rows", [1, 8, 24, 64, 100, 128, 320, 512, 5000])
+@pytest.mark.parametrize("ring", [1, 64, 65, 1024, 4096, 16384, 10**6])
+def test_splits_fill_the_gpu_once(ring, num_kv_rows, warps):
+    config = Config(16, 64, warps, 3)
+    parts, blocks = num_kv_splits(num_kv_rows, ring, config, NUM_SMS), -(-ring // 64)
     assert parts != 2, "one alone, or two and one more"
     splits = max(1, parts - 1)
-    assert splits <= blocks
-    rounds = -(-lines * splits // (2 * processors)) * -(-blocks // splits)
-    ideal = lines * blocks / (2 * processors)
-    assert rounds <= max(1.25 * ideal + 3, -(-blocks // MAX_RING_SPLITS))
+    assert splits <= min(blocks, MAX_RING_SPLITS)
+    at_once = NUM_SMS if warps > 2 else 3 * NUM_SMS
+    assert parts <= 3 or num_kv_rows * parts <= at_once
+    longest = -(-blocks // splits)
+    assert -(-blocks // longest) == splits, "fewer splits would be as long"
+    if num_kv_rows < NUM_SMS and blocks > 1:
+        assert splits > 1
+        more = next((n for n in range(splits + 1, blocks + 1) if -(-blocks // n) < longest), None)
+        assert more is None or more > MAX_RING_SPLITS or more == 3 or num_kv_rows * (more + 1) > at_once
+
+
+@pytest.mark.parametrize(
+    ("num_kv_rows", "window", "config", "parts"),
+    [
+        (8, 1024, Config(16, 64, 4, 3), 9),
+        (8, 4096, Config(16, 64, 4, 3), 14),
+        (8, 16384, Config(16, 64, 4, 3), 16),
+        (32, 4096, Config(16, 32, 2, 3), 12),
+        (64, 1024, Config(16, 32, 2, 3), 6),
+        (64, 4096, Config(16, 32, 2, 3), 6),
+        (512, 4096, Config(16, 32, 2, 3), 1),
+    ],
+)
+def test_shapes_that_were_measured(num_kv_rows, window, config, parts):
+    """On an H200: 132 multiprocessors, four queries for each KV head, head_dim 128."""
+    chosen = decode_config(4, 128, torch.bfloat16, Target(90, NUM_SMS), num_kv_rows)
+    assert chosen == config
+    assert num_kv_splits(num_kv_rows, window, chosen, NUM_SMS) == parts
 
 
 def test_blocks_are_powers_of_two_of_16_or_more():
