@@ -2,6 +2,7 @@
 
     make bench-gpu                          # into bench/results/DEVICE-DATE.json and .txt
     make bench-gpu ARGS="--json FILE"
+    make bench-gpu ARGS="--quick"           # only the shapes that decide, about three minutes
     make bench-gpu ARGS="--rehearse"        # tiny shapes on the CPU, to check that everything works
 
 Each part runs in its own process, so that a crash does not affect the others; the most important ones run first. A part
@@ -44,6 +45,9 @@ PARTS = {
     "chunk": Part(["gpu_attention.py::test_chunk", "gpu_attention.py::test_append"], 90),
     "compiled": Part(["gpu_compiled.py"], 240),
 }
+# The shapes that decide, in three minutes.
+QUICK = "B1-W4096 or B8-W1024 or B64-W4096 or T4096-W4096 or T64-W4096 or test_token or test_generate"
+QUICK_PARTS = ("decode", "chunk", "model")
 # One process for all, since starting processes takes most of the time of a rehearsal.
 REHEARSED = {"rehearsed": Part([target for part in PARTS.values() for target in part.targets], 600)}
 
@@ -54,8 +58,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.5, help="time limit of all parts (default: %(default)s)")
     parser.add_argument("--only", choices=PARTS, action="append", help="run only this part; may be repeated")
     parser.add_argument("-k", metavar="EXPRESSION", help="run only benchmarks that match, as in pytest")
+    parser.add_argument("--quick", action="store_true", help="only the shapes that decide, in about three minutes")
     parser.add_argument("--rehearse", action="store_true", help="run on the CPU, with tiny shapes")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.quick:
+        args.only, args.k = args.only or list(QUICK_PARTS), args.k or QUICK
+    return args
 
 
 def check_device() -> str:
