@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig,
 
 import sinkattn
 from sinkattn.hf import decode_steps
-from sinkattn.hf.swap.step_graphs import STEPS_BEFORE
+from sinkattn.hf.swap.step_graphs import NUM_COMPARED, STEPS_BEFORE
 from sinkattn.hf.versions import GENERATE_CACHE, forward_cache
 
 NUM_SINKS, WINDOW, SMALL_WINDOW = 4, 4092, 1020
@@ -165,7 +165,7 @@ def test_token(bench, device, plain, enabled, captured) -> None:
     add_graph(comparison, "sinkattn graph", ours)
     comparison.add("sinkattn eager", ours.fork().step, capture=False)
     users = Stream(captured, sinkattn.SinkCache(captured), ids)
-    for _ in range(STEPS_BEFORE + 1):
+    for _ in range(STEPS_BEFORE + NUM_COMPARED):
         users.step()
     comparison.add("sinkattn", users.step, capture=False)
     comparison.add("recomputation", recomputed.step, capture=False)

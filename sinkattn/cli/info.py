@@ -73,7 +73,7 @@ def model_facts(model: PreTrainedModel, num_sinks: int, window: int) -> dict[str
     from sinkattn.hf.reencode.lanes import extra_tokens
     from sinkattn.hf.reencode.patch import ReencodePatch
     from sinkattn.hf.swap.ring_patch import RingPatch
-    from sinkattn.hf.swap.step_graphs import STEPS_BEFORE
+    from sinkattn.hf.swap.step_graphs import NUM_COMPARED, STEPS_BEFORE
     from sinkattn.hf.versions import forward_cache
 
     facts: dict[str, Any] = {"class": type(model).__name__, "num_sinks": num_sinks, "window": window}
@@ -87,7 +87,7 @@ def model_facts(model: PreTrainedModel, num_sinks: int, window: int) -> dict[str
             token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
             model(input_ids=token, **{forward_cache(model): cache})
             facts |= {"accepted": True, "cache_bytes_per_stream": cache.nbytes}
-            for _ in range(STEPS_BEFORE + 1):  # the last one is captured if it can be
+            for _ in range(STEPS_BEFORE + NUM_COMPARED):  # until they are replayed, if they can be
                 model(input_ids=token, **{forward_cache(model): cache})
             facts["decode_steps"] = decode_steps(model, cache)
         patch = get_patch(model)

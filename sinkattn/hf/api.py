@@ -65,7 +65,7 @@ def enable(
             quantized weights of torchao do so in any case. Nothing is frozen: other weights, adapters and hooks take
             effect, but quantize weights before.
         graphs: whether decode steps are captured in a CUDA graph and replayed, after the first few of a cache. "auto":
-            on a CUDA device. A step that cannot be captured, or whose first replay gives other values, runs as without
+            on a CUDA device. A step that cannot be captured, or whose replay gives other values, runs as without
             graphs; `decode_steps` says why.
 
     Returns:
@@ -137,7 +137,7 @@ def decode_steps(model: nn.Module, cache: SinkCache) -> str:
 
 def _graph_class(device: torch.device, graphs: bool | Literal["auto"]) -> Callable[[], Graph] | None:
     """What captures the decode steps of a model; None if nothing does."""
-    if graphs not in (True, False, "auto"):
+    if not isinstance(graphs, bool) and graphs != "auto":
         raise ValueError(f"graphs: expected True, False or 'auto', got {graphs!r}")
     if graphs is True and device.type != "cuda":
         raise ValueError(f"graphs: expected False or 'auto' for a model on {device}, as only CUDA devices have graphs")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -85,30 +84,76 @@ class CallShape(NamedTuple):
         return self.tokens == 1 or (self.tokens <= MAX_DECODE_TOKENS and rows <= MAX_DECODE_ROWS)
 
 
-@dataclass(frozen=True)
 class Launch:
-    """A kernel, its grid, and all arguments that are not tensors."""
+    """A kernel, its grid, and all arguments that are not tensors.
 
-    kernel: Any
-    grid: tuple[int, ...]
-    numbers: dict[str, Any]
+    Triton finds the compiled kernel of a call by all of its arguments, which takes longer than launching it. Here all
+    but the tensors are fixed, so it is found by what Triton tells apart in those: device, alignment and None.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: dict[str, Any]) -> None:
+        self.kernel, self.grid, self.numbers = kernel, grid, numbers
+        self._tensor_names = [name for name in kernel.arg_names if name not in numbers]
+        # In the order of the kernel, all tensors come first.
+        self._last_arguments = [numbers[name] for name in kernel.arg_names[len(self._tensor_names) :]]
+        self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def run(self, tensors: dict[str, Tensor | None], *, warmup: bool = False) -> Any:
         """Launch on the current CUDA stream; with ``warmup`` only compile."""
-        return self.kernel.run(grid=self.grid, warmup=warmup, **tensors, **self.numbers)
+        given = [tensors[name] for name in self._tensor_names]
+        variant = tuple([None if x is None else (x.data_ptr() % 16 == 0, x.get_device()) for x in given])
+        launch = self._compiled.get(variant)
+        if launch is not None:
+            return launch(*given, *self._last_arguments)
+        compiled = self.kernel.run(grid=self.grid, warmup=warmup, **tensors, **self.numbers)
+        if compiled is not None and not warmup:  # the interpreter compiles nothing
+            self._compiled[variant] = compiled[(*self.grid, 1, 1)[:3]]
+        return compiled
 
 
-def attend(call: AttentionArguments) -> tuple[Tensor, bool]:
+# Shapes of calls of one token, by what `attend` was told of them.
+MAX_SHAPES = 1024
+_shapes: dict[tuple[Any, ...], CallShape] = {}
+
+
+def attend(call: AttentionArguments, described: tuple[Any, ...]) -> tuple[Tensor, bool]:
     """Output ``[batch, tokens, heads, value_dim]``, and whether the kernel appended the new tokens too.
 
-    The arguments have been checked.
+    The arguments have been checked. ``described``: equal for calls that differ only in the values and addresses of
+    their tensors.
     """
-    batch, heads, tokens, head_dim = call.query.shape
-    _, kv_heads, slots, value_dim = call.values.shape
+    tokens = call.query.shape[2]
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (call.query, call.key, call.value))
-    if tokens > 1 and not _is_aligned(value):
-        value = value.contiguous()  # cheaper than narrow loads in every block of queries
-    shape = CallShape(
+    shape = _shapes.get(described)
+    if shape is None:
+        if tokens > 1 and not _is_aligned(value):
+            value = value.contiguous()  # cheaper than narrow loads in every block of queries
+        shape = _shape_of(call, query, key, value)
+        if tokens == 1:
+            if len(_shapes) >= MAX_SHAPES:
+                _shapes.clear()
+            _shapes[described] = shape
+    # Heads inside tokens, the order in which models join heads, so that joining copies nothing.
+    out = query.new_empty(shape.batch, tokens, shape.heads, shape.value_dim)
+    if not out.numel():
+        return out, True
+    given: dict[str, Tensor | None] = {"query": query, "key": key, "value": value, "out": out}
+    names = ("keys", "values", "seen", "lengths", "sink_logits", "alibi_slopes")
+    given |= {name: getattr(call, name) for name in names}
+    # A kernel without pairs never reads the tables, so any pointer will do.
+    given["cos"] = call.seen if call.cos is None else call.cos.contiguous()
+    given["sin"] = call.seen if call.sin is None else call.sin.contiguous()
+    # Triton launches on the current device, whatever device the tensors are on.
+    with torch.cuda.device_of(call.keys):
+        for launch, tensors in launches(shape, given, call.arrivals):
+            launch.run(tensors)
+    return out, tokens == 1 and launch.kernel is decode_kernel
+
+
+def _shape_of(call: AttentionArguments, query: Tensor, key: Tensor, value: Tensor) -> CallShape:
+    batch, heads, tokens, head_dim = query.shape
+    _, kv_heads, slots, value_dim = call.values.shape
+    return CallShape(
         get_target(call.keys.device),
         call.keys.dtype,
         batch,
@@ -128,21 +173,6 @@ def attend(call: AttentionArguments) -> tuple[Tensor, bool]:
         key.stride(),
         value.stride(),
     )
-    # Heads inside tokens, the order in which models join heads, so that joining copies nothing.
-    out = query.new_empty(batch, tokens, heads, value_dim)
-    if not out.numel():
-        return out, True
-    given: dict[str, Tensor | None] = {"query": query, "key": key, "value": value, "out": out}
-    names = ("keys", "values", "seen", "lengths", "sink_logits", "alibi_slopes")
-    given |= {name: getattr(call, name) for name in names}
-    # A kernel without pairs never reads the tables, so any pointer will do.
-    given["cos"] = call.seen if call.cos is None else call.cos.contiguous()
-    given["sin"] = call.seen if call.sin is None else call.sin.contiguous()
-    # Triton launches on the current device, whatever device the tensors are on.
-    with torch.cuda.device_of(call.keys):
-        for launch, tensors in launches(shape, given, call.arrivals):
-            launch.run(tensors)
-    return out, tokens == 1 and shape.uses_decode_kernel
 
 
 def launches(

@@ -109,7 +109,7 @@ def _(*arguments: Any) -> Tensor:
 def _attend_with_triton(*arguments: Any) -> Tensor:
     call = AttentionArguments(*arguments)
     # Checks take longer than the launch, so a call like one before is not checked again.
-    described = tuple((x.dtype, x.device, x.shape, x.stride()) if isinstance(x, Tensor) else x for x in call)
+    described = tuple([(x.dtype, x.get_device(), x.shape, x.stride()) if isinstance(x, Tensor) else x for x in call])
     if described not in _checked or call.keys.is_cpu:
         if obstacle := triton_obstacle(call.keys.device):
             raise RuntimeError(f"backend: 'triton' cannot run: {obstacle}")
@@ -124,7 +124,7 @@ def _attend_with_triton(*arguments: Any) -> Tensor:
             raise ValueError(f"{name}: expected memory that starts at a multiple of 16 bytes")
     from sinkattn.kernels.attention import attend  # imports triton, which CPU-only users may lack
 
-    out, appended = attend(call)
+    out, appended = attend(call, described)
     if not appended:
         cos, sin = (None if tables is None else tables[0] for tables in (call.cos, call.sin))
         torch.ops.sinkattn.append_(

@@ -19,10 +19,11 @@ import sinkattn
 from sinkattn.hf import UnsupportedModelError, decode_steps, stream_tokens
 from sinkattn.hf.model_patch import get_patch
 from sinkattn.hf.swap.captured_step import CudaGraph
-from sinkattn.hf.swap.step_graphs import STEPS_BEFORE
+from sinkattn.hf.swap.step_graphs import NUM_COMPARED, STEPS_BEFORE
 
 S, W, NEW = 2, 14, 30
 REPLAYED = "replayed from a graph"
+WARM, WARM_AGAIN = STEPS_BEFORE + NUM_COMPARED, 2 * STEPS_BEFORE + NUM_COMPARED  # steps until replays begin
 
 
 class Graphs:
@@ -37,8 +38,8 @@ class Graphs:
 
     @property
     def num_replays(self) -> int:
-        # The first replay of each is compared with the step.
-        return sum(graph.num_replays - 1 for graph in self.made)
+        # The first ones of each are compared with the step.
+        return sum(max(0, graph.num_replays - NUM_COMPARED) for graph in self.made)
 
 
 def enabled_pair(family: str = "llama", headroom: int = 0, **overrides):
@@ -57,8 +58,8 @@ def warm(model, batch: int = 1) -> sinkattn.SinkCache:
     """A cache whose steps are captured, if they can be."""
     cache = sinkattn.SinkCache(model)
     with torch.no_grad():
-        for tokens in (3, *[1] * (STEPS_BEFORE + 1)):
-            model(random_ids(batch, tokens), cache=cache)
+        for tokens in (3, *[1] * WARM):
+            model(random_ids(batch, tokens, seed=tokens), cache=cache)
     return cache
 
 
@@ -78,7 +79,7 @@ def test_tokens_are_those_of_plain_steps(family):
     assert torch.equal(greedy(model, ids, cache=cache), greedy(plain, ids))
     assert decode_steps(model, cache) == REPLAYED
     assert len(graphs.made) == 1
-    assert graphs.num_replays == NEW - 2 - STEPS_BEFORE
+    assert graphs.num_replays == NEW - 1 - WARM
     other = sinkattn.SinkCache(plain)
     greedy(plain, ids, cache=other)
     assert torch.equal(logits(model, cache, 20), logits(plain, other, 20))
@@ -189,22 +190,30 @@ def change_dtype(model):
     model.double()
 
 
+def change_tensor_in_a_list(model):
+    model.model.layers[1].mlp.factors[0].data = torch.full((), 2.0)
+
+
 CHANGES = [
     change_values, change_data, change_parameter, change_module, change_attribute, change_forward, change_hooks,
-    change_dtype,
+    change_dtype, change_tensor_in_a_list,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_changes_of_the_model_take_effect(change):
     plain, model, graphs = enabled_pair()
+    for each in (plain, model):
+        mlp = each.model.layers[1].mlp
+        mlp.factors = [torch.ones(())]
+        mlp.forward = lambda x, mlp=mlp: type(mlp).forward(mlp, x) * mlp.factors[0]
     caches = warm(plain), warm(model)
     before = logits(plain, caches[0]), logits(model, caches[1])
     assert torch.equal(*before)
     assert decode_steps(model, caches[1]) == REPLAYED
     for each in (plain, model):
         change(each)
-    after = logits(plain, caches[0], 2 * STEPS_BEFORE + 2), logits(model, caches[1], 2 * STEPS_BEFORE + 2)
+    after = logits(plain, caches[0], WARM_AGAIN + 1), logits(model, caches[1], WARM_AGAIN + 1)
     assert torch.equal(*after)
     assert (after[0][:, 0] - before[0][:, 0]).abs().max() > 1e-2
     description = decode_steps(model, caches[1])
@@ -267,21 +276,192 @@ def test_frequent_changes_are_captured_less_and_less():
     assert decode_steps(model, cache) == REPLAYED
 
 
-def test_a_replay_that_differs_is_not_used():
+def assert_given_up(graph_class) -> None:
+    """Whether a graph that is wrong in some way is refused, and tokens are those of plain steps."""
     plain, model, _ = enabled_pair()
+    get_patch(model).capture_steps(graph_class)
+    ids, cache = random_ids(3, 5), sinkattn.SinkCache(model)
+    with pytest.warns(RuntimeWarning, match="LlamaModel are not replayed from a CUDA graph, as a replay gave other"):
+        got = greedy(model, ids, cache=cache)
+    assert torch.equal(got, greedy(plain, ids))
+    assert decode_steps(model, cache) == "not captured: a replay gives other values than the step itself"
 
+
+def test_a_replay_that_differs_is_not_used():
     class Wrong(RecordedGraph):
         def replay(self):
             super().replay()
             self.calls[-1][-1][0].mul_(1.01)
 
-    get_patch(model).capture_steps(Wrong)
-    cache = sinkattn.SinkCache(model)
-    ids = random_ids(1, 5)
-    with pytest.warns(RuntimeWarning, match="LlamaModel are not replayed from a CUDA graph, as a replay gave other"):
-        got = greedy(model, ids, cache=cache)
-    assert torch.equal(got, greedy(plain, ids))
-    assert decode_steps(model, cache) == "not captured: a replay gives other values than the step that was captured"
+    assert_given_up(Wrong)
+
+
+def test_a_replay_that_does_nothing_is_not_used():
+    class Empty(RecordedGraph):
+        def replay(self):
+            pass
+
+    assert_given_up(Empty)
+
+
+def test_a_replay_that_writes_no_token_is_not_used():
+    class Forgetful(RecordedGraph):
+        def replay(self):
+            self.calls = [call for call in self.calls if "sink_attention_" not in str(call[0])]
+            super().replay()
+
+    assert_given_up(Forgetful)
+
+
+def test_a_replay_that_is_wrong_in_one_row_is_not_used():
+    class WrongInOneRow(RecordedGraph):
+        def replay(self):
+            super().replay()
+            self.calls[-1][-1][0][2].zero_()
+
+    assert_given_up(WrongInOneRow)
+
+
+def test_a_replay_of_the_captured_inputs_alone_is_not_used():
+    class Frozen(RecordedGraph):
+        def capture(self, function):
+            result = super().capture(function)
+            self.copies = [(x, x.clone()) for call in self.calls for x in call[-1]]
+            return result
+
+        def replay(self):
+            for x, copy_of_x in self.copies:
+                x.copy_(copy_of_x)
+
+    plain, model, _ = enabled_pair()
+    get_patch(model).capture_steps(Frozen)
+    with pytest.warns(RuntimeWarning, match="a replay gave other values"):
+        got = greedy(model, random_ids(1, 5))
+    assert torch.equal(got, greedy(plain, random_ids(1, 5)))
+
+
+class Counting(torch.nn.Module):
+    """Changes in every call, and gives other results from the twelfth on."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.calls = module, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.module(x) * (2 if self.calls > 12 else 1)
+
+
+def test_modules_that_change_in_every_step_are_not_captured():
+    _, model, graphs = enabled_pair()
+    model.model.layers[1].mlp = Counting(model.model.layers[1].mlp)
+    cache = warm(model)
+    assert decode_steps(model, cache) == "not captured: the modules of the model change in every step"
+    logits(model, cache, 40)
+    assert graphs.num_replays == 0
+
+
+def test_settings_of_the_configuration_and_of_classes_take_effect(monkeypatch):
+    plain, model, _ = enabled_pair()
+    caches = warm(plain), warm(model)
+    for each in (plain, model):
+        each.config.output_hidden_states = each.model.config.output_hidden_states = True
+    with torch.no_grad():
+        outputs = [each(random_ids(1, 1), cache=cache) for each, cache in zip((plain, model), caches, strict=True)]
+    assert all(len(output.hidden_states) == 3 for output in outputs)
+    for each in (plain, model):
+        each.config.output_hidden_states = each.model.config.output_hidden_states = False
+    caches = warm(plain), warm(model)
+    assert decode_steps(model, caches[1]) == REPLAYED
+    norm = type(model.model.norm)
+    monkeypatch.setattr(norm, "forward", lambda self, x, forward=norm.forward: 1.5 * forward(self, x))
+    assert torch.equal(logits(plain, caches[0], 3), logits(model, caches[1], 3))
+
+
+def test_other_products_are_another_graph():
+    """Also by the setting with which torch refuses to return the older one."""
+    plain, model, graphs = enabled_pair()
+    caches = warm(plain), warm(model)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert torch.equal(logits(plain, caches[0], WARM_AGAIN), logits(model, caches[1], WARM_AGAIN))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert len(graphs.made) == 2
+
+
+def test_an_error_of_one_capture_leaves_other_graphs():
+    _, model, graphs = enabled_pair()
+    cache = warm(model)
+
+    def fails(error):
+        class Fails(RecordedGraph):
+            def capture(self, function):
+                raise error
+
+        return Fails
+
+    for error in (torch.OutOfMemoryError("out of memory"), RuntimeError("no graph today")):
+        step_graphs = get_patch(model)._step_graphs
+        step_graphs._arguments = (*step_graphs._arguments[:3], fails(error))
+        other = warm(model, 2)
+        assert decode_steps(model, other).endswith(str(error))
+        assert decode_steps(model, cache) == REPLAYED
+    step_graphs._arguments = (*step_graphs._arguments[:3], graphs)
+    assert decode_steps(model, warm(model)).endswith("no graph today")  # for good, as it may be the model's
+
+
+def test_values_that_are_not_finite_are_no_reason_to_give_up():
+    _, model, _ = enabled_pair()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    kept = weight.detach().clone()
+    weight.data[0, 0] = torch.nan
+    cache = warm(model)
+    assert decode_steps(model, cache) == "not captured: there are values that are not finite"
+    weight.data.copy_(kept)
+    cache.reset()
+    logits(model, cache, WARM_AGAIN)
+    assert decode_steps(model, cache) == REPLAYED
+
+
+def test_quantized_weights_that_move_are_noticed():
+    quantization = pytest.importorskip("torchao.quantization")
+    results = []
+    for graphs in (False, True):
+        model = build("llama", hidden_size=64, intermediate_size=128)
+        config = quantization.Int8WeightOnlyConfig(set_inductor_config=False)
+        quantization.quantize_(model.model, config)
+        sinkattn.enable(model, S, W)
+        if graphs:
+            get_patch(model).capture_steps(RecordedGraph)
+        cache = warm(model)
+        parts = [logits(model, cache, 2)]
+        weight = model.model.layers[0].mlp.up_proj.weight
+        weight.scale.data = weight.scale * 1.5  # as `module.to` changes what a weight consists of
+        parts.append(logits(model, cache, 3))
+        results.append(torch.cat(parts, dim=1))
+    assert torch.equal(*results)
+
+
+def test_tensors_that_cannot_be_compared_are_not_captured():
+    class State:
+        def __init__(self):
+            self.code = torch.ones(3)
+
+    _, model, _ = enabled_pair()
+    model.model.layers[1].mlp.quant_state = State()
+    assert decode_steps(model, warm(model)) == "not captured: there are tensors inside layers.1.mlp.quant_state"
+
+
+def test_a_model_that_reads_values_is_never_captured():
+    _, model, graphs = enabled_pair()
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: type(mlp).forward(mlp, x) if x.abs().sum().item() > 0 else x
+    cache = warm(model)
+    expected = "not captured: RuntimeError: aten._local_scalar_dense.default waits for the device"
+    assert decode_steps(model, cache) == expected
+    assert not graphs.made
 
 
 def test_what_waits_for_the_device_runs_as_it_is(monkeypatch):
@@ -306,10 +486,10 @@ def test_other_outputs_are_not_captured():
         (alone, {"return_dict": False}, "the decoder returns a tuple"),
     ):
         cache = sinkattn.SinkCache(each)
-        for tokens in (3, *[1] * (STEPS_BEFORE + 2)):
+        for tokens in (3, *[1] * WARM):
             each(random_ids(1, tokens), cache=cache, **options)
         assert decode_steps(each, cache) == f"not captured: {reason}"
-        for _ in range(2 * STEPS_BEFORE + 1):  # transformers' own hooks for hidden states stay
+        for _ in range(WARM_AGAIN):  # transformers' own hooks for hidden states stay
             each(random_ids(1, 1), cache=cache)
         assert decode_steps(each, cache) == REPLAYED
 
@@ -330,7 +510,7 @@ def test_autocast_and_global_hooks_end_replays():
         parts = [logits(each, cache)]
         with torch.autocast("cpu", torch.bfloat16):
             parts.append(logits(each, cache))
-        parts.append(logits(each, cache, 2 * STEPS_BEFORE + 2))
+        parts.append(logits(each, cache, WARM_AGAIN + 1))
         hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
         parts.append(logits(each, cache))
         hook.remove()
@@ -443,6 +623,8 @@ def test_disable_ends_them():
 def test_the_option():
     with pytest.raises(ValueError, match=r"graphs: expected True, False or 'auto', got 'yes'"):
         sinkattn.enable(build("llama"), S, W, graphs="yes")
+    with pytest.raises(ValueError, match=r"graphs: expected True, False or 'auto', got 1"):
+        sinkattn.enable(build("llama"), S, W, graphs=1)
     with pytest.raises(ValueError, match=r"graphs: expected False or 'auto' for a model on cpu"):
         sinkattn.enable(build("llama"), S, W, graphs=True)
     model = sinkattn.enable(build("llama"), S, W)

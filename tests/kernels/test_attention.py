@@ -191,11 +191,11 @@ def test_several_blocks_and_many_parts(tokens, processors, monkeypatch):
     """All blocks in one program, several in each, and more programs than are combined at once."""
     target = attention.get_target(torch.device(DEVICE))
     monkeypatch.setattr(attention, "get_target", lambda device: target._replace(num_sms=processors))
-    run, grids = attention.decode_launch, []
+    run, grids = attention.decode_launch, set()
 
     def watched(shape):
         launch = run(shape)
-        grids.append((launch.grid[1], launch.numbers["BLOCK_SPLITS"], launch.numbers["BLOCK_N"]))
+        grids.add((launch.grid[1], launch.numbers["BLOCK_SPLITS"], launch.numbers["BLOCK_N"]))
         return launch
 
     monkeypatch.setattr(attention, "decode_launch", watched)

@@ -15,17 +15,19 @@ ROTARY_FUNCTION = re.compile(r"apply_\w*rotary\w*")
 class UnrotatedForward:
     """Forward of an attention module in which functions named like ``apply_rotary_pos_emb`` return what they are given.
 
-    It runs the code of the class with globals of its own, so no other model is affected. Whether that is right for a
-    family is for the caller to find out.
+    It runs the code of the class with globals of its own, so no other model is affected; names that are replaced in the
+    module of the class later are not seen. Whether it is right for a family is for the caller to find out.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self._original = type(module).forward
         self._function = _unrotated(_plain_forward(module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward."""
-        return self._function(self.module, *args, **kwargs)
+        """Run the forward; that of the class if it is another one by now, with the rotation by zero."""
+        original = type(self.module).forward
+        return (self._function if original is self._original else original)(self.module, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or saved one makes its function anew: functions with globals of their own cannot be saved."""
@@ -40,9 +42,9 @@ def unrotated_forward(module: nn.Module) -> UnrotatedForward | None:
 
 
 def _plain_forward(module: nn.Module) -> Any:
-    """The function of the class, without decorators: those of transformers rename arguments of outside callers."""
+    """The function of the class, without decorators of transformers, which rename arguments of outside callers."""
     function: Any = type(module).forward
-    while hasattr(function, "__wrapped__"):
+    while hasattr(function, "__wrapped__") and function.__globals__["__name__"].startswith("transformers."):
         function = function.__wrapped__
     return function
 

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.utils.generic import ModelOutput
 
 from sinkattn.hf.cache.layers import SinkLayer
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.probe.rotations import identity_rotation_hook
 from sinkattn.hf.swap.layer_attention import Padding, RunningForward
-from sinkattn.hf.swap.model_state import ModelState
+from sinkattn.hf.swap.model_state import ModelState, unseen_tensors
 
 # Values of arguments that a graph may depend on.
 PLAIN_VALUES = (bool, int, float, str, type(None))
+
+_aten = torch.ops.aten
+WAITING_OPERATORS = {
+    _aten._local_scalar_dense.default,
+    _aten.is_nonzero.default,
+    _aten.nonzero.default,
+    _aten.masked_select.default,
+    _aten._unique2.default,
+    _aten.unique_consecutive.default,
+    _aten.repeat_interleave.Tensor,
+    _aten.bincount.default,
+}
+INDEXING_OPERATORS = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
 
 Step = Callable[[RunningForward, dict[str, Any]], Any]
 
@@ -40,18 +57,71 @@ class Graph(Protocol):
 class CudaGraph:
     """A `Graph` on the current CUDA device."""
 
+    # Of any thread: PyTorch records one graph at a time.
+    _lock = threading.Lock()
+
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
 
     def capture(self, function: Callable[[], Any]) -> Any:
-        """See `Graph`."""
-        # Other threads may go on working with the device.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            return function()
+        """See `Graph`. Other threads may use the device, but must not wait for all of it."""
+        # Not torch.cuda.graph: that empties the allocator's cache, may choose a stream of another device, and stays on
+        # it if the capture fails.
+        device, pool = torch.cuda.current_device(), torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        with self._lock:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    result = function()
+                    self._graph.capture_end()
+                except BaseException:
+                    self._abandon(device, pool)
+                    raise
+            torch.cuda.current_stream().wait_stream(stream)
+        return result
+
+    def _abandon(self, device: int, pool: Any) -> None:
+        """End a capture that failed, with the allocator as it was before."""
+        with suppress(RuntimeError):  # what has ended already
+            self._graph.capture_end()
+        for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            with suppress(RuntimeError):
+                end(device, pool)
 
     def replay(self) -> None:
         """See `Graph`."""
         self._graph.replay()
+
+
+class WaitRecorder(TorchDispatchMode):
+    """Notes the first operator that waits for the device: such a step must not be captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name: str | None = None
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator."""
+        output = operator(*args, **(kwargs or {}))
+        if self.name is None and _waits(operator, args, output):
+            self.name = str(operator)
+        return output
+
+
+def _waits(operator: Any, args: Any, output: Any) -> bool:
+    """Whether an operator waits: for a value, for a number of elements, or for a copy from one device to another."""
+    if operator in WAITING_OPERATORS:
+        return True
+    given, made = ([x for x in tree_leaves(each) if isinstance(x, Tensor)] for each in (args, output))
+    if operator in INDEXING_OPERATORS and any(x.dtype in (torch.bool, torch.uint8) for x in given[1:]):
+        return True
+    devices = {x.device.type for x in given}
+    # Operators take numbers in tensors of the host.
+    return len({x.device.type for x in given if x.ndim}) > 1 or bool(
+        devices and {x.device.type for x in made} - devices
+    )
 
 
 class CapturedStep:
@@ -59,13 +129,16 @@ class CapturedStep:
 
     Args:
         step: the step, as `StepGraphs.fixed_step`.
-        decoder: the decoder.
+        state: of the decoder, from before the step that has just run.
         graph: a new graph.
-        running, kwargs: of a step that has just run, whose token the capture may write again.
+        running, kwargs: of that step, whose token the capture may write again.
+
+    Raises:
+        NotCapturableError: what a graph cannot hold, or a model that is not in that state any more.
     """
 
     def __init__(
-        self, step: Step, decoder: nn.Module, graph: Graph, running: RunningForward, kwargs: dict[str, Any]
+        self, step: Step, state: ModelState, graph: Graph, running: RunningForward, kwargs: dict[str, Any]
     ) -> None:
         self._graph = graph
         self._inputs = {name: x.clone() for name, x in input_tensors(running, kwargs).items()}
@@ -76,8 +149,6 @@ class CapturedStep:
             fixed.padding = Padding(self._inputs["num_new"], self._inputs["token_mask"], None)
         given = {name: self._inputs.get(name, x) for name, x in kwargs.items()}
         output = graph.capture(lambda: step(fixed, given))
-        if not isinstance(output, ModelOutput):
-            raise NotCapturableError(f"the decoder returns a {type(output).__name__}")
         self._output_class = type(output)
         # Not the cache itself, with which the graph would never go.
         self._output = {name: x for name, x in output.items() if x is not running.cache}
@@ -86,7 +157,14 @@ class CapturedStep:
             raise NotCapturableError(f"the decoder returns {', '.join(others)}")
         self._num_layers_run = fixed.num_layers_run
         self._rings = ring_addresses(running.cache)
-        self._state = ModelState(decoder)
+        self._state = state
+        if not state.is_same():
+            raise NotCapturableError("the modules of the model change in every step")
+
+    def spoil_output(self) -> None:
+        """Overwrite the output of the capture, so that only a replay gives it."""
+        for x in self._output.values():
+            x.fill_(torch.nan)
 
     def replay(self, running: RunningForward, kwargs: dict[str, Any]) -> ModelOutput | None:
         """Output of the step for these inputs; None if the graph is not one of this step any more."""
@@ -110,12 +188,23 @@ class CapturedStep:
         return self._output_class(**output, **dict.fromkeys(self._cache_fields, running.cache))
 
 
-def check_capturable(decoder: nn.Module, cache: SinkCache) -> None:
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors that a step returns; raises NotCapturableError for another kind of output."""
+    if not isinstance(output, ModelOutput):
+        raise NotCapturableError(f"the decoder returns a {type(output).__name__}")
+    return [x for x in output.values() if isinstance(x, Tensor)]
+
+
+def check_capturable(decoder: nn.Module, cache: SinkCache, kwargs: dict[str, Any]) -> None:
     """Raise NotCapturableError for what a replay would leave out or get wrong: hooks, states on the host, autocast."""
     if cache.has_states:
         raise NotCapturableError("some layers have a convolutional or recurrent state")
+    for name, x in kwargs.items():
+        if not (x is cache or isinstance(x, (Tensor, *PLAIN_VALUES))):
+            raise NotCapturableError(f"the decoder gets {name}, a {type(x).__name__}")
     assert cache.seen is not None
-    if torch.is_autocast_enabled(cache.seen.device.type):
+    device = cache.seen.device
+    if torch.is_autocast_enabled(device.type):
         raise NotCapturableError("autocast keeps converted weights")
     if _has_any_global_hook():
         raise NotCapturableError("there is a hook on all modules")
@@ -123,6 +212,11 @@ def check_capturable(decoder: nn.Module, cache: SinkCache) -> None:
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         if "_hf_hook" in module.__dict__ or not all(map(_is_harmless, hooks)):
             raise NotCapturableError(f"there is a hook on {name or 'the decoder'}")
+    for name, tensor in (*decoder.named_parameters(), *decoder.named_buffers()):
+        if tensor.device != device:
+            raise NotCapturableError(f"{name} is on {tensor.device}")
+    if (unseen := unseen_tensors(decoder)) is not None:
+        raise NotCapturableError(f"there are tensors inside {unseen}")
 
 
 def _is_harmless(hook: Any) -> bool:
@@ -140,16 +234,15 @@ def input_tensors(running: RunningForward, kwargs: dict[str, Any]) -> dict[str, 
 
 
 def constants(running: RunningForward, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The other arguments of the decoder, where the cache is None, and settings of torch that change a step."""
-    values = {name: None if x is running.cache else x for name, x in kwargs.items() if not isinstance(x, Tensor)}
-    for name, x in values.items():
-        if not isinstance(x, PLAIN_VALUES):
-            raise NotCapturableError(f"the decoder gets {name}, a {type(x).__name__}")
+    """The other arguments of the decoder except the cache, and settings of torch that change a step."""
+    others = {name: x for name, x in kwargs.items() if not isinstance(x, Tensor) and x is not running.cache}
     return {
-        **values,
+        **{name: x if isinstance(x, PLAIN_VALUES) else id(x) for name, x in others.items()},
         "autocast": torch.is_autocast_enabled(running.positions.device.type),
         "hooks of all modules": _has_any_global_hook(),
-        "precision of products": torch.get_float32_matmul_precision(),
+        "modes": torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack(),
+        "precision of products": torch.backends.cuda.matmul.fp32_precision,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
 
 
@@ -167,12 +260,27 @@ def ring_addresses(cache: SinkCache) -> list[tuple[int, ...] | None]:
     ]
 
 
-def newest_tokens(cache: SinkCache) -> Iterator[Tensor]:
+def newest_tokens(cache: SinkCache) -> list[Tensor]:
     """Copies of the keys and values that the step in progress has written."""
+    return [x.gather(2, slot) for x, slot in _newest_slots(cache)]
+
+
+def erase_newest_tokens(cache: SinkCache, num_new: Tensor | None) -> None:
+    """Overwrite what the step in progress has written, so that only a replay writes it.
+
+    num_new: int64 ``[batch]``, 0 for rows that have got padding.
+    """
+    for x, slot in _newest_slots(cache):
+        kept = 0 if num_new is None else x.gather(2, slot) * (num_new == 0)[:, None, None, None]
+        x.scatter_(2, slot, torch.zeros_like(slot, dtype=x.dtype) + kept)
+
+
+def _newest_slots(cache: SinkCache) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys, then values, of each ring, and the index ``[batch, KV heads, 1, dim]`` of the slots of the newest token."""
     for layer in ring_layers(cache):
         ring, layout = layer.ring, layer.layout
         assert ring is not None
         in_ring = layout.num_sinks + (ring.seen - layout.num_sinks) % layout.ring
         slot = torch.where(ring.seen < layout.num_sinks, ring.seen, in_ring)[:, None, None, None]
         for x in (ring.keys, ring.values):
-            yield x.gather(2, slot.expand(*x.shape[:2], 1, x.shape[3]))
+            yield x, slot.expand(*x.shape[:2], 1, x.shape[3])

@@ -8,8 +8,12 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedConfig
 
-CONTAINERS = (dict, list, set)
+from sinkattn.hf.model_patch import ModelPatch
+
+CONTAINERS = (dict, list, set, tuple)
 PLAIN_TENSORS = (nn.Parameter, Tensor)
 # Containers that every module has; of these only some have to do with its forward.
 OF_EVERY_MODULE = nn.Module().__dict__.keys()
@@ -17,7 +21,7 @@ OF_FORWARD = {"_modules", "_forward_hooks", "_forward_pre_hooks"}
 
 
 class ModelState:
-    """Where the tensors of a model lie, and the attributes of its modules, as they were.
+    """Where the tensors of a model lie, and the attributes of its modules and configurations, as they were.
 
     Holds no weights: those that a model drops are freed. Comparing takes the host a fraction of the time of a forward.
     """
@@ -32,8 +36,18 @@ class ModelState:
             if isinstance(value, CONTAINERS) and (name in OF_FORWARD or name not in OF_EVERY_MODULE)
         ]
         self._tensor_attributes = [(index, name) for index, name, value in attributes if isinstance(value, Tensor)]
+        self._tensor_containers = [
+            (index, name)
+            for index, name in self._containers
+            if any(isinstance(x, Tensor) for x in _contents(modules[index].__dict__[name]))
+        ]
+        self._configs = list({id(x): x for _, _, x in attributes if isinstance(x, PreTrainedConfig)}.values())
         values, tensors = list(self._values(modules)), list(self._tensors(modules))
-        self._ids, self._addresses, self._layouts = list(map(id, values)), _addresses(tensors), _layouts(tensors)
+        self._ids, self._addresses, self._layouts = (
+            list(map(id, values)),
+            self._tensor_addresses(modules),
+            _layouts(tensors),
+        )
         # The id of an object that is gone may be that of another one, so plain values are kept. Modules are gone with
         # their reference, and for tensors the address counts.
         self._kept = [value for value in values if not isinstance(value, (Tensor, nn.Module, *CONTAINERS))]
@@ -41,7 +55,7 @@ class ModelState:
     def has_same_tensors(self) -> bool:
         """Whether all tensors are where they were: a graph reads and writes these addresses."""
         modules = [module() for module in self._modules]
-        return None not in modules and self._addresses == _addresses(self._tensors(modules))
+        return None not in modules and self._addresses == self._tensor_addresses(modules)
 
     def is_same(self) -> bool:
         """Whether no attribute, hook, module or tensor was replaced; changes of a tensor's values do not count."""
@@ -53,25 +67,77 @@ class ModelState:
         )
 
     def _values(self, modules: list[Any]) -> Iterable[Any]:
-        """Attributes of modules, and what those hold that are containers."""
+        """Attributes of modules, forwards of their classes, and what containers and configurations hold."""
         attributes = chain.from_iterable([module.__dict__.values() for module in modules])
-        containers = [modules[index].__dict__.get(name, ()) for index, name in self._containers]
-        return chain(attributes, chain.from_iterable([x.values() if isinstance(x, dict) else x for x in containers]))
+        containers: list[Any] = [modules[index].__dict__.get(name, ()) for index, name in self._containers]
+        containers += [config.__dict__ for config in self._configs]
+        contents = [x.values() if isinstance(x, dict) else x for x in containers]
+        return chain(attributes, chain.from_iterable(contents), [type(module).forward for module in modules])
 
-    def _tensors(self, modules: list[Any]) -> Iterator[Any]:
+    def _tensor_addresses(self, modules: list[Any]) -> list[Any]:
+        # A replay waits for this, so it is spelled out.
+        addresses = [
+            x.data_ptr() if type(x) in PLAIN_TENSORS else [y.data_ptr() for y in _plain_tensors(x)]
+            for module in modules
+            for held in (module._parameters, module._buffers)
+            if held
+            for x in held.values()
+            if x is not None
+        ]
+        return addresses + [x.data_ptr() for x in self._other_tensors(modules)]
+
+    def _tensors(self, modules: list[Any]) -> Iterator[Tensor]:
         for module in modules:
-            if module._parameters:
-                yield from module._parameters.values()
-            if module._buffers:
-                yield from module._buffers.values()
+            for held in (module._parameters, module._buffers):
+                for x in held.values():
+                    if type(x) in PLAIN_TENSORS:
+                        yield x
+                    elif x is not None:
+                        yield from _plain_tensors(x)
+        yield from self._other_tensors(modules)
+
+    def _other_tensors(self, modules: list[Any]) -> Iterator[Tensor]:
         for index, name in self._tensor_attributes:
-            yield modules[index].__dict__.get(name)
+            yield from _plain_tensors(modules[index].__dict__.get(name))
+        for index, name in self._tensor_containers:
+            for x in _contents(modules[index].__dict__.get(name, ())):
+                yield from _plain_tensors(x)
 
 
-def _addresses(tensors: Iterable[Any]) -> list[int]:
-    # Subclasses, such as quantized weights, have no address; they count as the objects that they are.
-    return [x.data_ptr() if type(x) in PLAIN_TENSORS else id(x) for x in tensors]
+def unseen_tensors(model: nn.Module) -> str | None:
+    """Name of an attribute of a module that holds tensors where `ModelState` does not look; None without any."""
+    for path, module in model.named_modules():
+        own = {name: value for name, value in module.__dict__.items() if name not in OF_EVERY_MODULE}
+        for name, value in (own | module._parameters | module._buffers).items():
+            if any(map(_hides_tensors, _contents(value) if isinstance(value, CONTAINERS) else [value])):
+                return f"{path}.{name}" if path else name
+    return None
 
 
-def _layouts(tensors: Iterable[Any]) -> list[Any]:
-    return [None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors]
+def _hides_tensors(x: Any) -> bool:
+    """Whether it is an object or container that holds tensors, such as the state of a quantization."""
+    if isinstance(x, (nn.Module, type, PreTrainedConfig, ModelPatch)):
+        return False
+    if isinstance(x, Tensor):
+        return type(x) not in PLAIN_TENSORS and not is_traceable_wrapper_subclass(x)
+    held = _contents(x) if isinstance(x, CONTAINERS) else getattr(x, "__dict__", {}).values()
+    return any(isinstance(y, Tensor) for y in held)
+
+
+def _contents(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _plain_tensors(x: Any) -> Iterator[Tensor]:
+    """The tensor itself, or those that a subclass such as a quantized weight consists of."""
+    if type(x) in PLAIN_TENSORS:
+        yield x
+    elif is_traceable_wrapper_subclass(x):
+        for name in x.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(x, name))
+    elif isinstance(x, Tensor):
+        yield x
+
+
+def _layouts(tensors: Iterable[Tensor]) -> list[Any]:
+    return [(x.shape, x.stride(), x.dtype, x.device) for x in tensors]

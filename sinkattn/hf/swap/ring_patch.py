@@ -164,7 +164,10 @@ class RingPatch(StreamPatch):
 
     def capture_steps(self, new_graph: Callable[[], Graph]) -> None:
         """Capture decode steps in graphs from now on."""
-        self._step_graphs = StepGraphs(self._plain_step, self._fixed_step, self.decoder, new_graph)
+        is_compiled = self._compiled_step is not None
+        self._step_graphs = StepGraphs(
+            self._plain_step, self._fixed_step, self.decoder, new_graph, is_compiled=is_compiled
+        )
 
     def describe_steps(self, cache: SinkCache) -> str:
         """How the decode steps of a cache run, and why."""

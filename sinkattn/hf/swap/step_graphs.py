@@ -1,17 +1,20 @@
 """Decode steps replayed from CUDA graphs: one launch for all kernels of a step.
 
-What changes from token to token is on the device, so a captured step is right for every later token of its cache. What
-else it depends on is compared in every step: inputs and the addresses of weights and rings before it is replayed, and
-attributes and hooks of modules afterwards, while the device works. A step that turns out to be out of date is run again
-without its graph, and overwrites the token that the replay wrote.
+What changes from token to token is on the device, so a captured step is right for every later token of its cache. Two
+steps run both ways before a graph is trusted. What else a step depends on is compared in every step: inputs, settings
+and the addresses of weights and rings before it is replayed, and attributes and hooks of modules afterwards, while the
+device works. A step that turns out to be out of date is run again without its graph, and overwrites the token that the
+replay wrote.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,10 +27,14 @@ from sinkattn.hf.swap.captured_step import (
     Graph,
     NotCapturableError,
     Step,
+    WaitRecorder,
     check_capturable,
+    erase_newest_tokens,
     newest_tokens,
+    tensors_of,
 )
 from sinkattn.hf.swap.layer_attention import RunningForward
+from sinkattn.hf.swap.model_state import ModelState
 
 logger = logging.getLogger("sinkattn")
 
@@ -35,7 +42,9 @@ logger = logging.getLogger("sinkattn")
 # whenever one was of no use, up to MAX_STEPS_BEFORE.
 STEPS_BEFORE = 3
 MAX_STEPS_BEFORE = 4096
-# The first replay repeats a step that has just run, with the same kernels; but a library may choose another one.
+# Steps that run with and without a new graph, the one that was captured and those that follow, with other inputs.
+NUM_COMPARED = 2
+# A replay runs the same kernels; but a library may choose another one.
 MAX_ERROR_EPS = 8
 
 
@@ -44,6 +53,8 @@ class CacheSteps:
     """The steps of one cache."""
 
     captured: CapturedStep | None = None
+    num_compared: int = 0
+    """Steps in which ``captured`` gave what a plain step gave."""
     num_steps: int = 0
     """Steps since the last attempt to capture one."""
     steps_before: int = STEPS_BEFORE
@@ -51,11 +62,19 @@ class CacheSteps:
     reason: str | None = None
     """Why the last attempt failed."""
 
-    def back_off(self) -> None:
+    @property
+    def is_replayed(self) -> bool:
+        """Whether a graph replaces the steps."""
+        return self.captured is not None and self.num_compared >= NUM_COMPARED
+
+    def back_off(self, reason: str | None) -> None:
         """Wait longer before the next attempt, unless the last graph served for long."""
-        was_useful = self.captured is not None and self.num_steps > self.steps_before
+        was_useful = self.is_replayed and self.num_steps > self.steps_before
         self.steps_before = STEPS_BEFORE if was_useful else min(2 * self.steps_before, MAX_STEPS_BEFORE)
-        self.captured, self.num_steps = None, 0
+        self.captured, self.num_compared, self.num_steps = None, 0, 0
+        if reason is not None and reason != self.reason:
+            logger.info("decode steps are not captured in a graph: %s", reason)
+        self.reason = reason
 
 
 class StepGraphs:
@@ -66,22 +85,26 @@ class StepGraphs:
         fixed_step: the same, with nothing on the host that depends on how long the stream is.
         decoder: the decoder.
         new_graph: makes a graph.
+        is_compiled: whether the step is compiled; then it waits for nothing, and cannot be watched.
     """
 
-    def __init__(self, step: Step, fixed_step: Step, decoder: nn.Module, new_graph: Callable[[], Graph]) -> None:
+    def __init__(
+        self, step: Step, fixed_step: Step, decoder: nn.Module, new_graph: Callable[[], Graph], *, is_compiled: bool
+    ) -> None:
         self._arguments = step, fixed_step, decoder, new_graph
+        self._is_compiled = is_compiled
         # A graph writes to the rings of its cache, and is gone with it.
         self._steps: WeakKeyDictionary[SinkCache, CacheSteps] = WeakKeyDictionary()
         self._obstacle: str | None = None  # why nothing of this model is captured any more
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, of a copied or saved model, captures its own graphs."""
-        return StepGraphs, self._arguments
+        return partial(StepGraphs, is_compiled=self._is_compiled), self._arguments
 
     def describe(self, cache: SinkCache) -> str:
         """How the steps of a cache run now, and why."""
         steps = self._steps.get(cache, CacheSteps())
-        if steps.captured is not None:
+        if steps.is_replayed:
             return "replayed from a graph"
         reason = self._obstacle or steps.reason
         return f"not captured: {reason}" if reason else f"not captured: only after {steps.steps_before} steps"
@@ -89,59 +112,76 @@ class StepGraphs:
     def __call__(self, running: RunningForward, kwargs: dict[str, Any]) -> Any:
         """Run a step."""
         step, *_ = self._arguments
-        cache = running.cache
-        if self._obstacle is not None or _is_capturing(running.positions):
+        if _is_capturing(running.positions):
             return step(running, kwargs)
-        steps = self._steps.setdefault(cache, CacheSteps())
+        steps = self._steps.setdefault(running.cache, CacheSteps())
         steps.num_steps += 1
-        if steps.captured is not None:
+        if steps.is_replayed:
+            assert steps.captured is not None
             if (output := steps.captured.replay(running, kwargs)) is not None:
                 return output
-            steps.back_off()
-        if steps.num_steps <= steps.steps_before:
+            steps.back_off(None)
+        if steps.captured is None and (self._obstacle is not None or steps.num_steps <= steps.steps_before):
             return step(running, kwargs)
-        return self._run_and_capture(steps, running, kwargs)
+        return self._run_and_compare(steps, running, kwargs)
 
-    def _run_and_capture(self, steps: CacheSteps, running: RunningForward, kwargs: dict[str, Any]) -> Any:
-        """Run a step, capture it, and compare its first replay."""
+    def _run_and_compare(self, steps: CacheSteps, running: RunningForward, kwargs: dict[str, Any]) -> Any:
+        """Run a step; then repeat it with its graph, which is captured if there is none, and compare."""
         step, fixed_step, decoder, new_graph = self._arguments
-        output = step(running, kwargs)
+        cache, captured, state = running.cache, steps.captured, None
+        waits = WaitRecorder()
+        try:
+            if captured is None:
+                check_capturable(decoder, cache, kwargs)
+                state = ModelState(decoder)
+        except NotCapturableError as reason:
+            steps.back_off(str(reason))
+            return step(running, kwargs)
+        with nullcontext() if state is None or self._is_compiled else waits:
+            output = step(running, kwargs)
         try:
             # Later replays may be outside of inference mode.
             with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(running.positions):
-                check_capturable(decoder, running.cache)
-                written = list(newest_tokens(running.cache))
-                captured = CapturedStep(fixed_step, decoder, new_graph(), running, kwargs)
+                if waits.name is not None:
+                    raise RuntimeError(f"{waits.name} waits for the device")
+                want = [*tensors_of(output), *newest_tokens(cache)]
+                if captured is None:
+                    assert state is not None
+                    captured = CapturedStep(fixed_step, state, new_graph(), running, kwargs)
+                captured.spoil_output()
+                erase_newest_tokens(cache, None if running.padding is None else running.padding.num_new)
                 replayed = captured.replay(running, kwargs)
                 if replayed is None:
-                    raise NotCapturableError("the model changes in every step")
-                is_same = _agree([*_tensors(output), *written], [*_tensors(replayed), *newest_tokens(running.cache)])
-        except NotCapturableError as reason:
-            if steps.reason != str(reason):
-                logger.info("decode steps are not captured in a graph: %s", reason)
-            steps.back_off()
-            steps.reason = str(reason)
-            return output
-        except Exception as error:  # code that waits for the device, or anything else that cannot be captured
-            self._give_up(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
-            return output
-        if is_same:
-            steps.captured, steps.num_steps, steps.reason = captured, 0, None
-            logger.info("decode steps of a batch of %d are replayed from a graph", len(written[0]))
-            return output
-        self._give_up("a replay gives other values than the step that was captured")
-        warnings.warn(
-            f"sinkattn: decode steps of this {type(decoder).__name__} are not replayed from a CUDA graph, as a replay "
-            "gave other values than the step that was captured; they run as without graphs",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+                    raise NotCapturableError("the model has changed since the capture")
+                is_finite, is_same = _compare([*tensors_of(replayed), *newest_tokens(cache)], want)
+                if not is_finite:
+                    raise NotCapturableError("there are values that are not finite")
+        except (NotCapturableError, torch.OutOfMemoryError) as reason:
+            steps.back_off(str(reason).strip().partition("\n")[0])
+        except Exception as error:  # anything else that cannot be captured
+            self._give_up(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            steps.back_off(None)
+        else:
+            if is_same:
+                steps.captured, steps.reason = captured, None
+                steps.num_compared += 1
+                if steps.is_replayed:
+                    steps.num_steps = 0
+                    logger.info("decode steps of a batch of %d are replayed from a graph", len(want[-1]))
+                return output
+            self._give_up("a replay gives other values than the step itself")
+            self._steps.clear()
+            warnings.warn(
+                f"sinkattn: decode steps of this {type(decoder).__name__} are not replayed from a CUDA graph, as a "
+                "replay gave other values than the step itself; they run as without graphs",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         running.num_layers_run = 0
-        return step(running, kwargs)  # once more, to write its token
+        return step(running, kwargs)  # again, as its token may have been overwritten
 
     def _give_up(self, reason: str) -> None:
         self._obstacle = reason
-        self._steps.clear()
         logger.info("decode steps are not captured in a graph: %s", reason)
 
 
@@ -150,14 +190,18 @@ def _is_capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    return (x for x in output.values() if isinstance(x, Tensor))
-
-
-def _agree(got: Sequence[Tensor], want: Sequence[Tensor]) -> bool:
-    """Whether tensors are the same up to rounding; NaN differs from everything. Waits for the device once."""
-    is_close = [
-        (x - y).float().norm() <= MAX_ERROR_EPS * torch.finfo(y.dtype).eps * y.float().norm()
+def _compare(got: Sequence[Tensor], want: Sequence[Tensor]) -> tuple[bool, bool]:
+    """Whether ``want`` is finite, and ``got`` the same up to rounding, in each vector. Waits for the device once."""
+    flags = [
+        torch.stack(
+            (
+                y.isfinite().all(),
+                (
+                    (x - y).float().norm(dim=-1) <= MAX_ERROR_EPS * torch.finfo(y.dtype).eps * y.float().norm(dim=-1)
+                ).all(),
+            )
+        )
         for x, y in zip(got, want, strict=True)
     ]
-    return bool(torch.stack(is_close).all())
+    is_finite, is_same = torch.stack(flags).all(dim=0).tolist()
+    return is_finite, is_same
