@@ -332,7 +332,6 @@ BAD_CALLS = {
     "rope": (lambda q, k, v: {"rope": make_rope(18)}, ValueError, r"cos: expected at most 8 pairs"),
     "too-many": (lambda q, k, v: {"lengths": torch.tensor([0, 99])}, RuntimeError, r"lengths: .*got 99 in row 1"),
     "negative": (lambda q, k, v: {"lengths": torch.tensor([-1, 1])}, RuntimeError, r"lengths: .*got -1 in row 0"),
-    "gradients": (lambda q, k, v: {"query": q.clone().requires_grad_()}, RuntimeError, r"computes no gradients"),
 }
 
 

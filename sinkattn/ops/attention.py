@@ -21,6 +21,7 @@ from sinkattn.ops.checks import (
     check_score_options,
     check_triton,
 )
+from sinkattn.ops.gradients import attend_with_gradients, needs_gradients
 from sinkattn.rope import table_dtype
 
 _operator = torch.ops.sinkattn.sink_attention_.default
@@ -66,13 +67,14 @@ def sink_attention_(
         backend: see `select_backend`.
 
     Returns:
-        ``[batch, heads, tokens, value_dim]``; zeros for tokens beyond ``lengths``.
+        ``[batch, heads, tokens, value_dim]``; zeros for tokens beyond ``lengths``. It has gradients for ``query``,
+        ``key``, ``value`` and ``sink_logits``; what the ring held before is a constant.
 
     Raises:
         ValueError, TypeError: shape, dtype or device of an argument.
-        RuntimeError: a backend that cannot run here, or an input that requires gradients.
+        RuntimeError: a backend that cannot run here, or ``alibi_slopes`` that require gradients.
     """
-    check_no_gradients(query, key, value, sink_logits, alibi_slopes)
+    check_no_gradients(alibi_slopes)
     chosen = select_backend(keys.device, backend, keys.dtype)
     if chosen != "reference":
         check_score_options(query, scale, softcap, sink_logits, alibi_slopes)
@@ -87,15 +89,22 @@ def sink_attention_(
     if chosen == "reference":
         check_attention(call)
         check_score_options(query, scale, softcap, sink_logits, alibi_slopes)
-        return reference.sink_attention_(**{name: x for name, x in call._asdict().items() if name != "arrivals"})
-    # For CPU tensors the operator dispatches to the C++ kernel, so Triton's interpreter is called directly.
-    attend = _attend_with_triton if chosen == "triton" and keys.is_cpu else _operator
+        attend = _attend_in_pytorch
+    else:
+        # For CPU tensors the operator dispatches to the C++ kernel, so Triton's interpreter is called directly.
+        attend = _attend_with_triton if chosen == "triton" and keys.is_cpu else _operator
     try:
-        return attend(*call)
+        return attend_with_gradients(attend, call) if needs_gradients(call) else attend(*call)
     except RuntimeError:
         # The operator has validated its arguments already; these checks only give a better message.
         check_attention(call)
         raise
+
+
+def _attend_in_pytorch(*arguments: Any) -> Tensor:
+    named = AttentionArguments(*arguments)._asdict()
+    del named["arrivals"]
+    return reference.sink_attention_(**named)
 
 
 @torch.library.register_fake("sinkattn::sink_attention_")

@@ -42,7 +42,6 @@ def check_new_tokens(
             for row, count in enumerate(lengths.tolist()):
                 if not 0 <= count <= tokens:
                     raise RuntimeError(f"lengths: expected 0 to {tokens}, got {count} in row {row}")
-    check_no_gradients(key, value)
 
 
 def check_attention(call: AttentionArguments) -> None:
@@ -107,9 +106,11 @@ def check_triton(call: AttentionArguments) -> None:
 
 
 def check_no_gradients(*inputs: Tensor | None) -> None:
-    """Refuse inputs that require gradients while gradients are recorded: no operator has a backward."""
+    """Refuse inputs that require gradients, while they are recorded, of operators without any."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        raise RuntimeError("sinkattn computes no gradients: call it under torch.no_grad() or torch.inference_mode()")
+        raise RuntimeError(
+            "sinkattn computes no gradients for this input: detach it, or call this under torch.no_grad()"
+        )
 
 
 def check_same_device(keys: Tensor, **others: Tensor | None) -> None:

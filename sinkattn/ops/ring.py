@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import sinkattn.ops.library  # noqa: F401  (registers the operators)
-from sinkattn.ops.checks import check_new_tokens, check_same_device
+from sinkattn.ops.checks import check_new_tokens, check_no_gradients, check_same_device
 
 
 def append_(
@@ -38,6 +38,7 @@ def append_(
         RuntimeError: lengths out of range, or an input that requires gradients.
     """
     check_new_tokens(keys, values, key, value, seen, lengths)
+    check_no_gradients(key, value)
     torch.ops.sinkattn.append_(keys, values, key, value, seen, lengths, cos, sin, num_sinks, interleaved)
 
 

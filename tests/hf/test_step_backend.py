@@ -213,8 +213,8 @@ def test_a_model_gets_four_calls_in_each_layer(quantize, monkeypatch):
     scales = [count if quantize else 0 for count in (3, 1, 2, 1)]
     assert calls == list(zip((3, 1, 2, 1), scales, strict=True)) * model.config.num_hidden_layers
     [(every, kept)] = filtered
-    # A third of them are of forwards that quantized layers have been given.
-    assert (every - kept > every / 4) == (quantize is not None)
+    # A fourth to a third of them are of forwards that quantized layers have been given.
+    assert (every - kept > every / 6) == (quantize is not None)
 
 
 def test_only_guards_within_a_patched_forward_are_dropped():

@@ -298,8 +298,6 @@ def test_calls_that_would_be_wrong_are_refused():
             model(ids)
         setattr(model.config, flag, False)
     assert model(ids, attention_mask=torch.ones(2, 10)).logits.shape == (2, 10, 97)
-    with torch.enable_grad(), pytest.raises(RuntimeError, match="computes no gradients"):
-        model(ids)
     attention = model.model.layers[0].self_attn
     hidden = torch.randn(1, 3, 32)
     with pytest.raises(RuntimeError, match="run only as part of the model"):

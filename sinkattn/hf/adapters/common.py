@@ -25,7 +25,8 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float)
     """Attention of one layer over its ring: ``[batch, tokens, heads * head_dim]``."""
     if module.training:
         raise RuntimeError(
-            "model: an attention module is in training mode; sinkattn is for inference, call model.eval()"
+            "model: is in training mode; sinkattn does not apply the dropout of this family's attention, call "
+            "model.eval(), in which there are gradients, too"
         )
     return module._sinkattn.attend(module, query, key, value, scale).transpose(1, 2).flatten(2)
 

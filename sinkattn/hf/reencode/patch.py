@@ -56,6 +56,10 @@ class ReencodePatch(StreamPatch):
         batch, num_tokens = ids.shape
         cache = self.checked_cache(kwargs, batch, num_tokens)
         assert isinstance(cache, ReencodeCache)
+        if self.decoder.training:
+            raise RuntimeError(
+                "model: is in training mode; a model that streams by re-encoding is for inference, call model.eval()"
+            )
         if torch.is_grad_enabled():
             check_no_gradients(*self.decoder.parameters())
 

@@ -213,9 +213,9 @@ class RingPatch(StreamPatch):
             return self.run_decoder(**kwargs)  # raises the model's own error
         batch, num_tokens = inputs.shape[:2]
         cache = self.checked_cache(kwargs, batch, num_tokens)
-        if torch.is_grad_enabled():
-            # Before any layer has changed a state.
-            ops.check_no_gradients(*self.decoder.parameters(), kwargs.get("inputs_embeds"))
+        is_recorded = self._is_recorded(kwargs.get("inputs_embeds"))
+        if is_recorded:
+            self._check_trainable(cache)  # before any layer has changed a state
         padding = _padding(kwargs.get("attention_mask"), cache, num_tokens)
         token_mask = None if padding is None else padding.token_mask
         positions = stream_positions(cache, token_mask, num_tokens, inputs.device)
@@ -232,7 +232,8 @@ class RingPatch(StreamPatch):
         running = RunningForward(self, cache, num_tokens, padding, positions)
         previous = self._set_running(running)
         try:
-            step = self._decode_step(padding) if num_tokens == 1 and cache.seen is not None else None
+            can_step = num_tokens == 1 and cache.seen is not None and not is_recorded
+            step = self._decode_step(padding) if can_step else None
             if step is None:
                 output = self.run_decoder(**kwargs)
             else:
@@ -248,6 +249,25 @@ class RingPatch(StreamPatch):
                 cache.finish_forward(token_mask)
             else:
                 cache.abandon_forward(written=may_have_written or running.num_layers_run > 0)
+
+    def _is_recorded(self, embeddings: Tensor | None) -> bool:
+        """Whether autograd records a forward."""
+        inputs = (*self.decoder.parameters(), embeddings)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+    def _check_trainable(self, cache: SinkCache) -> None:
+        """Raise RuntimeError for what has no gradients."""
+        name = type(self.model).__name__
+        if cache.has_states:
+            raise RuntimeError(
+                f"{name}: sinkattn computes no gradients for models with a convolutional or recurrent state; call it "
+                "under torch.no_grad()"
+            )
+        if self.decoder.training and any(getattr(x, "gradient_checkpointing", False) for x in self.decoder.modules()):
+            raise RuntimeError(
+                f"{name}: gradient checkpointing runs layers again, outside of a forward of the model; call "
+                "model.gradient_checkpointing_disable()"
+            )
 
     def _decode_step(self, padding: Padding | None) -> Callable[[RunningForward, dict[str, Any]], Any] | None:
         """What runs a decode step of streams that have memory; None if nothing but the decoder does."""
@@ -279,7 +299,10 @@ class RingPatch(StreamPatch):
     ) -> Tensor:
         """Attention of one layer over its ring, in the forward that runs; see `attend_over_ring`."""
         if dropout:
-            raise RuntimeError(f"dropout: sinkattn is for inference, call model.eval(); got {dropout}")
+            raise RuntimeError(
+                f"dropout: expected 0 in attention, got {dropout}; set attention_dropout of the configuration to 0 "
+                "before sinkattn.enable, or call model.eval()"
+            )
         # Compiled code sets only `_traced`; eager code after a graph break finds `_running` empty and reads it too.
         running = self._traced if torch.compiler.is_dynamo_compiling() else _running.get() or self._traced
         if running is None or running.patch is not self:

@@ -17,7 +17,7 @@ from sinkattn.hf.versions import CACHE_NAMES, forward_cache, take_cache
 from sinkattn.ops import RingLayout
 
 # Arguments whose default the model reads from its own configuration and the decoder from its copy.
-CONFIG_FLAGS = ("output_hidden_states", "return_dict", "use_cache")
+CONFIG_FLAGS = ("output_hidden_states", "return_dict")
 
 
 class StreamPatch(ModelPatch):
@@ -43,7 +43,11 @@ class StreamPatch(ModelPatch):
 
     def named_arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a call of the decoder's forward, positional ones by name too."""
-        return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        if named.get("use_cache") is None and "use_cache" in self.parameters:
+            # From the model's configuration, which a Trainer changes; the decoder may read a copy.
+            named["use_cache"] = self.config.use_cache
+        return named
 
     def checked_cache(self, kwargs: dict[str, Any], batch: int, num_tokens: int) -> SinkCache:
         """Check the arguments of a call; take its cache out of ``kwargs``, or make one."""
@@ -52,8 +56,6 @@ class StreamPatch(ModelPatch):
                 "input_ids: expected at least one token that the cache has not seen, got none; generate takes the "
                 "whole sequence so far, sinkattn.hf.stream_tokens only the new tokens"
             )
-        if self.decoder.training:
-            raise RuntimeError("model: is in training mode; sinkattn is for inference, call model.eval()")
         if kwargs.get("output_attentions") or self.config.output_attentions or self.decoder.config.output_attentions:
             raise ValueError("output_attentions: expected False, got True; sinkattn never forms attention weights")
         for name in CONFIG_FLAGS:

@@ -1,0 +1,201 @@
+"""Gradients of enabled models: of weights, adapters and embeddings, call by call, with the past as a constant."""
+
+import pytest
+import torch
+from families import build
+from hf_models import random_ids
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import sinkattn
+from sinkattn import reference
+from sinkattn.hf.model_patch import get_patch
+
+S, W = 2, 14
+# RoPE of transformers is in fp32, ours in fp64.
+ROPE_ROUNDING = 1e-6
+
+
+def gradients(model) -> dict[str, Tensor]:
+    return {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        assert (got[name] - x).norm() <= tolerance * max(x.norm(), 1e-3), name
+
+
+def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
+    return cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+class Specification:
+    """Takes the place of the operator: attention by `reference.streaming_attention`, in plain autograd."""
+
+    def __init__(self, model) -> None:
+        layers = get_patch(model).probe_result.layers.values()
+        rotations = [layer.rotation for layer in layers]
+        assert len(set(rotations)) == 1
+        self.rope = None if rotations[0] is None else rotations[0].rope
+        self.past: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __call__(
+        self, keys, values, query, key, value, seen, cos, sin, *, interleaved, lengths, arrivals, backend, **options
+    ):
+        assert lengths is None
+        new = query, key, value
+        past = self.past.get(keys.data_ptr())
+        streams = new if past is None else [torch.cat(pair, dim=2) for pair in zip(past, new, strict=True)]
+        self.past[keys.data_ptr()] = tuple(x.detach() for x in streams)
+        return reference.streaming_attention(*streams, rope=self.rope, **options)[:, :, -query.shape[2] :]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_neox", "falcon-alibi", "bloom", "gemma3_text"])
+def test_gradients_are_those_of_the_unpatched_model_while_nothing_is_evicted(family):
+    plain, model = build(family, torch.float64), sinkattn.enable(build(family, torch.float64), S, W)
+    ids = random_ids(2, 10)  # within the sliding windows of the families
+    for each in (plain, model):
+        loss_of(each(ids, use_cache=False).logits, ids).backward()
+    assert_same(gradients(model), gradients(plain), ROPE_ROUNDING)
+
+
+@pytest.mark.parametrize("calls", [[40], [20, 3, 17]], ids=["whole", "in chunks"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "falcon-alibi", "bloom"])
+def test_gradients_on_streams_are_those_of_the_specification(family, calls, monkeypatch):
+    """Beyond the window, and chunk by chunk on a cache."""
+    ids, results = random_ids(2, sum(calls)), []
+    for is_specification in (False, True):
+        model = sinkattn.enable(build(family, torch.float64), S, W)
+        cache = sinkattn.SinkCache(model)
+        with monkeypatch.context() as patch:
+            if is_specification:
+                patch.setattr(sinkattn.ops, "sink_attention_", Specification(model))
+            for part in ids.split(calls, dim=1):
+                loss_of(model(part, cache=cache).logits, part).backward()
+        results.append(gradients(model))
+    assert_same(*results, 1e-10)
+
+
+def test_the_comparison_notices_a_past_that_is_not_constant(monkeypatch):
+    ids, results = random_ids(1, 40), []
+    for is_constant in (True, False):
+        model = sinkattn.enable(build("llama", torch.float64), S, W)
+        specification = Specification(model)
+        if not is_constant:
+            monkeypatch.setattr(Tensor, "detach", lambda self: self)
+        cache, loss = sinkattn.SinkCache(model), 0
+        with monkeypatch.context() as patch:
+            patch.setattr(sinkattn.ops, "sink_attention_", specification)
+            for part in ids.split(20, dim=1):
+                loss = loss + loss_of(model(part, cache=cache).logits, part)
+        loss.backward()
+        results.append(gradients(model))
+    with pytest.raises(AssertionError):
+        assert_same(*results, 1e-3)
+
+
+def test_padded_batches():
+    """Each row has the gradients that it has alone."""
+    model = sinkattn.enable(build("llama", torch.float64), S, W)
+    ids, mask = random_ids(2, 30), torch.ones(2, 30, dtype=torch.int64)
+    mask[0, :11] = 0
+    logits = model(ids, attention_mask=mask, use_cache=False).logits
+    (loss_of(logits[:1, 11:], ids[:1, 11:]) + loss_of(logits[1:], ids[1:])).backward()
+    together = gradients(model)
+    model.zero_grad()
+    for row in (ids[:1, 11:], ids[1:]):
+        loss_of(model(row, use_cache=False).logits, row).backward()
+    assert_same(together, gradients(model), 1e-10)
+
+
+def test_adapters_alone_learn():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    plain, model = (peft.get_peft_model(build("llama", torch.float64), config) for _ in range(2))
+    model.load_state_dict(plain.state_dict())
+    sinkattn.enable(model, S, W)
+    ids = random_ids(2, S + W)
+    for each in (plain, model):
+        each.train()
+        loss_of(each(input_ids=ids, use_cache=False).logits, ids).backward()
+    assert all("lora" in name for name in gradients(model))
+    assert_same(gradients(model), gradients(plain), ROPE_ROUNDING)
+
+
+def test_embeddings_and_sink_logits_have_gradients():
+    model = sinkattn.enable(build("gpt_oss"), S, W)
+    embeddings = model.get_input_embeddings()(random_ids(1, 30)).detach().requires_grad_()
+    model(inputs_embeds=embeddings, use_cache=False).logits.square().mean().backward()
+    assert embeddings.grad.norm() > 0
+    assert all(x.grad.norm() > 0 for name, x in model.named_parameters() if name.endswith(".sinks"))
+
+
+def test_training_mode_and_an_optimizer():
+    """Some steps, in which the loss falls as in the unpatched model; then it generates."""
+    losses = []
+    ids = random_ids(4, S + W)
+    for streaming in (False, True):
+        model = build("llama").train()
+        if streaming:
+            sinkattn.enable(model, S, W)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses.append([])
+        for _ in range(5):
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=1e-3)
+    assert losses[1][-1] < losses[1][0] - 0.1
+    assert model.eval().generate(ids[:1], max_new_tokens=40, do_sample=False).shape == (1, S + W + 40)
+
+
+def test_single_tokens_and_compiled_models_have_gradients():
+    results = []
+    for compiled in (False, True):
+        model = sinkattn.enable(build("llama"), S, W, compile=compiled)
+        cache, ids = sinkattn.SinkCache(model), random_ids(1, 6)
+        for token in ids.split(1, dim=1):
+            model(token, cache=cache).logits.square().mean().backward()
+        results.append(gradients(model))
+    assert_same(*results, 1e-5)
+
+
+def test_what_has_no_gradients_is_refused():
+    ids = random_ids(1, 5)
+    dropout = sinkattn.enable(build("llama", attention_dropout=0.1), S, W).train()
+    with pytest.raises(RuntimeError, match=r"dropout: expected 0 in attention, got 0\.1"):
+        dropout(ids)
+    hybrid = sinkattn.enable(build("falcon_h1"), S, W)
+    with pytest.raises(RuntimeError, match="no gradients for models with a convolutional or recurrent state"):
+        hybrid(ids)
+    checkpointed = sinkattn.enable(build("llama"), S, W).train()
+    checkpointed.gradient_checkpointing_enable()
+    with pytest.raises(RuntimeError, match="gradient checkpointing runs layers again"):
+        checkpointed(ids)
+    checkpointed.gradient_checkpointing_disable()
+    checkpointed(ids).logits.mean().backward()
+
+
+def test_trainer():
+    """transformers' Trainer on an enabled model gives the losses of the unpatched one, where nothing is evicted."""
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": row, "labels": row} for row in random_ids(24, S + W)]
+    losses = []
+    for streaming in (False, True):
+        model = build("llama")
+        if streaming:
+            sinkattn.enable(model, S, W)
+        arguments = TrainingArguments(
+            output_dir="unused", max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
+            report_to=[], use_cpu=True, seed=0, save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model=model, args=arguments, train_dataset=data)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 6
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=1e-3)
