@@ -32,7 +32,7 @@ HF_LAYERS = [
     {"inputs", "sampling"},
     {"generation"},
     {"swap"},
-    {"trial", "stream", "load"},
+    {"trial", "stream", "learner", "load"},
     {"reencode"},
     {"api"},
     {"__init__"},

@@ -2,7 +2,17 @@
 
 from sinkattn.hf.api import decode_steps, disable, enable
 from sinkattn.hf.cache.sink_cache import SinkCache
+from sinkattn.hf.learner import OnlineLearner
 from sinkattn.hf.stream import stream_text, stream_tokens
 from sinkattn.hf.unsupported import UnsupportedModelError
 
-__all__ = ["SinkCache", "UnsupportedModelError", "decode_steps", "disable", "enable", "stream_text", "stream_tokens"]
+__all__ = [
+    "OnlineLearner",
+    "SinkCache",
+    "UnsupportedModelError",
+    "decode_steps",
+    "disable",
+    "enable",
+    "stream_text",
+    "stream_tokens",
+]

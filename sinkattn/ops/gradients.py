@@ -9,7 +9,7 @@ arXiv 2205.14135), so memory grows with the number of new tokens and of those in
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class _Part:
     """Keys that some queries see: a slice of those of the past and the new tokens, sinks or others."""
 
     query: Tensor
-    """``[batch, KV heads, group * queries, head_dim]``, rotated for these keys."""
+    """``[batch, KV heads, group * queries, head_dim]``, scaled, and rotated for these keys."""
     keys: Tensor
     values: Tensor
     visible: Tensor
@@ -74,6 +74,8 @@ class _Part:
     """Cache-relative distances ``[batch, queries, keys]``."""
     new: slice
     """Which of the new tokens these keys end with."""
+    masked: list[slice] = field(default_factory=lambda: [slice(None)])
+    """Which of the keys may be invisible to some query."""
 
 
 @dataclass
@@ -123,7 +125,8 @@ class _Backward:
     def run(self) -> tuple[Tensor | None, ...]:
         """Gradients of query, key, value and sink logits."""
         tokens = self.query.shape[2]
-        queries = [self._by_kv_head(self._turned(self.query.to(self.dtype), index)) for index in (1, 0)]
+        scaled = self.query.to(self.dtype) * self.scale
+        queries = [self._by_kv_head(self._turned(scaled, index)) for index in (1, 0)]
         gradient, out = self._by_kv_head(self.gradient), self._by_kv_head(self.out)
         delta = (gradient * out).sum(dim=-1, keepdim=True)
         dqueries = [torch.zeros_like(x) for x in queries]
@@ -146,12 +149,12 @@ class _Backward:
                 weights = score.sub_(total).exp_()
                 new = part.new.stop - part.new.start
                 dvalue[:, :, part.new] += weights[..., weights.shape[-1] - new :].transpose(2, 3) @ g
-                dscore = (g @ part.values.transpose(2, 3)).sub_(d).mul_(weights).mul_(self.scale)
+                dscore = (g @ part.values.transpose(2, 3)).sub_(d).mul_(weights)
                 if slope is not None:
                     dscore.mul_(slope)
                 dquery[:, :, :, rows] += (dscore @ part.keys).unflatten(2, (-1, rows.stop - rows.start))
                 dkey[:, :, part.new] += dscore[..., dscore.shape[-1] - new :].transpose(2, 3) @ part.query
-        of_sinks, of_others = (x.flatten(1, 2) for x in dqueries)
+        of_sinks, of_others = (x.flatten(1, 2) * self.scale for x in dqueries)
         dquery = self._turned(of_sinks, 1, -1) + self._turned(of_others, 0, -1)
         return dquery, self._turned(dkey, 0, -1), dvalue, dlogits
 
@@ -167,7 +170,14 @@ class _Backward:
         past = slice(self.num_sinks + (rows.start + 1 if is_full else 0), None)
         if rows.start >= self.window:
             past = slice(0, 0)
-        return self._part(query, rows, past, slice(max(0, rows.start - self.window + 1), rows.stop), sinks=False)
+        new = slice(max(0, rows.start - self.window + 1), rows.stop)
+        part = self._part(query, rows, past, new, sinks=False)
+        count, keys = rows.stop - rows.start, part.keys.shape[2]
+        if self.lengths is None and (is_full or self.past_keys is None):
+            # Those between are visible to all queries of the block.
+            first = max(count, self.num_sinks)
+            part.masked = [slice(0, min(first, keys)), slice(max(first, keys - count), keys)]
+        return part
 
     def _part(self, query: Tensor, rows: slice, past: slice, new: slice, *, sinks: bool) -> _Part:
         keys, values, numbers = self.new_keys[:, :, new], self.new_values[:, :, new], self.numbers[:, new]
@@ -196,7 +206,7 @@ class _Backward:
 
     def _scores(self, part: _Part) -> tuple[Tensor, Tensor | None]:
         """Scores as the softmax gets them, -inf where invisible, and their derivative by the scaled products."""
-        scores, slope = (part.query @ part.keys.transpose(2, 3)).mul_(self.scale), None
+        scores, slope = part.query @ part.keys.transpose(2, 3), None
         if self.softcap is not None:
             capped = torch.tanh(scores / self.softcap)
             scores, slope = capped * self.softcap, 1 - capped.square()
@@ -204,7 +214,8 @@ class _Backward:
         if self.alibi_slopes is not None:
             slopes = self.alibi_slopes.to(self.dtype).view(1, self.kv_heads, -1, 1, 1)
             by_group.sub_(slopes * part.distances[:, None, None].to(self.dtype))
-        by_group.masked_fill_(~part.visible[:, None], -torch.inf)
+        for keys in part.masked:
+            by_group[..., keys].masked_fill_(~part.visible[:, None, ..., keys], -torch.inf)
         return scores, slope
 
     def _per_head(self, x: Tensor, rows: slice) -> Tensor:

@@ -1,0 +1,281 @@
+"""`OnlineLearner`: what it returns, what it changes, and that no token is predicted by weights that have seen it."""
+
+import copy
+
+import pytest
+import torch
+from families import build
+from hf_models import random_ids
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+import sinkattn
+from sinkattn import OnlineLearner
+from sinkattn.hf.model_patch import get_patch
+
+S, W, CHUNK = 2, 14, 8
+
+
+def enabled(family: str = "llama", **options):
+    return sinkattn.enable(build(family, **options), S, W)
+
+
+def sgd(weights: list) -> torch.optim.Optimizer:
+    return torch.optim.SGD(weights, lr=0.3)
+
+
+def make_learner(model=None, **options) -> OnlineLearner:
+    return OnlineLearner(model or enabled(), **{"optimizer": sgd, "chunk": CHUNK, "learn": "all", **options})
+
+
+@torch.no_grad()
+def losses(model, ids: Tensor) -> Tensor:
+    """Losses of all tokens but the first, with the weights as they are."""
+    logits = model(ids, use_cache=False).logits
+    return cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+
+
+def repeated(batch: int = 1, times: int = 12) -> Tensor:
+    """A text that can be learned, not remembered: its period is longer than what is in sight."""
+    return random_ids(batch, 24).repeat(1, times)
+
+
+def weights_of(learner: OnlineLearner) -> list[Tensor]:
+    return [x.detach().clone() for x in learner.parameters.values()]
+
+
+def test_a_frozen_learner_predicts_as_the_model_does():
+    model = enabled()
+    learner, ids = make_learner(model), random_ids(2, 50)
+    learner.freeze()
+    before = weights_of(learner)
+    first, second = learner.step(ids[:, :30]), learner.step(ids[:, 30:])
+    want = losses(model, ids)
+    assert first == pytest.approx(want[:, :29].mean().item(), rel=1e-5)
+    assert second == pytest.approx(want[:, 29:].mean().item(), rel=1e-5)
+    assert all(map(torch.equal, weights_of(learner), before))
+    assert learner.num_updates == 0
+
+
+def test_it_learns():
+    ids = repeated()
+    frozen, learner = make_learner(), make_learner()
+    frozen.freeze()
+    # The same weights at first, so the same loss of the first chunk.
+    assert learner.step(ids[:, :CHUNK]) == frozen.step(ids[:, :CHUNK])
+    assert learner.step(ids[:, CHUNK:]) < frozen.step(ids[:, CHUNK:]) - 0.5
+    assert learner.num_updates == ids.shape[1] // CHUNK
+
+
+class Learning:
+    """The same by hand: a chunk is predicted, then learned from."""
+
+    def __init__(self, leaks: bool) -> None:
+        self.model, self.leaks = enabled(), leaks
+        self.cache, self.last = sinkattn.SinkCache(self.model), None
+        self.optimizer = sgd(list(self.model.parameters()))
+
+    def chunk(self, ids: Tensor) -> list[float]:
+        if self.leaks:  # learns first
+            self.update(self.model(ids, cache=copy.deepcopy(self.cache)).logits, ids)
+        logits = self.model(ids, cache=self.cache).logits
+        targets, predictions = ids[0], logits[0, :-1]
+        if self.last is None:
+            targets = targets[1:]
+        else:
+            predictions = torch.cat((self.last, predictions))
+        scored = cross_entropy(predictions, targets, reduction="none").tolist()
+        if not self.leaks:
+            self.update(logits, ids)
+        self.last = logits[0, -1:].detach()
+        return scored
+
+    def update(self, logits: Tensor, ids: Tensor) -> None:
+        cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def test_no_token_is_predicted_by_weights_that_have_seen_it():
+    ids = repeated(times=4)
+    got = make_learner().step(ids)
+    by_hand, leaking = (
+        [x for part in ids.split(CHUNK, dim=1) for x in learning.chunk(part)]
+        for learning in (Learning(leaks=False), Learning(leaks=True))
+    )
+    assert got == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
+    assert got > sum(leaking) / len(leaking) + 0.05
+
+
+def test_pieces_of_any_length():
+    ids = repeated(2, 4)
+    whole, parts = make_learner(), make_learner()
+    loss = whole.step(ids)
+    pieces = ids.split(2 * CHUNK, dim=1)
+    counts = [2 * piece.numel() // 2 - (2 if i == 0 else 0) for i, piece in enumerate(pieces)]
+    mean = sum(parts.step(piece) * count for piece, count in zip(pieces, counts, strict=True)) / sum(counts)
+    assert mean == pytest.approx(loss, rel=1e-6)
+    assert all(map(torch.equal, weights_of(whole), weights_of(parts)))
+    one = make_learner()
+    assert one.step(ids[:1, 0]) != one.step(ids[:1, 1])  # NaN, as nothing was predicted, then a loss
+    assert one.num_updates == 0
+
+
+def test_updates_of_several_chunks_have_their_mean_gradient():
+    ids = random_ids(1, 2 * CHUNK)
+    learner = make_learner(every=2, max_norm=None)
+    before = weights_of(learner)
+    learner.step(ids)
+    assert learner.num_updates == 1
+    model = enabled()
+    cache = sinkattn.SinkCache(model)
+    for part in ids.split(CHUNK, dim=1):
+        logits = model(part, cache=cache).logits
+        (cross_entropy(logits[0, :-1], part[0, 1:]) / 2).backward()
+    for x, first, y in zip(weights_of(learner), before, model.parameters(), strict=True):
+        torch.testing.assert_close(x, first - 0.3 * y.grad)
+
+
+def test_undo_is_exact_and_only_once():
+    ids = repeated()
+    for every in (1, 3):
+        learner = make_learner(optimizer=None, every=every)
+        learner.step(ids[:, :50])
+        weights, state = weights_of(learner), copy.deepcopy(learner.optimizer.state_dict())
+        gradients = [None if x.grad is None else x.grad.clone() for x in learner.parameters.values()]
+        learner.step(ids[:, 50:100])
+        assert not all(map(torch.equal, weights_of(learner), weights))
+        learner.undo()
+        assert all(map(torch.equal, weights_of(learner), weights))
+        assert state["state"].keys() == learner.optimizer.state_dict()["state"].keys()
+        for index, values in state["state"].items():
+            for name, x in values.items():
+                assert torch.equal(x, learner.optimizer.state_dict()["state"][index][name])
+        for x, gradient in zip(learner.parameters.values(), gradients, strict=True):
+            assert (x.grad is None) == (gradient is None)
+            assert gradient is None or torch.equal(x.grad, gradient)
+        assert learner.cache.tokens_seen == 100
+        with pytest.raises(RuntimeError, match="expected a step to take back"):
+            learner.undo()
+
+
+def test_encoding_again_gives_the_keys_of_the_new_weights():
+    ids = repeated()
+    kept, again = make_learner(), make_learner(after_update="reencode")
+    for learner in (kept, again):
+        learner.step(ids[:, :80])
+    fresh = sinkattn.SinkCache(again.model)
+    in_sight = torch.cat((ids[:, :S], ids[:, 80 - W : 80]), dim=1)
+    next_id = ids[:, 80:81]
+    with torch.no_grad():
+        again.model(in_sight, cache=fresh)
+        want = again.model(next_id, cache=fresh).logits
+        got = again.model(next_id, cache=copy.deepcopy(again.cache)).logits
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        old = kept.model(next_id, cache=copy.deepcopy(kept.cache)).logits
+    assert (old - want).abs().max() > 1e-3
+
+
+def test_decay_moves_back_to_the_first_weights():
+    ids = repeated()
+    learners = [make_learner(decay=decay) for decay in (0.0, 0.1, 1.0)]
+    first = weights_of(learners[0])
+    distances = []
+    for learner in learners:
+        learner.step(ids)
+        distances.append(sum((x - y).norm().item() for x, y in zip(weights_of(learner), first, strict=True)))
+    assert distances[0] > 1.5 * distances[1] > 0
+    assert distances[2] == 0
+
+
+def test_a_mask_says_what_to_learn_from():
+    ids = random_ids(2, CHUNK)
+    mask = torch.zeros(2, CHUNK, dtype=torch.bool)
+    learner, other = make_learner(), make_learner()
+    before = weights_of(learner)
+    assert learner.step(ids, mask) == other.step(ids)  # all are predicted
+    assert all(map(torch.equal, weights_of(learner), before))
+    mask[1, 4:] = True
+    learner = make_learner(max_norm=None)
+    learner.step(ids, mask)
+    model = enabled()
+    logits = model(ids, use_cache=False).logits
+    cross_entropy(logits[1, 3:-1], ids[1, 4:]).backward()
+    for x, first, y in zip(weights_of(learner), before, model.parameters(), strict=True):
+        torch.testing.assert_close(x, first - 0.3 * y.grad)
+
+
+def test_adapters_by_default(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = enabled(num_hidden_layers=4)
+    base = {name: x.clone() for name, x in model.state_dict().items()}
+    learner = OnlineLearner(model, chunk=CHUNK)
+    names = sorted(learner.parameters)
+    assert all(".mlp." in name and ".online." in name for name in names)
+    assert {name.split(".")[2] for name in names} == {"1", "2"}  # the middle half of the layers
+    frozen = make_learner(enabled(num_hidden_layers=4))
+    frozen.freeze()
+    ids = repeated(times=30)
+    assert learner.step(ids) < frozen.step(ids) - 0.1
+    now = {name.replace(".base_layer", ""): x for name, x in model.state_dict().items()}
+    assert all(torch.equal(now[name], x) for name, x in base.items())
+    learner.save(tmp_path)
+    assert {each.name for each in tmp_path.iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "learner.pt",
+    }
+    assert torch.load(tmp_path / "learner.pt")["num_updates"] == learner.num_updates
+    with pytest.raises(ValueError, match="for a PeftModel, which has adapters of its own"):
+        OnlineLearner(sinkattn.enable(peft.get_peft_model(build("llama"), peft.LoraConfig()), S, W))
+    saved = peft.PeftModel.from_pretrained(build("llama", num_hidden_layers=4), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(saved(ids[:, : S + W]).logits, model(ids[:, : S + W], use_cache=False).logits)
+
+
+def test_saved_weights_are_a_model(tmp_path):
+    learner, ids = make_learner(), repeated()
+    learner.step(ids)
+    learner.save(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(losses(sinkattn.enable(saved, S, W), ids), losses(learner.model, ids))
+
+
+def test_it_generates_while_it_learns():
+    learner, ids = make_learner(), repeated()
+    learner.step(ids[:, :60])
+    got = learner.model.generate(ids[:, 60:61], cache=copy.deepcopy(learner.cache), max_new_tokens=20, do_sample=False)
+    assert got.shape == (1, 21)
+    assert learner.cache.tokens_seen == 60
+    learner.step(ids[:, 60:])
+    assert learner.cache.tokens_seen == ids.shape[1]
+
+
+def test_bad_arguments():
+    model = enabled()
+    for options, message in [
+        ({"chunk": 0}, "chunk: expected 1 or more, got 0"),
+        ({"chunk": 1}, "chunk: expected 2 or more"),
+        ({"every": 0}, "every: expected 1 or more, got 0"),
+        ({"after_update": "forget"}, "after_update: expected 'keep' or 'reencode', got 'forget'"),
+        ({"decay": 2.0}, "decay: expected 0 to 1, got 2.0"),
+        ({"learn": "some"}, "learn: expected 'lora', 'all' or a function"),
+        ({"learn": lambda name, x: False}, "learn: expected at least one parameter that learns"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make_learner(model, **options)
+    with pytest.raises(ValueError, match=r"prepared by sinkattn\.enable"):
+        make_learner(build("llama"))
+    learner = make_learner(model)
+    learner.step(random_ids(2, 5))
+    for piece, mask, message in [
+        (random_ids(3, 5), None, "piece: expected 2 streams, as before, got 3"),
+        (torch.zeros(2, 5), None, "piece: expected ids"),
+        (random_ids(2, 5), torch.ones(2, 4, dtype=torch.bool), "mask: expected bool"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            learner.step(piece, mask)
+    assert learner.cache.tokens_seen == 5
+    assert get_patch(model) is not None
