@@ -226,11 +226,12 @@ def sink_attention(
         backend: "auto", "cpu", "triton" or "reference"; the environment variable SINKATTN_BACKEND overrides.
 
     Returns:
-        ``[batch, heads, tokens, value_dim]``; zeros for padding.
+        ``[batch, heads, tokens, value_dim]``; zeros for padding. It has gradients for ``query``, ``key``, ``value`` and
+        ``sink_logits``; what the ring held before is a constant.
 
     Raises:
         ValueError, TypeError: shape, dtype or device of an argument; nothing was changed.
-        RuntimeError: a backend that cannot run here, or an input that requires gradients; nothing was changed.
+        RuntimeError: a backend that cannot run here, or ``alibi_slopes`` that require gradients; nothing was changed.
     """
     if query.ndim != 4:
         raise ValueError(f"query: expected [batch, heads, tokens, head_dim], got {list(query.shape)}")

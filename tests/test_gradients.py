@@ -94,6 +94,35 @@ def test_rows_of_different_lengths():
             assert not x.grad[row, :, count:].any()
 
 
+def test_padding_of_any_value_has_no_effect():
+    results = []
+    for padding in (0.0, torch.nan):
+        ring = RingKVCache(2, 2, 8, S, W, dtype=torch.float64)
+        torch.manual_seed(0)
+        streams = [x.clone() for x in make_qkv(6, dtype=torch.float64, **HEADS)]
+        for x in streams:
+            x[0, :, 4:] = padding
+        leaves = [leaf(x) for x in streams]
+        out = sink_attention(*leaves, ring, rope=make_rope(8), lengths=torch.tensor([4, 6]))
+        out[:, :, :4].sum().backward()
+        results.append([x.grad for x in leaves])
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_autocast_does_not_change_the_backward():
+    """Called within it, as by a learner."""
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        leaves = [leaf(x) for x in make_qkv(40, **HEADS)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            sink_attention(*leaves, RingKVCache(2, 2, 8, S, W), rope=make_rope(8)).sum().backward()
+        results.append([x.grad for x in leaves])
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_gradcheck():
     options = make_options("all")
     streams = [leaf(x) for x in make_qkv(14, batch=1, dtype=torch.float64, heads=2, kv_heads=1, head_dim=4)]

@@ -44,8 +44,8 @@ class _Attention(torch.autograd.Function):
         past: tuple[Tensor | None, ...] = (None, None)
         if not is_fresh:
             past = linearise(call.keys, call.values, call.seen, num_sinks=call.num_sinks, window=call.window)
-        out = attend(*call)
         counts = [None if x is None else x.clone() for x in (call.seen, call.lengths)]
+        out = attend(*call)
         ctx.save_for_backward(*inputs, out, *past, *counts, call.cos, call.sin, call.alibi_slopes)
         ctx.options = call.num_sinks, call.window, call.scale, call.softcap, call.interleaved
         return out
@@ -55,7 +55,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sink_logits, *_ = ctx.saved_tensors
         arguments: Any = (*ctx.saved_tensors, *ctx.options, gradient)
-        needed = _Backward(*arguments).run()
+        with torch.autocast(gradient.device.type, enabled=False):
+            needed = _Backward(*arguments).run()
         dtypes = (query.dtype, key.dtype, value.dtype, None if sink_logits is None else sink_logits.dtype)
         return None, None, *(None if x is None else x.to(dtype) for x, dtype in zip(needed, dtypes, strict=True))
 
@@ -104,6 +105,11 @@ class _Backward:
     def __post_init__(self) -> None:
         self.dtype = table_dtype(self.query.dtype)
         self.kv_heads = self.key.shape[1]
+        if self.lengths is not None:
+            # A weight of zero does not hide a NaN in padding.
+            padding = torch.arange(self.query.shape[2], device=self.seen.device) >= self.lengths[:, None]
+            for name in ("query", "key", "value", "out", "gradient"):
+                setattr(self, name, getattr(self, name).masked_fill(padding[:, None, :, None], 0))
         # Keys as the ring holds them: rounded to its dtype.
         self.new_keys = self._turned(self.key.to(self.dtype), 0).to(self.key.dtype).to(self.dtype)
         self.new_values = self.value.to(self.dtype)

@@ -1,6 +1,7 @@
 """`OnlineLearner`: what it returns, what it changes, and that no token is predicted by weights that have seen it."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import sinkattn
 from sinkattn import OnlineLearner
-from sinkattn.hf.model_patch import get_patch
+from sinkattn.hf.learner import _adapted_layers
 
 S, W, CHUNK = 2, 14, 8
 
@@ -109,18 +110,23 @@ def test_no_token_is_predicted_by_weights_that_have_seen_it():
     assert got > sum(leaking) / len(leaking) + 0.05
 
 
-def test_pieces_of_any_length():
-    ids = repeated(2, 4)
+@pytest.mark.parametrize("length", [1, 3, CHUNK, CHUNK + 1, 2 * CHUNK, 1000])
+def test_pieces_of_any_length(length):
+    """What is learned does not depend on how the stream is cut into pieces."""
+    ids = repeated(2, 3)
     whole, parts = make_learner(), make_learner()
     loss = whole.step(ids)
-    pieces = ids.split(2 * CHUNK, dim=1)
-    counts = [2 * piece.numel() // 2 - (2 if i == 0 else 0) for i, piece in enumerate(pieces)]
-    mean = sum(parts.step(piece) * count for piece, count in zip(pieces, counts, strict=True)) / sum(counts)
-    assert mean == pytest.approx(loss, rel=1e-6)
-    assert all(map(torch.equal, weights_of(whole), weights_of(parts)))
-    one = make_learner()
-    assert one.step(ids[:1, 0]) != one.step(ids[:1, 1])  # NaN, as nothing was predicted, then a loss
-    assert one.num_updates == 0
+    total, count = 0.0, 0
+    for first, piece in zip(range(0, ids.shape[1], length), ids.split(length, dim=1), strict=True):
+        predicted = piece.shape[1] - (first == 0)
+        mean = parts.step(piece)
+        assert math.isnan(mean) == (predicted == 0)
+        if predicted:
+            total, count = total + mean * predicted, count + predicted
+    assert total / count == pytest.approx(loss, rel=1e-5)
+    assert parts.num_updates == whole.num_updates == ids.shape[1] // CHUNK
+    for x, y in zip(weights_of(whole), weights_of(parts), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
 
 
 def test_updates_of_several_chunks_have_their_mean_gradient():
@@ -222,12 +228,7 @@ def test_adapters_by_default(tmp_path):
     now = {name.replace(".base_layer", ""): x for name, x in model.state_dict().items()}
     assert all(torch.equal(now[name], x) for name, x in base.items())
     learner.save(tmp_path)
-    assert {each.name for each in tmp_path.iterdir()} >= {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "learner.pt",
-    }
-    assert torch.load(tmp_path / "learner.pt")["num_updates"] == learner.num_updates
+    assert {each.name for each in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     with pytest.raises(ValueError, match="for a PeftModel, which has adapters of its own"):
         OnlineLearner(sinkattn.enable(peft.get_peft_model(build("llama"), peft.LoraConfig()), S, W))
     saved = peft.PeftModel.from_pretrained(build("llama", num_hidden_layers=4), tmp_path)
@@ -253,11 +254,118 @@ def test_it_generates_while_it_learns():
     assert learner.cache.tokens_seen == ids.shape[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype):
+    pytest.importorskip("peft")
+    model, frozen = (sinkattn.enable(build("llama", dtype, num_hidden_layers=4), S, W) for _ in range(2))
+    learner, other = OnlineLearner(model, chunk=CHUNK), make_learner(frozen)
+    other.freeze()
+    assert all(x.dtype == torch.float32 for x in learner.parameters.values())
+    ids = repeated(times=30)
+    assert learner.step(ids) < other.step(ids) - 0.1
+    with pytest.raises(ValueError, match="optimizer: expected one of your own for weights in half precision"):
+        make_learner(sinkattn.enable(build("llama", dtype), S, W), optimizer=None)
+
+
+def test_gradients_that_are_not_finite_are_dropped():
+    learner = make_learner()
+    before = weights_of(learner)
+    hook = next(iter(learner.parameters.values())).register_hook(lambda x: x * torch.nan)
+    with pytest.warns(RuntimeWarning, match="gradients that are not finite were dropped"):
+        learner.step(random_ids(1, CHUNK))
+    assert all(map(torch.equal, weights_of(learner), before))
+    assert learner.num_updates == 0
+    hook.remove()
+    learner.step(random_ids(1, CHUNK))
+    assert learner.num_updates == 1
+
+
+def test_an_error_while_learning_loses_no_prediction(monkeypatch):
+    learner, other, ids = make_learner(), make_learner(), random_ids(1, 3 * CHUNK)
+    before = weights_of(learner)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "backward", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            learner.step(ids[:, :CHUNK])
+    assert all(map(torch.equal, weights_of(learner), before))
+    other.step(ids[:, :CHUNK], torch.zeros(1, CHUNK, dtype=torch.bool))  # reads them and learns nothing
+    assert other.num_updates == 0
+    assert learner.step(ids[:, CHUNK:]) == other.step(ids[:, CHUNK:])
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch\.inference_mode\(\)"):
+        learner.step(ids)
+    assert learner.cache.tokens_seen == ids.shape[1]
+
+
+def test_a_second_learner_goes_on_with_the_adapters():
+    pytest.importorskip("peft")
+    model, ids = enabled(num_hidden_layers=4), repeated()
+    first = OnlineLearner(model, chunk=CHUNK)
+    first.step(ids)
+    learned = weights_of(first)
+    second = OnlineLearner(model, lambda weights: torch.optim.SGD(weights, lr=0.1), chunk=CHUNK)
+    assert all(x is y for x, y in zip(first.parameters.values(), second.parameters.values(), strict=True))
+    assert all(map(torch.equal, weights_of(second), learned))
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("llama", {"gate_proj", "up_proj", "down_proj"}),
+        ("gpt_neox", {"dense_h_to_4h", "dense_4h_to_h"}),
+        ("bloom", {"dense_h_to_4h", "dense_4h_to_h"}),
+        ("mixtral", {"q_proj", "k_proj", "v_proj", "o_proj"}),  # its experts are no linear layers
+        ("deepseek_v3", {"gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_which_layers_get_adapters(family, names):
+    found = _adapted_layers(build(family, num_hidden_layers=4))
+    assert {path.rpartition(".")[2] for path in found} == names
+
+
+def test_gradients_of_others_do_not_count():
+    learner, other, ids = make_learner(), None, random_ids(1, CHUNK)
+    model = enabled()
+    for x in model.parameters():
+        x.grad = torch.full_like(x, 100.0)
+    other = make_learner(model)
+    for each in (learner, other):
+        each.step(ids)
+    assert all(map(torch.equal, weights_of(learner), weights_of(other)))
+
+
+def test_sliding_windows_are_encoded_again_as_well():
+    """A layer's own window may be wider than that of the others."""
+    model = enabled("gemma3_text", layer_types=["sliding_attention", "full_attention"], sliding_window=20)
+    learner, ids = make_learner(model, after_update="reencode"), repeated()
+    learner.step(ids[:, :80])
+    fresh = sinkattn.SinkCache(model)
+    with torch.no_grad():
+        model(torch.cat((ids[:, :S], ids[:, 80 - 20 : 80]), dim=1), cache=fresh)
+        want = model(ids[:, 80:81], cache=fresh).logits
+        torch.testing.assert_close(model(ids[:, 80:81], cache=copy.deepcopy(learner.cache)).logits, want)
+
+
+def test_models_that_cannot_learn():
+    for model, message in [
+        (sinkattn.enable(build("gpt2"), S, W), "GPT2LMHeadModel, which streams by re-encoding"),
+        (enabled("falcon_h1"), "FalconH1ForCausalLM, which has recurrent layers"),
+        (sinkattn.enable(build("llama").model, S, W), "a language modelling head, got a LlamaModel"),
+    ]:
+        flags = [x.requires_grad for x in model.parameters()]
+        with pytest.raises(ValueError, match=message):
+            make_learner(model)
+        assert [x.requires_grad for x in model.parameters()] == flags
+
+
 def test_bad_arguments():
     model = enabled()
     for options, message in [
-        ({"chunk": 0}, "chunk: expected 1 or more, got 0"),
-        ({"chunk": 1}, "chunk: expected 2 or more"),
+        ({"chunk": 1}, "chunk: expected 2 or more, .* got 1"),
+        (
+            {"optimizer": sgd(list(model.parameters())), "learn": "lora"},
+            "optimizer: expected a function that makes one",
+        ),
+        ({"optimizer": sgd(list(model.parameters())[1:])}, "optimizer: expected one of exactly the .* that learn"),
         ({"every": 0}, "every: expected 1 or more, got 0"),
         ({"after_update": "forget"}, "after_update: expected 'keep' or 'reencode', got 'forget'"),
         ({"decay": 2.0}, "decay: expected 0 to 1, got 2.0"),
@@ -278,4 +386,3 @@ def test_bad_arguments():
         with pytest.raises(ValueError, match=message):
             learner.step(piece, mask)
     assert learner.cache.tokens_seen == 5
-    assert get_patch(model) is not None

@@ -51,9 +51,12 @@ class Specification:
         return reference.streaming_attention(*streams, rope=self.rope, **options)[:, :, -query.shape[2] :]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_neox", "falcon-alibi", "bloom", "gemma3_text"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "gemma2", "gpt_neox", "falcon-alibi", "bloom", "gptj", "gemma3_text"]
+)
 def test_gradients_are_those_of_the_unpatched_model_while_nothing_is_evicted(family):
-    plain, model = build(family, torch.float64), sinkattn.enable(build(family, torch.float64), S, W)
+    """In training mode, without dropout in attention."""
+    plain, model = build(family, torch.float64).train(), sinkattn.enable(build(family, torch.float64).train(), S, W)
     ids = random_ids(2, 10)  # within the sliding windows of the families
     for each in (plain, model):
         loss_of(each(ids, use_cache=False).logits, ids).backward()

@@ -10,6 +10,13 @@ from torch import Tensor
 from sinkattn.hf.probe.result import Rotation
 from sinkattn.rope import Rope
 
+# Where the families keep the dropout of their attention, a number or a module.
+DROPOUT_NAMES = ("attention_dropout", "attn_dropout", "attn_dropout_p")
+
+
+def _probability(dropout: Any) -> float:
+    return getattr(dropout, "p", dropout)
+
 
 def split_heads(fused: Tensor, num_kv_heads: int, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Split the output of one projection into queries, keys and values, ``[batch, heads, tokens, head_dim]``.
@@ -23,10 +30,10 @@ def split_heads(fused: Tensor, num_kv_heads: int, num_heads: int) -> tuple[Tenso
 
 def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Attention of one layer over its ring: ``[batch, tokens, heads * head_dim]``."""
-    if module.training:
+    if module.training and any(_probability(getattr(module, name, 0)) for name in DROPOUT_NAMES):
         raise RuntimeError(
-            "model: is in training mode; sinkattn does not apply the dropout of this family's attention, call "
-            "model.eval(), in which there are gradients, too"
+            "dropout: expected 0 in attention; set it to 0 in the configuration before sinkattn.enable, or call "
+            "model.eval()"
         )
     return module._sinkattn.attend(module, query, key, value, scale).transpose(1, 2).flatten(2)
 

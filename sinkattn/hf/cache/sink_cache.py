@@ -68,6 +68,11 @@ class SinkCache(Cache):
         return self.state.layout
 
     @property
+    def widest_window(self) -> int:
+        """Tokens besides the sinks that some layer keeps in sight."""
+        return max(layer.layout.window for layer in self._sink_layers)
+
+    @property
     def tokens_seen(self) -> int:
         """Tokens fed to each row, padding included: the number of columns, equal for all rows."""
         return self.state.num_columns

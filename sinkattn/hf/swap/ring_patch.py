@@ -252,8 +252,11 @@ class RingPatch(StreamPatch):
 
     def _is_recorded(self, embeddings: Tensor | None) -> bool:
         """Whether autograd records a forward."""
-        inputs = (*self.decoder.parameters(), embeddings)
-        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+        if not torch.is_grad_enabled():
+            return False
+        return (embeddings is not None and embeddings.requires_grad) or any(
+            x.requires_grad for x in self.decoder.parameters()
+        )
 
     def _check_trainable(self, cache: SinkCache) -> None:
         """Raise RuntimeError for what has no gradients."""
