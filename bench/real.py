@@ -75,8 +75,8 @@ def steps(model: str, text: Path, full: bool) -> list[Step]:
         usual = ["--minutes", "1000"]  # the usual sizes, however slow the model is
         half = ["--dtype", "bfloat16"]
         return [
-            Step("ppl-256", 11, [*ppl(256, 100_000, 12_000, 128), *half]),
-            Step("ppl-1024", 13, [*ppl(1024, 100_000, 12_000, 256), *half]),
+            Step("ppl-256", 8, [*ppl(256, 100_000, 12_000, 128), *half]),
+            Step("ppl-1024", 10, [*ppl(1024, 100_000, 12_000, 256), *half]),
             Step("sinks", 8, ["eval", "sinks", *of, *on, *usual]),
             Step("agreement", 5, agreement(20_000)),
             Step("endless", 10, ["eval", "endless", *of, *on, "--tokens", "200000", "--cache", "4+1020", *half]),
