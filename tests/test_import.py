@@ -32,8 +32,8 @@ HF_LAYERS = [
     {"inputs", "sampling"},
     {"generation"},
     {"swap"},
-    {"trial", "stream", "learner", "load"},
-    {"reencode"},
+    {"trial", "stream", "load"},
+    {"reencode", "learner"},
     {"api"},
     {"__init__"},
 ]

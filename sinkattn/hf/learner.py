@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.model_patch import require_patch
+from sinkattn.hf.stream import keep_last_logits
 from sinkattn.hf.swap.ring_patch import RingPatch
 from sinkattn.hf.versions import forward_cache
 
@@ -24,6 +25,7 @@ MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 # Defaults of the optimizer: AdamW without weight decay, as moments of few steps are all it has.
 LORA_RATE, WEIGHT_RATE = 1e-3, 1e-5
 LORA_RANK = 8
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 ADAPTER = "online"
 ADAPTER_FILE = "adapter_model.safetensors"  # of peft
 # Parts of the paths of linear layers, of MLPs and of what chooses experts.
@@ -66,9 +68,9 @@ class OnlineLearner:
         optimizer: a function that makes an optimizer of a list of parameters, or an optimizer of exactly those that
             learn; default: AdamW, with a rate of 1e-3 for adapters and 1e-5 for weights.
         chunk: tokens of each stream in a chunk.
-        learn: what learns: "lora", adapters of rank 8 in float32 on linear layers of the middle half of the blocks, of
-            the MLPs if they have any, else of all (needs peft; a model that has them from an earlier learner keeps
-            them); "all" weights; or a function of name and parameter that says whether it does.
+        learn: what learns: "lora", adapters of rank 8, in float32 at least, on linear layers of the middle half of the
+            blocks, of the MLPs if they have any, else of all (needs peft; a model that has them from an earlier learner
+            keeps them); "all" weights; or a function of name and parameter that says whether it does.
         every: chunks per step of the optimizer.
         after_update: "keep" goes on with the keys and values that earlier weights have made; "reencode" feeds the
             tokens in sight again after every update, as a new stream in the same cache.
@@ -219,14 +221,10 @@ class OnlineLearner:
 
     def _read(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Losses of the next part of a chunk, by the weights of before; learns from the chunk if it is complete."""
+        learns = not self._is_frozen
         is_whole = self._unlearned is None and ids.shape[1] == self.chunk
-        if not self._is_frozen and not is_whole:
-            if self._unlearned is None:
-                nothing = ids[:, :0]
-                self._unlearned = _Unlearned(copy.deepcopy(self.cache), nothing, nothing.bool())
-            cache, past_ids, past_mask = self._unlearned
-            self._unlearned = _Unlearned(cache, torch.cat((past_ids, ids), 1), torch.cat((past_mask, mask), 1))
-        with torch.set_grad_enabled(is_whole and not self._is_frozen):
+        before = copy.deepcopy(self.cache) if learns and not is_whole and self._unlearned is None else None
+        with torch.set_grad_enabled(learns and is_whole):
             logits = self._forward(ids, self.cache)
             losses = _losses(logits, ids)
         scored = losses.detach()
@@ -235,17 +233,28 @@ class OnlineLearner:
             scored = torch.cat((boundary[:, None], scored), dim=1)
         self._last_logits = logits[:, -1].detach()
         self._note(ids)
-        if is_whole and not self._is_frozen:
+        if learns and is_whole:
             self._learn(losses, mask)
-        elif self._unlearned is not None and self._unlearned.ids.shape[1] == self.chunk:
+        elif learns:
+            self._keep_for_later(before, ids, mask)
+        return scored
+
+    def _keep_for_later(self, before: SinkCache | None, ids: Tensor, mask: Tensor) -> None:
+        """Keep a part of a chunk, with the stream from before the first one; learn from the chunk if it is complete."""
+        if before is not None:
+            self._unlearned = _Unlearned(before, ids, mask)
+        else:
+            assert self._unlearned is not None
+            cache, past_ids, past_mask = self._unlearned
+            self._unlearned = _Unlearned(cache, torch.cat((past_ids, ids), 1), torch.cat((past_mask, mask), 1))
+        if self._unlearned.ids.shape[1] == self.chunk:
             (cache, ids, mask), self._unlearned = self._unlearned, None
             with torch.enable_grad():
                 losses = _losses(self._forward(ids, cache), ids)
             self._learn(losses, mask)
-        return scored
 
-    def _forward(self, ids: Tensor, cache: SinkCache) -> Tensor:
-        options: dict[str, Any] = {forward_cache(self.model): cache, "use_cache": True}
+    def _forward(self, ids: Tensor, cache: SinkCache, **options: Any) -> Tensor:
+        options |= {forward_cache(self.model): cache, "use_cache": True}
         return self.model(input_ids=ids, **options).logits
 
     def _note(self, ids: Tensor) -> None:
@@ -295,7 +304,8 @@ class OnlineLearner:
         if self.after_update == "reencode" and self._in_sight is not None:
             self.cache.reset()
             with torch.no_grad():
-                self._last_logits = self._forward(self._in_sight, self.cache)[:, -1]
+                logits = self._forward(self._in_sight, self.cache, **keep_last_logits(self.model))
+            self._last_logits = logits[:, -1]
 
     def _state(self) -> _LearnerState:
         states = [self.optimizer.state.get(x) for x in self._weights]
@@ -349,7 +359,7 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     weights = list(parameters.values())
     if given is None:
-        if half := next((name for name, x in parameters.items() if x.dtype in (torch.float16, torch.bfloat16)), None):
+        if half := next((name for name, x in parameters.items() if x.dtype in HALF_DTYPES), None):
             raise ValueError(
                 f"optimizer: expected one of your own for weights in half precision ({half}), in which the default "
                 "one's steps get lost; or load the model in float32, or learn adapters"
@@ -383,7 +393,7 @@ def _add_adapters(model: Any) -> None:
         config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=targets)
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
         for name, x in model.named_parameters():
-            if f".{ADAPTER}." in name:
+            if f".{ADAPTER}." in name and x.dtype in HALF_DTYPES:
                 x.data = x.data.float()
 
 

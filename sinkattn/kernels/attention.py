@@ -111,28 +111,16 @@ class Launch:
         return compiled
 
 
-# Shapes of calls of one token, by what `attend` was told of them.
-MAX_SHAPES = 1024
-_shapes: dict[tuple[Any, ...], CallShape] = {}
-
-
-def attend(call: AttentionArguments, described: tuple[Any, ...]) -> tuple[Tensor, bool]:
+def attend(call: AttentionArguments, shape: CallShape) -> tuple[Tensor, bool]:
     """Output ``[batch, tokens, heads, value_dim]``, and whether the kernel appended the new tokens too.
 
-    The arguments have been checked. ``described``: equal for calls that differ only in the values and addresses of
-    their tensors.
+    The arguments have been checked; ``shape`` is their `call_shape`.
     """
-    tokens = call.query.shape[2]
-    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (call.query, call.key, call.value))
-    shape = _shapes.get(described)
-    if shape is None:
-        if tokens > 1 and not _is_aligned(value):
-            value = value.contiguous()  # cheaper than narrow loads in every block of queries
-        shape = _shape_of(call, query, key, value)
-        if tokens == 1:
-            if len(_shapes) >= MAX_SHAPES:
-                _shapes.clear()
-            _shapes[described] = shape
+    query, key, value = map(_with_dense_vectors, (call.query, call.key, call.value))
+    tokens = shape.tokens
+    if tokens > 1 and not _is_aligned(value):
+        value = value.contiguous()  # cheaper than narrow loads in every block of queries
+        shape = shape._replace(value_strides=value.stride())
     # Heads inside tokens, the order in which models join heads, so that joining copies nothing.
     out = query.new_empty(shape.batch, tokens, shape.heads, shape.value_dim)
     if not out.numel():
@@ -150,7 +138,9 @@ def attend(call: AttentionArguments, described: tuple[Any, ...]) -> tuple[Tensor
     return out, tokens == 1 and launch.kernel is decode_kernel
 
 
-def _shape_of(call: AttentionArguments, query: Tensor, key: Tensor, value: Tensor) -> CallShape:
+def call_shape(call: AttentionArguments) -> CallShape:
+    """Shape of a call; that of another call with the same shapes, strides, dtypes, devices and options is the same."""
+    query, key, value = map(_with_dense_vectors, (call.query, call.key, call.value))
     batch, heads, tokens, head_dim = query.shape
     _, kv_heads, slots, value_dim = call.values.shape
     return CallShape(
@@ -173,6 +163,10 @@ def _shape_of(call: AttentionArguments, query: Tensor, key: Tensor, value: Tenso
         key.stride(),
         value.stride(),
     )
+
+
+def _with_dense_vectors(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def launches(

@@ -26,8 +26,9 @@ from sinkattn.rope import table_dtype
 
 _operator = torch.ops.sinkattn.sink_attention_.default
 
-MAX_CHECKED = 1024
-_checked: set[tuple] = set()
+# Of calls that have been checked, the `CallShape` by everything but values and addresses.
+MAX_SHAPES = 1024
+_shapes: dict[tuple, Any] = {}
 
 
 def sink_attention_(
@@ -117,23 +118,25 @@ def _(*arguments: Any) -> Tensor:
 
 def _attend_with_triton(*arguments: Any) -> Tensor:
     call = AttentionArguments(*arguments)
-    # Checks take longer than the launch, so a call like one before is not checked again.
+    # Checks take longer than the launch, so a call like one before is not checked again, unless there are values to
+    # check.
     described = tuple([(x.dtype, x.get_device(), x.shape, x.stride()) if isinstance(x, Tensor) else x for x in call])
-    if described not in _checked or call.keys.is_cpu:
-        if obstacle := triton_obstacle(call.keys.device):
-            raise RuntimeError(f"backend: 'triton' cannot run: {obstacle}")
+    shape = _shapes.get(described)
+    if shape is None and (obstacle := triton_obstacle(call.keys.device)):
+        raise RuntimeError(f"backend: 'triton' cannot run: {obstacle}")
+    from sinkattn.kernels.attention import attend, call_shape  # imports triton, which CPU-only users may lack
+
+    if shape is None or (call.lengths is not None and call.lengths.is_cpu):
         check_attention(call)
         check_score_options(call.query, call.scale, call.softcap, call.sink_logits, call.alibi_slopes)
         check_triton(call)
-        if len(_checked) >= MAX_CHECKED:
-            _checked.clear()
-        _checked.add(described)
+        if len(_shapes) >= MAX_SHAPES:
+            _shapes.clear()
+        _shapes[described] = shape = call_shape(call)
     for name, x in (("keys", call.keys), ("values", call.values)):
         if x.data_ptr() % 16:
             raise ValueError(f"{name}: expected memory that starts at a multiple of 16 bytes")
-    from sinkattn.kernels.attention import attend  # imports triton, which CPU-only users may lack
-
-    out, appended = attend(call, described)
+    out, appended = attend(call, shape)
     if not appended:
         cos, sin = (None if tables is None else tables[0] for tables in (call.cos, call.sin))
         torch.ops.sinkattn.append_(

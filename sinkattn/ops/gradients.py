@@ -116,6 +116,9 @@ class _Backward:
         tokens = self.query.shape[2]
         self.numbers = self.seen[:, None] + torch.arange(tokens, device=self.seen.device)
         """Of the new tokens in their streams: ``[batch, tokens]``."""
+        # Can be read on a CPU only.
+        self.is_full = self.seen.is_cpu and bool((self.seen >= self.num_sinks + self.window).all())
+        """Whether the window of every stream was full before the call."""
 
     def _turned(self, x: Tensor, index: int, sign: int = 1) -> Tensor:
         """Rotated by the tables of this index: 0 for positions in the stream, 1 for those in the cache."""
@@ -171,15 +174,14 @@ class _Backward:
 
     def _others(self, query: Tensor, rows: slice) -> _Part:
         """What is not a sink and in the window of one of the queries, at least."""
-        # Of a full window the block's queries see less and less; whether it is full can be read on a CPU only.
-        is_full = self.seen.is_cpu and bool((self.seen >= self.num_sinks + self.window).all())
-        past = slice(self.num_sinks + (rows.start + 1 if is_full else 0), None)
+        # Of a full window the block's queries see less and less.
+        past = slice(self.num_sinks + (rows.start + 1 if self.is_full else 0), None)
         if rows.start >= self.window:
             past = slice(0, 0)
         new = slice(max(0, rows.start - self.window + 1), rows.stop)
         part = self._part(query, rows, past, new, sinks=False)
         count, keys = rows.stop - rows.start, part.keys.shape[2]
-        if self.lengths is None and (is_full or self.past_keys is None):
+        if self.lengths is None and (self.is_full or self.past_keys is None):
             # Those between are visible to all queries of the block.
             first = max(count, self.num_sinks)
             part.masked = [slice(0, min(first, keys)), slice(max(first, keys - count), keys)]

@@ -2,7 +2,8 @@
 
 import copy
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -146,20 +147,10 @@ def test_disable_restores_every_forward():
 
 def test_threads_keep_their_streams_apart():
     plain, model = enabled_pair("llama")
-    prompts = random_ids(4, 6)
-    want = [greedy(plain, prompt[None]) for prompt in prompts]
-    got = [None] * len(prompts)
-
-    def run(index: int) -> None:
-        got[index] = greedy(model, prompts[index][None])
-
-    workers = [threading.Thread(target=run, args=(index,)) for index in range(len(prompts))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    for each, expected in zip(got, want, strict=True):
-        assert torch.equal(each, expected)
+    prompts = random_ids(4, 6).split(1)
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        got = list(threads.map(partial(greedy, model), prompts))
+    assert all(torch.equal(x, greedy(plain, prompt)) for x, prompt in zip(got, prompts, strict=True))
 
 
 def layer_with(layer: torch.nn.Linear, weight: torch.Tensor) -> torch.nn.Linear:

@@ -129,6 +129,17 @@ def test_pieces_of_any_length(length):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
 
 
+def test_chunks_in_parts_are_encoded_twice_and_others_once(count_fed):
+    model, ids = enabled(), random_ids(1, 4 * CHUNK)
+    fed, learner = count_fed(model), make_learner(model)
+    learner.step(ids[:, : 2 * CHUNK])
+    assert fed.tokens == 2 * CHUNK
+    learner.step(ids[:, 2 * CHUNK : 2 * CHUNK + 3])
+    assert fed.tokens == 2 * CHUNK + 3
+    learner.step(ids[:, 2 * CHUNK + 3 :])
+    assert fed.tokens == 5 * CHUNK
+
+
 def test_updates_of_several_chunks_have_their_mean_gradient():
     ids = random_ids(1, 2 * CHUNK)
     learner = make_learner(every=2, max_norm=None)
@@ -254,6 +265,13 @@ def test_it_generates_while_it_learns():
     assert learner.cache.tokens_seen == ids.shape[1]
 
 
+def test_adapters_of_a_model_in_double_precision_are_too():
+    pytest.importorskip("peft")
+    learner = OnlineLearner(sinkattn.enable(build("llama", torch.float64, num_hidden_layers=4), S, W), chunk=CHUNK)
+    assert all(x.dtype == torch.float64 for x in learner.parameters.values())
+    assert math.isfinite(learner.step(random_ids(1, 3 * CHUNK)))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype):
     pytest.importorskip("peft")
@@ -291,6 +309,13 @@ def test_an_error_while_learning_loses_no_prediction(monkeypatch):
     other.step(ids[:, :CHUNK], torch.zeros(1, CHUNK, dtype=torch.bool))  # reads them and learns nothing
     assert other.num_updates == 0
     assert learner.step(ids[:, CHUNK:]) == other.step(ids[:, CHUNK:])
+    with monkeypatch.context() as patch:
+        patch.setattr(sinkattn.ops, "sink_attention_", lambda *args, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            learner.step(ids[:, :3])
+    assert learner.cache.tokens_seen == ids.shape[1]
+    assert learner.step(ids[:, :CHUNK]) == other.step(ids[:, :CHUNK])
+    ids = torch.cat((ids, ids[:, :CHUNK]), dim=1)
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch\.inference_mode\(\)"):
         learner.step(ids)
     assert learner.cache.tokens_seen == ids.shape[1]

@@ -191,7 +191,7 @@ def test_several_blocks_and_many_parts(tokens, processors, monkeypatch):
     """All blocks in one program, several in each, and more programs than are combined at once."""
     target = attention.get_target(torch.device(DEVICE))
     monkeypatch.setattr(attention, "get_target", lambda device: target._replace(num_sms=processors))
-    monkeypatch.setattr(attention, "_shapes", {})
+    monkeypatch.setattr("sinkattn.ops.attention._shapes", {})
     run, grids = attention.decode_launch, set()
 
     def watched(shape):

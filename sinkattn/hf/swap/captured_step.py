@@ -84,11 +84,14 @@ class CudaGraph:
 
     def _abandon(self, device: int, pool: Any) -> None:
         """End a capture that failed, with the allocator as it was before."""
-        with suppress(RuntimeError):  # what has ended already
+        try:
             self._graph.capture_end()
-        for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+        except RuntimeError:
+            # It left the allocator as it is while a graph is captured, unless the first call raises an error too. In
+            # all other cases the graph itself releases the pool, and must not find it released.
             with suppress(RuntimeError):
-                end(device, pool)
+                torch._C._cuda_endAllocateToPool(device, pool)
+                torch._C._cuda_releasePool(device, pool)
 
     def replay(self) -> None:
         """See `Graph`."""

@@ -43,11 +43,9 @@ class ModelState:
         ]
         self._configs = list({id(x): x for _, _, x in attributes if isinstance(x, PreTrainedConfig)}.values())
         values, tensors = list(self._values(modules)), list(self._tensors(modules))
-        self._ids, self._addresses, self._layouts = (
-            list(map(id, values)),
-            self._tensor_addresses(modules),
-            _layouts(tensors),
-        )
+        self._ids = list(map(id, values))
+        self._addresses = self._tensor_addresses(modules)
+        self._layouts = _layouts(tensors)
         # The id of an object that is gone may be that of another one, so plain values are kept. Modules are gone with
         # their reference, and for tensors the address counts.
         self._kept = [value for value in values if not isinstance(value, (Tensor, nn.Module, *CONTAINERS))]

@@ -182,16 +182,18 @@ class RingPatch(StreamPatch):
 
     def _plain_step(self, running: RunningForward, kwargs: dict[str, Any]) -> Any:
         """A decode step in this forward, compiled if it can be."""
-        step = self._compiled_step
-        if step is None or any(map(has_replaced_weights, self._quantized_forwards)):
-            return self.run_decoder(**kwargs)
-        return step(running, kwargs)
+        step = self._usable_compiled_step()
+        return self.run_decoder(**kwargs) if step is None else step(running, kwargs)
+
+    def _usable_compiled_step(self) -> CompiledStep | None:
+        """The compiled step, unless it was compiled for quantized weights that have been replaced."""
+        return None if any(map(has_replaced_weights, self._quantized_forwards)) else self._compiled_step
 
     def _fixed_step(self, running: RunningForward, kwargs: dict[str, Any]) -> Any:
         """A decode step for a graph of any length of the stream, within another forward."""
         previous = self._set_running(running)
         try:
-            return (self._compiled_step or self._run_step)(running, kwargs)
+            return (self._usable_compiled_step() or self._run_step)(running, kwargs)
         finally:
             self._set_running(previous)
 

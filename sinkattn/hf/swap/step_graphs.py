@@ -127,35 +127,28 @@ class StepGraphs:
 
     def _run_and_compare(self, steps: CacheSteps, running: RunningForward, kwargs: dict[str, Any]) -> Any:
         """Run a step; then repeat it with its graph, which is captured if there is none, and compare."""
-        step, fixed_step, decoder, new_graph = self._arguments
-        cache, captured, state = running.cache, steps.captured, None
-        waits = WaitRecorder()
-        try:
-            if captured is None:
-                check_capturable(decoder, cache, kwargs)
-                state = ModelState(decoder)
-        except NotCapturableError as reason:
-            steps.back_off(str(reason))
-            return step(running, kwargs)
-        with nullcontext() if state is None or self._is_compiled else waits:
+        step, _, decoder, _ = self._arguments
+        if steps.captured is not None:
             output = step(running, kwargs)
+            repeat = partial(self._is_repeated, steps.captured, output, running, kwargs)
+        else:
+            try:
+                check_capturable(decoder, running.cache, kwargs)
+            except NotCapturableError as reason:
+                steps.back_off(str(reason))
+                return step(running, kwargs)
+            state, waits = ModelState(decoder), WaitRecorder()
+            with nullcontext() if self._is_compiled else waits:
+                output = step(running, kwargs)
+            if waits.name is not None:
+                self._give_up(f"{waits.name} waits for the device")
+                steps.back_off(None)
+                return output
+            repeat = partial(self._capture_and_repeat, steps, state, output, running, kwargs)
         try:
             # Later replays may be outside of inference mode.
             with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(running.positions):
-                if waits.name is not None:
-                    raise RuntimeError(f"{waits.name} waits for the device")
-                want = [*tensors_of(output), *newest_tokens(cache)]
-                if captured is None:
-                    assert state is not None
-                    captured = CapturedStep(fixed_step, state, new_graph(), running, kwargs)
-                captured.spoil_output()
-                erase_newest_tokens(cache, None if running.padding is None else running.padding.num_new)
-                replayed = captured.replay(running, kwargs)
-                if replayed is None:
-                    raise NotCapturableError("the model has changed since the capture")
-                is_finite, is_same = _compare([*tensors_of(replayed), *newest_tokens(cache)], want)
-                if not is_finite:
-                    raise NotCapturableError("there are values that are not finite")
+                is_same = repeat()
         except (NotCapturableError, torch.OutOfMemoryError) as reason:
             steps.back_off(str(reason).strip().partition("\n")[0])
         except Exception as error:  # anything else that cannot be captured
@@ -163,11 +156,11 @@ class StepGraphs:
             steps.back_off(None)
         else:
             if is_same:
-                steps.captured, steps.reason = captured, None
                 steps.num_compared += 1
                 if steps.is_replayed:
-                    steps.num_steps = 0
-                    logger.info("decode steps of a batch of %d are replayed from a graph", len(want[-1]))
+                    steps.num_steps, steps.reason = 0, None
+                    batch = len(running.cache.state.counters.seen)
+                    logger.info("decode steps of a batch of %d are replayed from a graph", batch)
                 return output
             self._give_up("a replay gives other values than the step itself")
             self._steps.clear()
@@ -179,6 +172,33 @@ class StepGraphs:
             )
         running.num_layers_run = 0
         return step(running, kwargs)  # again, as its token may have been overwritten
+
+    def _capture_and_repeat(
+        self, steps: CacheSteps, state: ModelState, output: Any, running: RunningForward, kwargs: dict[str, Any]
+    ) -> bool:
+        """Capture the step that gave this output, and whether its replay gives it too."""
+        _, fixed_step, _, new_graph = self._arguments
+        tensors_of(output)  # another kind of output is no reason to capture
+        captured = CapturedStep(fixed_step, state, new_graph(), running, kwargs)
+        is_same = self._is_repeated(captured, output, running, kwargs)
+        steps.captured = captured
+        return is_same
+
+    def _is_repeated(
+        self, captured: CapturedStep, output: Any, running: RunningForward, kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether a replay gives the output and writes the token of the step that has just run, up to rounding."""
+        cache = running.cache
+        want = [*tensors_of(output), *newest_tokens(cache)]
+        captured.spoil_output()
+        erase_newest_tokens(cache, None if running.padding is None else running.padding.num_new)
+        replayed = captured.replay(running, kwargs)
+        if replayed is None:
+            raise NotCapturableError("the model has changed since the capture")
+        is_finite, is_same = _compare([*tensors_of(replayed), *newest_tokens(cache)], want)
+        if not is_finite:
+            raise NotCapturableError("there are values that are not finite")
+        return is_same
 
     def _give_up(self, reason: str) -> None:
         self._obstacle = reason
