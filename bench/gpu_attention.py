@@ -24,11 +24,14 @@ from gpu import Comparison, add_copy, add_read, relative_error
 from gpu_attention_methods import (
     BASELINES,
     DTYPE,
+    LLAMA,
     Append,
+    Heads,
     Inputs,
     Method,
     SdpaMasked,
     Sinkattn,
+    SinkattnSplit,
     num_layers_beyond_l2,
     random_inputs,
 )
@@ -38,10 +41,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import sinkattn
 from sinkattn.rope import rotate
 
-FREQUENCIES = 5e5 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-DECODE = [(batch, window) for window in (4096, 1024, 16384) for batch in (1, 8, 64)]
+DECODE = [(batch, window, LLAMA) for window in (4096, 1024, 16384) for batch in (1, 8, 64)]
+DECODE += [(1, 4096, heads) for heads in (Heads(kv=32), Heads(dim=64), Heads(query=8, kv=4, dim=256))]
+TINY_DECODE = [(1, 16, LLAMA), (2, 40, Heads(8, 8, 64))]
 APPENDS = [(64, 1, 1024), (1, 4096, 4096)]
 CHUNKS = [(4096, 4096), (4096, 1024), (512, 4096), (64, 4096)]
+MAX_SPLIT_TOKENS = 64
 # RMS error relative to the output: bfloat16 rounds to 0.2 %, several times. Without a sink or the new token the error
 # is more than 10 %, because their values are scaled up.
 MAX_ERROR = 2e-2
@@ -50,7 +55,7 @@ MAX_ERROR = 2e-2
 def pytest_generate_tests(metafunc) -> None:
     tiny = metafunc.config.getoption("rehearse")
     shapes = {
-        "test_decode": ("batch, window", [(1, 16), (2, 40)] if tiny else DECODE, "B{}-W{}"),
+        "test_decode": ("batch, window, heads", TINY_DECODE if tiny else DECODE, "B{}-W{}-{}"),
         "test_append": ("batch, tokens, window", [(2, 1, 16), (1, 24, 24)] if tiny else APPENDS, "B{}-T{}-W{}"),
         "test_chunk": ("tokens, window", [(24, 24)] if tiny else CHUNKS, "T{}-W{}"),
     }
@@ -66,17 +71,31 @@ def add_baseline(comparison: Comparison, name: str, method: type[Method], inputs
         comparison.add(name, baseline.run_all_layers, inputs.num_layers, capture=baseline.capture)
 
 
-def test_decode(bench, device, batch: int, window: int) -> None:
-    run_decode(bench, device, batch, window, BASELINES, rounds=25)
+def make_rope(device: torch.device, dim: int = HEAD_DIM) -> sinkattn.Rope:
+    return sinkattn.Rope(5e5 ** -(torch.arange(0, dim, 2, device=device) / dim))
 
 
-def run_decode(bench, device, batch: int, window: int, baselines: dict[str, type[Method]], rounds: int) -> None:
-    rope = sinkattn.Rope(FREQUENCIES.to(device))
-    read_bytes = 2 * batch * KV_HEADS * (NUM_SINKS + window) * HEAD_DIM * DTYPE.itemsize
+def test_decode(bench, device, batch: int, window: int, heads: Heads) -> None:
+    run_decode(bench, device, batch, window, BASELINES, rounds=25, heads=heads)
+
+
+def run_decode(
+    bench,
+    device,
+    batch: int,
+    window: int,
+    baselines: dict[str, type[Method]],
+    rounds: int,
+    heads: Heads = LLAMA,
+) -> None:
+    rope = make_rope(device, heads.dim)
+    read_bytes = 2 * batch * heads.kv * (NUM_SINKS + window) * heads.dim * DTYPE.itemsize
     shape = f"B={batch} W={window}"
+    if heads != LLAMA:
+        shape += f" {heads}"
     comparison = Comparison(bench, device, shape)
     try:
-        inputs = random_inputs(device, batch, window, past=NUM_SINKS + window - 1, new=1, rope=rope)
+        inputs = random_inputs(device, batch, window, past=NUM_SINKS + window - 1, new=1, rope=rope, heads=heads)
         inputs.num_layers = num_layers_beyond_l2(device, read_bytes)
         ours = Sinkattn(inputs)
         expected = ours.first_output()
@@ -111,7 +130,7 @@ def run_decode(bench, device, batch: int, window: int, baselines: dict[str, type
             bench.add_target(f"decode: sinkattn / {name} at most 1.00", shape, ratio, ratio <= 1)
     if batch >= 8 and window >= 4096:
         bench.add_target("decode, B >= 8, W >= 4096: at least 85% of a plain read", shape, percent, percent >= 85)
-    if (batch, window) == (1, 4096):
+    if (batch, window, heads) == (1, 4096, LLAMA):
         bench.add_target("decode, B=1 W=4096: at most 12 us", shape, us, us <= 12)
     comparison.assert_outputs_match()
 
@@ -145,6 +164,9 @@ def test_chunk(bench, device, tokens: int, window: int) -> None:
     ours = Sinkattn(inputs)
     expected = ours.first_output()
     comparison.add("sinkattn", ours.run_all_layers, inputs.num_layers)
+    if tokens <= MAX_SPLIT_TOKENS:
+        pairs["sinkattn split"] = pairs["sinkattn"]
+        add_baseline(comparison, "sinkattn split", SinkattnSplit, inputs, expected)
     comparison.try_add("sdpa mask", partial(add_baseline, comparison, "sdpa mask", SdpaMasked, inputs, expected))
     for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
         if device.type == "cpu" and name == "cudnn":
@@ -167,6 +189,11 @@ def test_chunk(bench, device, tokens: int, window: int) -> None:
     }
     title = "Chunk: new tokens at once on a full window, one layer, bf16; TFLOP/s over each one's own visible pairs"
     bench.add_row(title, shape, figures)
+    if tokens <= MAX_SPLIT_TOKENS:
+        ratio = timings.ratio("sinkattn split", "sinkattn")
+        bench.add_target(
+            "chunk: sinkattn split / sinkattn at most 1.00 (then make it the default)", shape, ratio, ratio <= 1
+        )
     for kind in ("causal", "full"):
         percent = 100 * timings.ratio(f"flash {kind}", "sinkattn") * pairs["sinkattn"] / pairs[f"flash {kind}"]
         if not math.isnan(percent):
@@ -189,7 +216,7 @@ def unmasked(device: torch.device, backend: SDPBackend, queries: int, keys: int,
 
 
 def test_append(bench, device, batch: int, tokens: int, window: int) -> None:
-    rope = sinkattn.Rope(FREQUENCIES.to(device))
+    rope = make_rope(device)
     inputs = random_inputs(device, batch, window, past=NUM_SINKS + window, new=tokens, rope=rope)
     moved_bytes = 2 * sum(x.nbytes for x in inputs.new[1:])
     inputs.num_layers = min(64, num_layers_beyond_l2(device, moved_bytes))

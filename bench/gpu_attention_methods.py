@@ -1,5 +1,6 @@
 """Methods of attention of one layer that gpu_attention.py and gpu_compiled.py time, and their inputs.
 
+* ``sinkattn split`` (chunk): the keys of few queries split over programs.
 * ``sdpa flash``, ``sdpa cudnn``: only that backend of PyTorch's attention, over contiguous keys that are rotated
   already, with nothing appended.
 * ``sdpa grouped`` (decode): the same, with the query heads of a group passed as if they were tokens.
@@ -16,11 +17,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from bench_attention import HEAD_DIM, HEADS, KV_HEADS, NUM_SINKS, SCALE
+from bench_attention import HEAD_DIM, HEADS, KV_HEADS, NUM_SINKS
 from bench_attention import rotate as rotate_as_transformers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,6 +32,7 @@ from transformers.models.llama.modeling_llama import repeat_kv
 
 import sinkattn
 from sinkattn import ops
+from sinkattn.kernels import attention
 from sinkattn.rope import rotate
 
 DTYPE = torch.bfloat16
@@ -40,11 +43,33 @@ VALUE_SCALE = 16
 MAX_STREAMING_LLM_BYTES = 2e8
 
 
+class Heads(NamedTuple):
+    """Query heads, KV heads, head_dim of a model."""
+
+    query: int = HEADS
+    kv: int = KV_HEADS
+    dim: int = HEAD_DIM
+
+    def __str__(self) -> str:
+        return f"H{self.query}-Hkv{self.kv}-D{self.dim}"
+
+    @property
+    def group(self) -> int:
+        return self.query // self.kv
+
+    @property
+    def scale(self) -> float:
+        return 1 / math.sqrt(self.dim)
+
+
+LLAMA = Heads()
+
+
 @dataclass
 class Inputs:
     """Inputs of every method, not rotated yet.
 
-    past: keys, values ``[batch, KV_HEADS, tokens, HEAD_DIM]``. new: query ``[batch, HEADS, tokens, HEAD_DIM]``, key and
+    past: keys, values ``[batch, KV heads, tokens, head_dim]``. new: query ``[batch, heads, tokens, head_dim]``, key and
     value. mask: bool ``[new tokens, past and new tokens]``; None if all are visible. num_layers: caches to cycle
     through.
     """
@@ -53,6 +78,7 @@ class Inputs:
     past: tuple[Tensor, Tensor]
     new: tuple[Tensor, Tensor, Tensor]
     rope: sinkattn.Rope
+    heads: Heads = LLAMA
     num_layers: int = 1
     mask: Tensor | None = None
     contiguous_layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -66,7 +92,7 @@ class Inputs:
         return self.rope.tables(torch.arange(first, first + tokens, device=self.device))
 
     def new_tables(self) -> tuple[Tensor, Tensor]:
-        """Tables of the new tokens as in transformers: ``[tokens, HEAD_DIM]``, in the dtype of the cache."""
+        """Tables of the new tokens as in transformers: ``[tokens, head_dim]``, in the dtype of the cache."""
         tables = self.tables(self.past[0].shape[2], self.new[0].shape[2])
         return tuple(torch.cat((x, x), dim=-1).to(DTYPE) for x in tables)
 
@@ -85,13 +111,15 @@ class Inputs:
         return self.contiguous_layers
 
 
-def random_inputs(device: torch.device, batch: int, window: int, past: int, new: int, rope: sinkattn.Rope) -> Inputs:
+def random_inputs(
+    device: torch.device, batch: int, window: int, past: int, new: int, rope: sinkattn.Rope, heads: Heads = LLAMA
+) -> Inputs:
     torch.manual_seed(0)
-    shapes = [(KV_HEADS, past), (KV_HEADS, past), (HEADS, new), (KV_HEADS, new), (KV_HEADS, new)]
-    tensors = [torch.randn(batch, *shape, HEAD_DIM, dtype=DTYPE, device=device) for shape in shapes]
+    shapes = [(heads.kv, past), (heads.kv, past), (heads.query, new), (heads.kv, new), (heads.kv, new)]
+    tensors = [torch.randn(batch, *shape, heads.dim, dtype=DTYPE, device=device) for shape in shapes]
     tensors[1][:, :, :NUM_SINKS] *= VALUE_SCALE
     tensors[4] *= VALUE_SCALE
-    return Inputs(window, tuple(tensors[:2]), tuple(tensors[2:]), rope)
+    return Inputs(window, tuple(tensors[:2]), tuple(tensors[2:]), rope, heads)
 
 
 def num_layers_beyond_l2(device: torch.device, layer_bytes: int) -> int:
@@ -118,7 +146,7 @@ class Method:
         raise NotImplementedError
 
     def step(self, layer: Any) -> Tensor:
-        """Attention of the new tokens ``[batch, HEADS, tokens, HEAD_DIM]``."""
+        """Attention of the new tokens ``[batch, heads, tokens, head_dim]``."""
         raise NotImplementedError
 
     def first_output(self) -> Tensor:
@@ -134,7 +162,13 @@ class Sinkattn(Method):
     def make_layer(self, i: int) -> sinkattn.RingKVCache:
         (keys, values), window = self.inputs.past, self.inputs.window
         ring = sinkattn.RingKVCache(
-            len(keys), KV_HEADS, HEAD_DIM, NUM_SINKS, window, dtype=keys.dtype, device=keys.device
+            len(keys),
+            self.inputs.heads.kv,
+            self.inputs.heads.dim,
+            NUM_SINKS,
+            window,
+            dtype=keys.dtype,
+            device=keys.device,
         )
         ring.append(keys, values, rope=self.inputs.rope)
         if i == 0:
@@ -143,8 +177,21 @@ class Sinkattn(Method):
         return ring
 
     def step(self, ring: sinkattn.RingKVCache) -> Tensor:
-        options = {"num_sinks": NUM_SINKS, "window": self.inputs.window, "scale": SCALE, "arrivals": ring.arrivals}
+        options = {
+            "num_sinks": NUM_SINKS,
+            "window": self.inputs.window,
+            "scale": self.inputs.heads.scale,
+            "arrivals": ring.arrivals,
+        }
         return ops.sink_attention_(ring.keys, ring.values, *self.inputs.new, ring.seen, *self.tables, **options)
+
+
+class SinkattnSplit(Sinkattn):
+    """Keys of few queries split over programs, which is not the default."""
+
+    def step(self, ring: sinkattn.RingKVCache) -> Tensor:
+        with patch.object(attention, "SPLIT_CHUNKS", True):
+            return super().step(ring)
 
 
 class Sdpa(Method):
@@ -158,7 +205,7 @@ class Sdpa(Method):
 
     def step(self, layer: tuple[Tensor, Tensor]) -> Tensor:
         with sdpa_kernel(self.backend):
-            return F.scaled_dot_product_attention(self.query, *layer, scale=SCALE, enable_gqa=True)
+            return F.scaled_dot_product_attention(self.query, *layer, scale=self.inputs.heads.scale, enable_gqa=True)
 
 
 class SdpaFlash(Sdpa):
@@ -171,8 +218,10 @@ class SdpaCudnn(Sdpa):
 
 class SdpaGrouped(Sdpa):
     def step(self, layer: tuple[Tensor, Tensor]) -> Tensor:
-        groups = (len(self.query), KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
-        return F.scaled_dot_product_attention(self.query.view(groups), *layer, scale=SCALE).reshape(self.query.shape)
+        groups = (len(self.query), self.inputs.heads.kv, self.inputs.heads.group, self.inputs.heads.dim)
+        return F.scaled_dot_product_attention(self.query.view(groups), *layer, scale=self.inputs.heads.scale).reshape(
+            self.query.shape
+        )
 
 
 class TransformersCache(Method):
@@ -185,7 +234,7 @@ class TransformersCache(Method):
         query, key, value = self.inputs.new
         layer = update(rotate_as_transformers(key, self.tables), value)
         query = rotate_as_transformers(query, self.tables)
-        return F.scaled_dot_product_attention(query, *layer, scale=SCALE, enable_gqa=True)
+        return F.scaled_dot_product_attention(query, *layer, scale=self.inputs.heads.scale, enable_gqa=True)
 
 
 class ConstantLengthDynamicCache(TransformersCache):
@@ -261,8 +310,10 @@ class StreamingLLM(Method):
         query, *new = self.inputs.new
         pairs = zip(layer, new, strict=True)
         keys, values = (torch.cat((x[:, :, :NUM_SINKS], x[:, :, NUM_SINKS + 1 :], y), dim=2) for x, y in pairs)
-        keys, values = (repeat_kv(x, HEADS // KV_HEADS) for x in (rotate_as_transformers(keys, self.tables), values))
-        scores = rotate_as_transformers(query, self.last_tables) @ keys.transpose(2, 3) * SCALE
+        keys, values = (
+            repeat_kv(x, self.inputs.heads.group) for x in (rotate_as_transformers(keys, self.tables), values)
+        )
+        scores = rotate_as_transformers(query, self.last_tables) @ keys.transpose(2, 3) * self.inputs.heads.scale
         return scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype) @ values
 
 
@@ -283,7 +334,9 @@ class FlashAttn(Method):
         query, key, value = self.new
         cos, sin = self.tables
         options = {"rotary_cos": cos, "rotary_sin": sin, "cache_seqlens": self.lengths, "rotary_interleaved": False}
-        return self.run(query, *layer, key, value, softmax_scale=SCALE, causal=True, **options).transpose(1, 2)
+        return self.run(
+            query, *layer, key, value, softmax_scale=self.inputs.heads.scale, causal=True, **options
+        ).transpose(1, 2)
 
 
 class FlashInfer(Method):
@@ -303,17 +356,17 @@ class FlashInfer(Method):
             torch.arange(0, (batch + 1) * self.pages, self.pages, **counts),
             torch.arange(batch * self.pages, **counts),
             torch.full((batch,), (self.tokens - 1) % self.PAGE + 1, **counts),
-            HEADS,
-            KV_HEADS,
-            HEAD_DIM,
+            self.inputs.heads.query,
+            self.inputs.heads.kv,
+            self.inputs.heads.dim,
             self.PAGE,
             q_data_type=DTYPE,
             kv_data_type=DTYPE,
-            sm_scale=SCALE,
+            sm_scale=self.inputs.heads.scale,
         )
 
     def make_layer(self, i: int) -> Tensor:
-        # [batch * pages, keys and values, KV_HEADS, PAGE, HEAD_DIM]
+        # [batch * pages, keys and values, KV heads, PAGE, head_dim]
         padding = self.pages * self.PAGE - self.tokens
         both = torch.stack([F.pad(x, (0, 0, 0, padding)) for x in self.inputs.contiguous_keys_and_values()[i]])
         paged = both.unflatten(3, (self.pages, self.PAGE)).permute(1, 3, 0, 2, 4, 5)
@@ -330,10 +383,12 @@ class SdpaMasked(Method):
         self.query = self.inputs.rotated_query()
 
     def make_layer(self, i: int) -> tuple[Tensor, Tensor]:
-        return tuple(repeat_kv(x, HEADS // KV_HEADS) for x in self.inputs.contiguous_keys_and_values()[i])
+        return tuple(repeat_kv(x, self.inputs.heads.group) for x in self.inputs.contiguous_keys_and_values()[i])
 
     def step(self, layer: tuple[Tensor, Tensor]) -> Tensor:
-        return F.scaled_dot_product_attention(self.query, *layer, attn_mask=self.inputs.mask, scale=SCALE)
+        return F.scaled_dot_product_attention(
+            self.query, *layer, attn_mask=self.inputs.mask, scale=self.inputs.heads.scale
+        )
 
 
 class Append(Sinkattn):

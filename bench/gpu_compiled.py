@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench_attention import HEAD_DIM, HEADS, NUM_SINKS, SCALE
+from bench_attention import HEAD_DIM, HEADS, NUM_SINKS
 from gpu import Comparison, add_read, relative_error
 from gpu_attention import add_baseline, random_chunk_inputs, run_decode
 from gpu_attention_methods import Sdpa, Sinkattn
@@ -64,7 +64,7 @@ class Flex(Sdpa):
         self.attend = maybe_compile(flex_attention, self.inputs.device, dynamic=False)
 
     def step(self, layer: tuple[Tensor, Tensor]) -> Tensor:
-        return self.attend(self.query, *layer, block_mask=self.mask, scale=SCALE, enable_gqa=True)
+        return self.attend(self.query, *layer, block_mask=self.mask, scale=self.inputs.heads.scale, enable_gqa=True)
 
 
 def test_flex_decode(bench, device, batch: int, window: int) -> None:

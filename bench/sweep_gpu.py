@@ -106,10 +106,10 @@ class Layers:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration; ``splits`` of the ring, without the program for sinks and new tokens, None for chunks."""
+    """A configuration; ``splits`` of the keys, in decoding without the program for sinks and new tokens."""
 
     config: Config
-    splits: int | None
+    splits: int
 
 
 def candidates(shape: Shape, num_sms: int) -> list[Candidate]:
@@ -118,7 +118,8 @@ def candidates(shape: Shape, num_sms: int) -> list[Candidate]:
     if shape.tokens > 1:
         blocks = [(m, n) for m in (64, 128) for n in (32, 64, 128)]
         configs = [Config(m, n, warps, stages) for m, n in blocks for warps in (4, 8) for stages in (2, 3, 4)]
-        found = [Candidate(config, None) for config in configs]
+        # With many queries there are enough programs.
+        found = [Candidate(config, splits) for config in configs for splits in ((1, 2, 4, 8) if rows <= 512 else (1,))]
     else:
         configs = [
             Config(block_size(rows), n, warps, stages)
@@ -139,12 +140,14 @@ def chosen(candidate: Candidate | None) -> Any:
     attention.chunk_launch.cache_clear()
     if candidate is None:
         return nullcontext()
-    parts = 1 if candidate.splits in (None, 1) else candidate.splits + 1
+    parts = 1 if candidate.splits == 1 else candidate.splits + 1
     return patch.multiple(
         attention,
         decode_config=lambda *args: candidate.config,
         chunk_config=lambda *args: candidate.config,
         num_kv_splits=lambda *args: parts,
+        SPLIT_CHUNKS=True,
+        num_chunk_splits=lambda *args: candidate.splits,
     )
 
 

@@ -53,7 +53,7 @@ def test_rehearsal_leaves_tables_and_json(tmp_path):
     assert content["unfinished"] == []
     figures = {row["name"]: row["extra_info"] for row in content["benchmarks"]}
     assert {name.partition("[")[0] for name in figures} == BENCHMARKS
-    assert figures["test_decode[B1-W16]"]["sinkattn us"] > 0
+    assert figures["test_decode[B1-W16-H32-Hkv8-D128]"]["sinkattn us"] > 0
 
 
 def test_what_an_unfinished_part_had_found_is_kept(tmp_path):

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from sinkattn.attention_arguments import AttentionArguments
-from sinkattn.kernels.chunk import chunk_kernel, rotate_kernel
+from sinkattn.kernels.chunk import chunk_kernel, combine_kernel, rotate_kernel
 from sinkattn.kernels.configs import (
     Config,
     Target,
@@ -19,6 +19,7 @@ from sinkattn.kernels.configs import (
     chunk_config,
     decode_config,
     fits_decode,
+    num_chunk_splits,
     num_kv_splits,
 )
 from sinkattn.kernels.decode import decode_kernel
@@ -27,6 +28,9 @@ from sinkattn.kernels.primitives import LOG2_E
 # Calls of more than one token go to the decode kernel up to this many tokens, and queries per KV head.
 MAX_DECODE_TOKENS = 16
 MAX_DECODE_ROWS = 64
+# Whether the keys of chunks of few queries are split over programs. This has not run on a GPU: `make gpu` checks it,
+# times it beside what runs by default, and says which is faster.
+SPLIT_CHUNKS = False
 
 
 @functools.cache
@@ -189,8 +193,15 @@ def launches(
     rotated = fresh(shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)
     names = ("key", "lengths", "seen", "cos", "sin")
     yield rotate_launch(shape), {"rotated": rotated, **{name: given[name] for name in names}}
-    rest = {name: x for name, x in given.items() if name != "key"}
-    yield chunk_launch(shape), {"rotated": rotated, **rest}
+    rest = {name: x for name, x in given.items() if name != "key"} | {"rotated": rotated, "partials": None}
+    launch = chunk_launch(shape, SPLIT_CHUNKS)
+    if (splits := launch.grid[1]) == 1:
+        yield launch, rest
+        return
+    rows = splits * shape.num_kv_rows * shape.tokens * shape.group
+    rest["partials"] = fresh(rows * (shape.value_dim + 2), dtype=torch.float32)
+    yield launch, rest
+    yield combine_launch(shape, splits), {name: rest[name] for name in combine_kernel.arg_names if name in rest}
 
 
 @functools.lru_cache(maxsize=256)
@@ -199,16 +210,13 @@ def decode_launch(shape: CallShape) -> Launch:
     config = decode_config(shape.group * shape.tokens, shape.block_dim, shape.dtype, shape.target, shape.num_kv_rows)
     num_splits = num_kv_splits(shape.num_kv_rows, shape.slots - shape.num_sinks, config, shape.target.num_sms)
     block_rows = triton.next_power_of_2(shape.group * shape.tokens)
-    # Splits combined at once: as many as fit into this many registers per thread beside the running sums.
-    registers = 64 if block_rows < 16 else 32
-    block_splits = max(1, 32 * registers * config.warps // (block_rows * block_size(shape.value_dim)))
     numbers = {
         **_attention_numbers(shape, config),
         **_strides("key", shape.key_strides),
         "APPEND": shape.tokens == 1,
         "BLOCK_NEW": 16,
         "BLOCK_ROWS": block_rows,
-        "BLOCK_SPLITS": block_splits,  # independent of num_splits, so that all batch sizes share one compiled kernel
+        "BLOCK_SPLITS": _splits_at_once(block_rows, shape, config.warps),
     }
     return Launch(decode_kernel, (shape.num_kv_rows, num_splits), numbers)
 
@@ -224,13 +232,35 @@ def rotate_launch(shape: CallShape) -> Launch:
 
 
 @functools.lru_cache(maxsize=256)
-def chunk_launch(shape: CallShape) -> Launch:
-    """Launch of the chunk kernel."""
+def chunk_launch(shape: CallShape, split: bool) -> Launch:
+    """Launch of the chunk kernel; with ``split``, several programs share the keys if there are few queries."""
     rows = shape.tokens * shape.group
     config = chunk_config(shape.block_dim, shape.dtype, shape.target, shape.num_kv_rows, rows)
+    programs = triton.cdiv(rows, config.block_m) * shape.num_kv_rows
+    keys = shape.window + shape.tokens
+    splits = num_chunk_splits(programs, keys, config, shape.target.num_sms) if split else 1
     numbers = {**_attention_numbers(shape, config), "BLOCK_SINKS": 16}
-    blocks = triton.cdiv(rows, config.block_m)
-    return Launch(chunk_kernel, (blocks * shape.num_kv_rows,), numbers)
+    return Launch(chunk_kernel, (programs, splits), numbers)
+
+
+@functools.lru_cache(maxsize=256)
+def combine_launch(shape: CallShape, splits: int) -> Launch:
+    """Launch of the kernel that combines the ``splits`` of a chunk."""
+    config, rows = Config(16, 16, warps=4, stages=1), shape.tokens * shape.group
+    names = ("tokens", "kv_heads", "VALUE_DIM", "GROUP", "BLOCK_M", "BLOCK_V", "UPCAST")
+    options = ("num_warps", "num_stages", "enable_fp_fusion")
+    numbers = {name: x for name, x in _attention_numbers(shape, config).items() if name in names + options}
+    numbers |= {"splits": splits, "BLOCK_SPLITS": _splits_at_once(16, shape, config.warps)}
+    return Launch(combine_kernel, (triton.cdiv(rows, 16) * shape.num_kv_rows,), numbers)
+
+
+def _splits_at_once(block_rows: int, shape: CallShape, warps: int) -> int:
+    """Splits combined at once: as many as fit into this many registers per thread beside the running sums.
+
+    Independent of the number of splits, so that all batch sizes share one compiled kernel.
+    """
+    registers = 64 if block_rows < 16 else 32
+    return max(1, 32 * registers * warps // (block_rows * block_size(shape.value_dim)))
 
 
 def _is_aligned(x: Tensor) -> bool:

@@ -10,10 +10,12 @@ import triton.language as tl
 from sinkattn.kernels.primitives import (
     LOWEST_SCORE,
     attend,
+    combine_partials,
     load_block,
     load_rotated,
     normalise,
     store_output,
+    store_partial,
     token_counts,
 )
 
@@ -44,7 +46,7 @@ def rotate_kernel(
     do_not_specialize_on_alignment=["seen", "lengths", "sink_logits", "alibi_slopes"],
 )
 def chunk_kernel(
-    keys, values, query, rotated, value, seen, lengths, cos, sin, sink_logits, alibi_slopes, out,
+    keys, values, query, rotated, value, seen, lengths, cos, sin, sink_logits, alibi_slopes, out, partials,
     tokens, kv_heads, slots, window, num_sinks, scale, cap,
     query_row, query_head, query_token, value_row, value_head, value_token,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr,
@@ -53,12 +55,14 @@ def chunk_kernel(
 ):  # fmt: skip
     """Program (block, kv_row) does BLOCK_M consecutive queries of one KV head, ``kv_row = row * kv_heads + head``.
 
+    With ``partials``, the scratch of `store_partial`, the programs of the second dimension of the grid share the blocks
+    of keys, the last one does the sinks too, and `combine_kernel` makes the output; otherwise one does everything.
     Queries of a KV head are numbered ``token * GROUP + query head``, so that a block spans few tokens and the
     windows of its queries overlap. Key blocks that no query of the block sees are skipped; those that all see need no
     mask.
     """
     query_blocks = tl.cdiv(tokens * GROUP, BLOCK_M)
-    kv_row = tl.program_id(0) // query_blocks
+    kv_row, split, num_splits = tl.program_id(0) // query_blocks, tl.program_id(1), tl.num_programs(1)
     row, head = (kv_row // kv_heads).to(tl.int64), (kv_row % kv_heads).to(tl.int64)
     first = tl.program_id(0) % query_blocks * BLOCK_M
     m = first + tl.arange(0, BLOCK_M)
@@ -69,8 +73,9 @@ def chunk_kernel(
     heads = kv_heads * GROUP
     first_token = first // GROUP
     if first_token >= count:
-        zeros = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-        store_output(out, zeros, row, token, count, tokens, heads, query_heads, VALUE_DIM, BLOCK_V, UPCAST)
+        if partials is None:
+            zeros = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+            store_output(out, zeros, row, token, count, tokens, heads, query_heads, VALUE_DIM, BLOCK_V, UPCAST)
         return
     last_token = tl.minimum((first + BLOCK_M - 1) // GROUP, count - 1)
 
@@ -95,6 +100,8 @@ def chunk_kernel(
     )
     held_sinks = tl.minimum(before, num_sinks).to(tl.int32)
     all_sinks = tl.minimum(before + last_token + 1, num_sinks).to(tl.int32)
+    if partials is not None:
+        all_sinks = tl.where(split == num_splits - 1, all_sinks, 0)
     position = tl.minimum(before + token, num_sinks + window - 1)
     for start in range(0, all_sinks, BLOCK_SINKS):
         sink = start + tl.arange(0, BLOCK_SINKS)
@@ -113,18 +120,38 @@ def chunk_kernel(
     )
 
     # The old ring: tokens begin to before - 1, in blocks that end with the newest. Column c is token begin + c; a query
-    # sees columns from first_column on.
+    # sees columns from first_column on, and all queries see those of the blocks full_ring to ring_blocks.
     ring = slots - num_sinks
     begin = tl.maximum(before + first_token - window + 1, num_sinks)
     held = tl.maximum(before - begin, 0).to(tl.int32)
-    blocks = tl.cdiv(held, BLOCK_N)
-    missing = blocks * BLOCK_N - held
+    ring_blocks = tl.cdiv(held, BLOCK_N)
+    missing = ring_blocks * BLOCK_N - held
     first_column = (before + token - window + 1 - begin).to(tl.int32)
     edge = tl.maximum(before + last_token - window + 1 - begin, 0).to(tl.int32)
-    masked_blocks = tl.minimum(tl.cdiv(edge + missing, BLOCK_N), blocks)
+    full_ring = tl.minimum(tl.cdiv(edge + missing, BLOCK_N), ring_blocks)
     first_index = (tl.maximum(begin - num_sinks, 0) % ring).to(tl.int32)
     first_slot += num_sinks
-    for block in tl.range(0, masked_blocks):
+
+    # The new tokens without sinks: from begin_new to the last token of this query block. All queries see blocks
+    # full_begin to full_end; blocks before and after need a mask.
+    begin_new = tl.maximum(tl.maximum(num_sinks - before, 0).to(tl.int32), first_token - window + 1)
+    new_end = tl.cdiv(tl.maximum(last_token + 1 - begin_new, 0), BLOCK_N)
+    full_begin = tl.minimum(tl.cdiv(tl.maximum(last_token - window + 1 - begin_new, 0), BLOCK_N), new_end)
+    full_end = tl.maximum(tl.maximum(first_token + 1 - begin_new, 0) // BLOCK_N, full_begin)
+
+    ring_begin, ring_end, new_begin = 0, ring_blocks, 0
+    if partials is not None:
+        # This split's part of all blocks, those of the ring and of the new tokens one after another.
+        part = tl.cdiv(ring_blocks + new_end, num_splits)
+        ring_begin = tl.minimum(split * part, ring_blocks)
+        ring_end = tl.minimum((split + 1) * part, ring_blocks)
+        full_ring = tl.minimum(tl.maximum(full_ring, ring_begin), ring_end)
+        new_begin = tl.minimum(tl.maximum(split * part - ring_blocks, 0), new_end)
+        new_end = tl.minimum(tl.maximum((split + 1) * part - ring_blocks, 0), new_end)
+        full_begin = tl.minimum(tl.maximum(full_begin, new_begin), new_end)
+        full_end = tl.minimum(tl.maximum(full_end, full_begin), new_end)
+
+    for block in tl.range(ring_begin, full_ring):
         column = block * BLOCK_N - missing + n
         present = column >= 0
         index = first_index + column
@@ -134,7 +161,7 @@ def chunk_kernel(
         visible = present[None, :] & (column[None, :] >= first_column[:, None])
         distance = held - column[None, :] + token[:, None]
         row_max, row_sum, acc = attend(q, k, v, visible, distance, slopes, scale, cap, row_max, row_sum, acc, UPCAST)
-    for block in tl.range(masked_blocks, blocks):
+    for block in tl.range(full_ring, ring_end):
         column = block * BLOCK_N - missing + n
         index = first_index + column
         slot = first_slot + tl.where(index >= ring, index - ring, index)
@@ -142,20 +169,13 @@ def chunk_kernel(
         v = load_block(values + slot * VALUE_DIM, None, VALUE_DIM, BLOCK_V)
         distance = held - column[None, :] + token[:, None]
         row_max, row_sum, acc = attend(q, k, v, None, distance, slopes, scale, cap, row_max, row_sum, acc, UPCAST)
-
-    # The new tokens without sinks: from begin_new to the last token of this query block. All queries see blocks
-    # full_begin to full_end; blocks before and after need a mask.
-    begin_new = tl.maximum(tl.maximum(num_sinks - before, 0).to(tl.int32), first_token - window + 1)
-    blocks = tl.cdiv(tl.maximum(last_token + 1 - begin_new, 0), BLOCK_N)
-    full_begin = tl.minimum(tl.cdiv(tl.maximum(last_token - window + 1 - begin_new, 0), BLOCK_N), blocks)
-    full_end = tl.maximum(tl.maximum(first_token + 1 - begin_new, 0) // BLOCK_N, full_begin)
     for block in tl.range(full_begin, full_end):
         new = begin_new + block * BLOCK_N + n
         k = load_block(new_keys + new.to(tl.int64) * HEAD_DIM, None, HEAD_DIM, BLOCK_D)
         v = load_block(new_values + new.to(tl.int64) * value_token, None, VALUE_DIM, BLOCK_V)
         distance = token[:, None] - new[None, :]
         row_max, row_sum, acc = attend(q, k, v, None, distance, slopes, scale, cap, row_max, row_sum, acc, UPCAST)
-    for masked in tl.range(0, full_begin + blocks - full_end):
+    for masked in tl.range(new_begin, full_begin + new_end - full_end):
         block = tl.where(masked < full_begin, masked, masked - full_begin + full_end)
         new = begin_new + block * BLOCK_N + n
         present = new < count
@@ -165,5 +185,37 @@ def chunk_kernel(
         visible = present[None, :] & (distance >= 0) & (distance < window)
         row_max, row_sum, acc = attend(q, k, v, visible, distance, slopes, scale, cap, row_max, row_sum, acc, UPCAST)
 
+    if partials is None:
+        acc = normalise(acc, row_max, row_sum, sink_logits, query_heads, live)
+        store_output(out, acc, row, token, count, tokens, heads, query_heads, VALUE_DIM, BLOCK_V, UPCAST)
+    else:
+        num_kv_rows, rows = tl.num_programs(0) // query_blocks, tokens * GROUP
+        store_partial(
+            partials, kv_row, num_kv_rows, split, num_splits, rows, m, live, row_max, row_sum, acc, VALUE_DIM, BLOCK_V
+        )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["tokens", "kv_heads", "splits"],
+    do_not_specialize_on_alignment=["partials", "seen", "lengths", "sink_logits"],
+)
+def combine_kernel(
+    partials, seen, lengths, sink_logits, out, tokens, kv_heads, splits,
+    VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr, UPCAST: tl.constexpr
+):  # fmt: skip
+    """Program (block, kv_row) makes the output of BLOCK_M queries from the ``splits`` of `chunk_kernel`."""
+    rows = tokens * GROUP
+    blocks = tl.cdiv(rows, BLOCK_M)
+    kv_row = tl.program_id(0) // blocks
+    row, head = (kv_row // kv_heads).to(tl.int64), (kv_row % kv_heads).to(tl.int64)
+    m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    token, query_heads = m // GROUP, head * GROUP + m % GROUP
+    _, count = token_counts(seen, lengths, row, tokens)
+    live = token < count
+    row_max, row_sum, acc = combine_partials(
+        partials, kv_row, tl.num_programs(0) // blocks, splits, splits, rows, m, live, VALUE_DIM, BLOCK_M, BLOCK_V,
+        BLOCK_SPLITS
+    )  # fmt: skip
     acc = normalise(acc, row_max, row_sum, sink_logits, query_heads, live)
-    store_output(out, acc, row, token, count, tokens, heads, query_heads, VALUE_DIM, BLOCK_V, UPCAST)
+    store_output(out, acc, row, token, count, tokens, kv_heads * GROUP, query_heads, VALUE_DIM, BLOCK_V, UPCAST)

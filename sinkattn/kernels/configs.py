@@ -89,3 +89,11 @@ def num_kv_splits(num_kv_rows: int, ring: int, config: Config, num_sms: int) -> 
     blocks = -(-ring // config.block_n)
     splits = -(-blocks // -(-blocks // most))
     return splits if splits == 1 else splits + 1
+
+
+def num_chunk_splits(programs: int, keys: int, config: Config, num_sms: int) -> int:
+    """Parts into which the keys of a chunk are split, for so many ``programs`` of queries and ``keys`` in sight.
+
+    As many as run at the same time, each with two blocks of keys or more: combining them costs about as much as one.
+    """
+    return max(1, min(num_sms // programs, -(-keys // config.block_n) // 2))

@@ -11,10 +11,12 @@ import triton.language as tl
 from sinkattn.kernels.primitives import (
     LOWEST_SCORE,
     attend,
+    combine_partials,
     load_block,
     load_rotated,
     normalise,
     store_output,
+    store_partial,
     token_counts,
 )
 
@@ -39,8 +41,7 @@ def decode_kernel(
     writes the new token to its slot; no program reads that slot, since its old token is out of the window. The
     program that finishes last combines all splits.
 
-    partials: fp32 scratch, ``[tokens * GROUP, VALUE_DIM]`` for every (kv_row, split), then ``[tokens * GROUP, 2]``
-    (maximum, sum) for every one. arrivals: int32 ``[num_kv_rows]`` completion counters, zero before and after.
+    partials: scratch of `store_partial`. arrivals: int32 ``[num_kv_rows]`` completion counters, zero before and after.
     """
     kv_row, split, num_splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     row, head = (kv_row // kv_heads).to(tl.int64), (kv_row % kv_heads).to(tl.int64)
@@ -142,38 +143,21 @@ def decode_kernel(
         store_output(out, acc, row, token, count, tokens, heads, query_heads, VALUE_DIM, BLOCK_V, UPCAST)
         return
 
-    first = kv_row.to(tl.int64) * num_splits * rows
-    statistics = partials + tl.num_programs(0).to(tl.int64) * num_splits * rows * VALUE_DIM
-    offset = first + split * rows + m
-    tl.store(partials + offset[:, None] * VALUE_DIM + e[None, :], acc, mask=live[:, None] & (e < VALUE_DIM)[None, :])
-    tl.store(statistics + offset * 2, row_max, mask=live)
-    tl.store(statistics + offset * 2 + 1, row_sum, mask=live)
+    num_kv_rows = tl.num_programs(0)
+    store_partial(
+        partials, kv_row, num_kv_rows, split, num_splits, rows, m, live, row_max, row_sum, acc, VALUE_DIM, BLOCK_V
+    )  # fmt: skip
     tl.debug_barrier()  # every thread's stores come before the program's atomic add
     if tl.atomic_add(arrivals + kv_row, 1, sem="acq_rel", scope="gpu") != last_split:
         return
     tl.store(arrivals + kv_row, 0)
 
-    # In order of the splits, whichever program finished last, so that results are deterministic.
     r = tl.arange(0, BLOCK_ROWS)
     real = r < rows
-    all_max = tl.full([BLOCK_ROWS], LOWEST_SCORE, tl.float32)
-    all_sum = tl.zeros([BLOCK_ROWS], tl.float32)
-    all_acc = tl.zeros([BLOCK_ROWS, BLOCK_V], tl.float32)
-    for start in range(0, last_split + 1, BLOCK_SPLITS):
-        other = start + tl.arange(0, BLOCK_SPLITS)
-        offsets = first + other[:, None] * rows + r[None, :]
-        mask = (other <= last_split)[:, None] & real[None, :]
-        split_acc = tl.load(
-            partials + offsets[:, :, None] * VALUE_DIM + e[None, None, :],
-            mask=mask[:, :, None] & (e < VALUE_DIM)[None, None, :], other=0.0, cache_modifier=".cg"
-        )  # fmt: skip
-        split_max = tl.load(statistics + offsets * 2, mask=mask, other=LOWEST_SCORE, cache_modifier=".cg")
-        split_sum = tl.load(statistics + offsets * 2 + 1, mask=mask, other=0.0, cache_modifier=".cg")
-        new_max = tl.maximum(all_max, tl.max(split_max, 0))
-        rescale, weights = tl.exp2(all_max - new_max), tl.exp2(split_max - new_max[None, :])
-        all_sum = all_sum * rescale + tl.sum(split_sum * weights, 0)
-        all_acc = all_acc * rescale[:, None] + tl.sum(split_acc * weights[:, :, None], 0)
-        all_max = new_max
+    all_max, all_sum, all_acc = combine_partials(
+        partials, kv_row, num_kv_rows, last_split + 1, num_splits, rows, r, real, VALUE_DIM, BLOCK_ROWS, BLOCK_V,
+        BLOCK_SPLITS
+    )  # fmt: skip
     query_heads = head * GROUP + r % GROUP
     all_acc = normalise(all_acc, all_max, all_sum, sink_logits, query_heads, real)
     store_output(out, all_acc, row, r // GROUP, count, tokens, heads, query_heads, VALUE_DIM, BLOCK_V, UPCAST)

@@ -158,3 +158,53 @@ def normalise(acc, row_max, row_sum, sink_logits, heads, live):
         row_sum = row_sum * rescale + tl.exp2(logits - new_max)
         acc = acc * rescale[:, None]
     return tl.div_rn(acc, tl.broadcast_to(row_sum[:, None], acc.shape))
+
+
+@triton.jit
+def store_partial(
+    partials, kv_row, num_kv_rows, split, num_splits, rows, m, live, row_max, row_sum, acc, VALUE_DIM: tl.constexpr,
+    BLOCK_V: tl.constexpr
+):  # fmt: skip
+    """Store what one split of the keys gives rows ``m`` of ``kv_row``, for `combine_partials`.
+
+    partials: fp32 ``[rows, VALUE_DIM]`` for every (kv_row, split), then ``[rows, 2]`` (maximum, sum) for every one.
+    """
+    e = tl.arange(0, BLOCK_V)
+    statistics = partials + num_kv_rows.to(tl.int64) * num_splits * rows * VALUE_DIM
+    offset = kv_row.to(tl.int64) * num_splits * rows + split * rows + m
+    tl.store(partials + offset[:, None] * VALUE_DIM + e[None, :], acc, mask=live[:, None] & (e < VALUE_DIM)[None, :])
+    tl.store(statistics + offset * 2, row_max, mask=live)
+    tl.store(statistics + offset * 2 + 1, row_sum, mask=live)
+
+
+@triton.jit
+def combine_partials(
+    partials, kv_row, num_kv_rows, used_splits, num_splits, rows, m, live, VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_SPLITS: tl.constexpr
+):  # fmt: skip
+    """Running maximum, sum ``[m]`` and weighted values ``[m, v]`` of the first ``used_splits`` of ``num_splits``.
+
+    In order of the splits, whichever was stored last, so that results are deterministic.
+    """
+    e = tl.arange(0, BLOCK_V)
+    first = kv_row.to(tl.int64) * num_splits * rows
+    statistics = partials + num_kv_rows.to(tl.int64) * num_splits * rows * VALUE_DIM
+    row_max = tl.full([BLOCK_M], LOWEST_SCORE, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    for start in range(0, used_splits, BLOCK_SPLITS):
+        other = start + tl.arange(0, BLOCK_SPLITS)
+        offsets = first + other[:, None] * rows + m[None, :]
+        mask = (other < used_splits)[:, None] & live[None, :]
+        split_acc = tl.load(
+            partials + offsets[:, :, None] * VALUE_DIM + e[None, None, :],
+            mask=mask[:, :, None] & (e < VALUE_DIM)[None, None, :], other=0.0, cache_modifier=".cg"
+        )  # fmt: skip
+        split_max = tl.load(statistics + offsets * 2, mask=mask, other=LOWEST_SCORE, cache_modifier=".cg")
+        split_sum = tl.load(statistics + offsets * 2 + 1, mask=mask, other=0.0, cache_modifier=".cg")
+        new_max = tl.maximum(row_max, tl.max(split_max, 0))
+        rescale, weights = tl.exp2(row_max - new_max), tl.exp2(split_max - new_max[None, :])
+        row_sum = row_sum * rescale + tl.sum(split_sum * weights, 0)
+        acc = acc * rescale[:, None] + tl.sum(split_acc * weights[:, :, None], 0)
+        row_max = new_max
+    return row_max, row_sum, acc

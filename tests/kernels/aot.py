@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from sinkattn.kernels import attention
 from sinkattn.kernels.attention import CallShape, Launch, launches
 from sinkattn.kernels.configs import Target
 
@@ -168,7 +169,8 @@ def launches_for(capability: int, call: dict[str, Any]) -> list[tuple[Launch, di
     layout = (slots, 4, slots - 4, pairs, call.get("interleaved", False), 0.1, call.get("softcap"))
     strides = (query.stride(), key.stride(), value.stride())
     sizes = (batch, heads, kv_heads, tokens, head_dim, head_dim)
-    return list(launches(CallShape(Target(capability, 132), dtype, *sizes, *layout, *strides), given, None))
+    with patch.object(attention, "SPLIT_CHUNKS", call.get("split", False)):
+        return list(launches(CallShape(Target(capability, 132), dtype, *sizes, *layout, *strides), given, None))
 
 
 def compile_call(capability: int, call: dict[str, Any]) -> dict[str, Resources]:

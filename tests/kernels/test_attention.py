@@ -218,6 +218,78 @@ def test_boundaries_of_a_split_window(tokens):
         check(LAYOUTS["split"], [place], tokens, torch.float32, heads=heads, rope=make_rope())
 
 
+# Chunks whose keys are split over programs
+
+
+@pytest.fixture
+def splits(monkeypatch):
+    """Splits chunks; a set of the numbers of splits that were launched."""
+    launch, numbers = attention.chunk_launch, set()
+
+    def watched(shape, split):
+        numbers.add(launch(shape, split).grid[1])
+        return launch(shape, split)
+
+    monkeypatch.setattr(attention, "SPLIT_CHUNKS", True)
+    monkeypatch.setattr(attention, "chunk_launch", watched)
+    return numbers
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS["split"], LAYOUTS["split-headroom"], (5, 600, 0)], ids=str)
+def test_split_chunks_at_boundaries(layout, splits):
+    for place in boundaries(layout):  # each on its own, so that few programs leave room for splits
+        check(layout, [place], 33, torch.float32, heads={"heads": 4, "kv_heads": 1}, rope=make_rope())
+    assert min(splits) > 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_split_chunks_in_all_dtypes(dtype, splits):
+    check((3, 400, 0), [2, 10**6], 33, dtype, heads={"kv_heads": 1, "head_dim": 64}, rope=make_rope(64))
+    assert min(splits) > 1
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_score_options_in_split_chunks(options, splits):
+    check((3, 300, 0), [2, 90, 301], 33, torch.float32, heads={"kv_heads": 1}, rope=make_rope(), **options)
+    assert min(splits) > 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "tokens", "lengths"),
+    [
+        ((4, 3, 0), 200, None),
+        ((0, 1, 0), 150, [150, 0, 7]),
+        ((60, 5, 2), 100, [1, 100, 61]),
+        ((3, 300, 0), 290, [290, 3, 0]),
+        ((40, 30, 0), 90, [0, 0, 90]),
+    ],
+    ids=str,
+)
+def test_split_chunks_of_any_length(layout, tokens, lengths, splits, monkeypatch):
+    """More splits than blocks of keys that a query sees, padding, sinks among the new tokens."""
+    target = attention.get_target(torch.device(DEVICE))
+    monkeypatch.setattr(attention, "get_target", lambda device: target._replace(num_sms=600))
+    monkeypatch.setattr("sinkattn.ops.attention._shapes", {})
+    heads = {"heads": 2, "kv_heads": 1, "head_dim": 24, "value_dim": 40}
+    check(layout, [0, 1, 500], tokens, torch.float32, heads=heads, rope=make_rope(24), lengths=lengths)
+    assert min(splits) > 1
+
+
+def test_split_chunks_leave_the_same_ring(splits):
+    """Chunks and single tokens in turn."""
+    rope, (q, k, v) = make_rope(), (x.to(DEVICE) for x in make_qkv(240, batch=1, kv_heads=1))
+    ring, done, out = RingKVCache(1, 1, 16, 2, 141, device=DEVICE), 0, []
+    for tokens in (30, 1, 140, 1, 28, 40):
+        out.append(
+            sink_attention(*(x[:, :, done : done + tokens] for x in (q, k, v)), ring, rope=rope, backend="triton")
+        )
+        done += tokens
+    geometry = {"num_sinks": 2, "window": 141, "rope": rope}
+    exact = (x.double() for x in (q, k, v))
+    assert_within_budget(torch.cat(out, dim=2), oracle_of(q.dtype, reference.streaming_attention, *exact, **geometry))
+    assert min(splits) > 1
+
+
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_padding_among_sinks_has_no_effect(tokens):
     """A stream that ends among the sinks, with NaN behind its last token."""

@@ -36,6 +36,7 @@ CONFIGS = {
     "few-tokens": {"tokens": 16},
     "chunk": {"tokens": 4096},
     "chunk-few-queries": {"tokens": 64},
+    "split-chunk": {"tokens": 64, "split": True},
     "chunk-d64": {"tokens": 4096, "head_dim": 64},
     "chunk-d256": {"tokens": 4096, "head_dim": 256},
     "chunk-fp32": {"tokens": 4096, "dtype": FP32},
@@ -68,6 +69,9 @@ FEATURES = {
     "chunk-interleaved": (80, {"tokens": 4096, "interleaved": True}),
     "chunk-no-rotation": (90, {"tokens": 4096, "pairs": 0}),
     "chunk-unaligned": (80, {"tokens": 4096, "offset": 1}),
+    "split-chunk-options": (90, {"tokens": 64, "split": True, **OPTIONS}),
+    "split-chunk-fp32": (80, {"tokens": 64, "split": True, "dtype": FP32}),
+    "split-chunk-d256": (90, {"tokens": 64, "split": True, "head_dim": 256}),
 }
 VARIANTS = {(name, capability): call for name, call in CONFIGS.items() for capability in CAPABILITIES}
 VARIANTS |= {(name, capability): call for name, (capability, call) in FEATURES.items()}
@@ -99,7 +103,8 @@ def compiled(request):
 @pytest.mark.parametrize(("name", "capability"), VARIANTS, ids=lambda x: f"sm_{x}" if isinstance(x, int) else x)
 def test_compiles_without_spills_in_loops(name, capability, compiled):
     kernels = compiled(name, capability).result()
-    assert list(kernels) == (["rotate_kernel", "chunk_kernel"] if name.startswith("chunk") else ["decode_kernel"])
+    expected = ["rotate_kernel", "chunk_kernel"] if "chunk" in name else ["decode_kernel"]
+    assert list(kernels) == expected + ["combine_kernel"] * name.startswith("split")
     for kernel, used in kernels.items():
         print(kernel, used)
         assert used.registers <= 255

@@ -6,7 +6,15 @@ pytest.importorskip("triton")
 
 import torch
 
-from sinkattn.kernels.configs import MAX_RING_SPLITS, Config, Target, block_size, decode_config, num_kv_splits
+from sinkattn.kernels.configs import (
+    MAX_RING_SPLITS,
+    Config,
+    Target,
+    block_size,
+    decode_config,
+    num_chunk_splits,
+    num_kv_splits,
+)
 
 NUM_SMS = 132
 
@@ -51,3 +59,12 @@ def test_shapes_that_were_measured(num_kv_rows, window, config, parts):
 
 def test_blocks_are_powers_of_two_of_16_or_more():
     assert [block_size(size) for size in (1, 16, 17, 64, 71, 80, 128, 256)] == [16, 16, 32, 64, 128, 128, 128, 256]
+
+
+def test_chunks_are_split_when_queries_are_few_and_keys_many():
+    config = Config(64, 128, 8, 3)
+    assert num_chunk_splits(32, 4160, config, NUM_SMS) == 4, "one wave"
+    assert num_chunk_splits(1, 1024, config, NUM_SMS) == 4, "two blocks of keys for each"
+    assert num_chunk_splits(1, 1, config, NUM_SMS) == 1
+    assert num_chunk_splits(NUM_SMS // 2 + 1, 4160, config, NUM_SMS) == 1
+    assert num_chunk_splits(10 * NUM_SMS, 4160, config, NUM_SMS) == 1
