@@ -101,7 +101,7 @@ check-cpp: $(READY)
 
 KERNEL := $(patsubst csrc/%.cpp,%.o,$(wildcard csrc/attention_*.cpp csrc/linear_*.cpp)) instruction_sets.o
 SANITIZED := $(patsubst tests/csrc/%.cpp,build/tests/address/%,$(wildcard tests/csrc/*.cpp)) \
-  $(addprefix build/tests/thread/,attention_test linear_test ring_cache_kernels_test)
+  $(addprefix build/tests/thread/,attention_test attention_backward_test linear_test ring_cache_kernels_test)
 build/tests/address/%: SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 build/tests/thread/%: SANITIZE := -fsanitize=thread
 vpath %.cpp csrc tests/csrc
@@ -110,10 +110,9 @@ COMPILE = @mkdir -p $(@D) && $(CXX) $(STRICT) -g -O1 -ffp-contract=off $(SANITIZ
 build/tests/address/%.o: %.cpp ; $(COMPILE)
 build/tests/thread/%.o: %.cpp ; $(COMPILE)
 $(SANITIZED): %: %.o ; @$(CXX) $(SANITIZE) -pthread $^ -o $@
-build/tests/address/attention_test: $(KERNEL:%=build/tests/address/%)
-build/tests/thread/attention_test: $(KERNEL:%=build/tests/thread/%)
-build/tests/address/linear_test: $(KERNEL:%=build/tests/address/%)
-build/tests/thread/linear_test: $(KERNEL:%=build/tests/thread/%)
+KERNEL_TESTS := attention_test attention_backward_test linear_test
+$(KERNEL_TESTS:%=build/tests/address/%): $(KERNEL:%=build/tests/address/%)
+$(KERNEL_TESTS:%=build/tests/thread/%): $(KERNEL:%=build/tests/thread/%)
 
 real: $(READY)  ## evaluate that model; says first how long it takes; ARGS=--full: hours, for docs/evaluation
 	@$(PY) bench/real.py $(ARGS)

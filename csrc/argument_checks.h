@@ -55,8 +55,7 @@ inline void check_seen_and_lengths(const int64_t* seen, const int64_t* lengths, 
   }
 }
 
-inline void check_new_tokens(
-    const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, int64_t num_sinks) {
+inline void check_new_tokens(const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value) {
   check_cache(keys, values);
   check_device(key, keys, "key");
   check_device(value, keys, "value");
@@ -70,6 +69,11 @@ inline void check_new_tokens(
   require(
       key.scalar_type() == keys.scalar_type() && value.scalar_type() == keys.scalar_type(),
       "key, value: expected the dtype of the cache");
+}
+
+inline void check_new_tokens(
+    const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, int64_t num_sinks) {
+  check_new_tokens(keys, values, key, value);
   require(
       num_sinks >= 0 && num_sinks < keys.size(2), "num_sinks: expected 0 to ", keys.size(2) - 1, ", got ", num_sinks);
 }

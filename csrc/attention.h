@@ -1,5 +1,5 @@
-// Interface of the CPU attention kernel, without torch: append new tokens to the ring, attend over sinks and window.
-// attention.cpp (the operator) and tests/csrc call it; attention_kernel.h implements it, compiled once for each
+// Interface of the CPU attention kernel, without torch: append new tokens to the ring, attend over sinks and window; and
+// the gradients of that. attention.cpp and gradients.cpp (the operators) and tests/csrc call it; attention_kernel.h implements it, compiled once for each
 // instruction set by attention_<set>.cpp.
 #pragma once
 
@@ -42,6 +42,25 @@ struct AttentionCall {
   const void* sink_logits;   // [heads] or null
   const void* alibi_slopes;  // [heads] or null
   void* out;                 // [batch, tokens, heads, value_dim], contiguous
+};
+
+// Arguments of the gradients of one call. What the ring held before the call is a constant.
+struct AttentionGradients {
+  // The call. keys and values, [batch, kv_heads, past, ...], hold the tokens in sight before it, in order of time:
+  // sinks, then the window. layout has no headroom; out is not used.
+  AttentionCall forward;
+  int64_t past;               // num_sinks + window, or 0 if no row has seen a token
+  StridedView out, gradient;  // [batch, heads, tokens, value_dim]: what the call returned, and its gradient
+  void *dquery, *dkey, *dvalue;  // [batch, tokens, heads or kv_heads, head_dim or value_dim], contiguous
+  void* dsink_logits;            // [heads] in the type of accumulation, or null
+  int64_t groups;                // parts of the queries of a KV head, each with sums of its own
+  // Buffers: new keys and values as the ring holds them, [batch, kv_heads, tokens, ...], and sums in the type of
+  // accumulation, [batch, kv_heads, groups, sum_rows(), padded(head_dim) + padded(value_dim)].
+  void *new_keys, *new_values, *sums;
+
+  static constexpr int64_t kExtraRows = 64;  // one block of keys
+  static int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
+  int64_t sum_rows() const { return forward.tokens + kExtraRows; }
 };
 
 }  // namespace sinkattn

@@ -8,6 +8,8 @@ namespace sinkattn {
 
 void attend_avx2(const AttentionCall& call, Workers& workers) { avx2::attend(call, workers); }
 
+void differentiate_avx2(const AttentionGradients& call, Workers& workers) { avx2::differentiate(call, workers); }
+
 }  // namespace sinkattn
 
 #endif

@@ -8,6 +8,8 @@ namespace sinkattn {
 
 void attend_avx512(const AttentionCall& call, Workers& workers) { avx512::attend(call, workers); }
 
+void differentiate_avx512(const AttentionGradients& call, Workers& workers) { avx512::differentiate(call, workers); }
+
 }  // namespace sinkattn
 
 #endif

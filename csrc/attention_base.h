@@ -1,4 +1,4 @@
-// Base class of Decode (attention_decode.h) and Chunk (attention_chunk.h), which include it: addresses of a call's
+// Base class of Decode (attention_decode.h), Chunk (attention_chunk.h) and Backward (attention_backward.h): addresses of a call's
 // data, rotation, visibility, writing of keys, values and outputs; and work distribution over threads.
 #pragma once
 
@@ -178,6 +178,14 @@ class AttentionBase {
     } else {
       rotate_vector<T>(to, from, stride, dim, pairs, cos, sin, table_stride, call_.interleaved);
     }
+  }
+
+  // Rotates by the opposite angles, in the type of accumulation; `to` may be `from`.
+  void rotate_back(acc_t* to, const acc_t* from, int64_t table, int64_t row, int64_t token) const {
+    const acc_t* cos = call_.pairs ? call_.cos.at<acc_t>(table, row, token) : nullptr;
+    const acc_t* sin = call_.pairs ? call_.sin.at<acc_t>(table, row, token) : nullptr;
+    rotate_vector<acc_t, true>(
+        to, from, 1, call_.head_dim, call_.pairs, cos, sin, call_.cos.stride[3], call_.interleaved);
   }
 
   const AttentionCall& call_;

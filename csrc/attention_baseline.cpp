@@ -5,4 +5,6 @@ namespace sinkattn {
 
 void attend_baseline(const AttentionCall& call, Workers& workers) { baseline::attend(call, workers); }
 
+void differentiate_baseline(const AttentionGradients& call, Workers& workers) { baseline::differentiate(call, workers); }
+
 }  // namespace sinkattn

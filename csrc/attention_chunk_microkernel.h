@@ -17,52 +17,55 @@ namespace SINKATTN_ISA {
 constexpr int kRegisterRows = 6;
 constexpr int kRegisterVectors = SINKATTN_VECTOR_REGISTERS >= 32 ? 4 : 2;
 
-// c += a x b, for kRegisterRows rows of `a` and kVectors vectors of columns of `b`.
-template <int kVectors, typename acc_t>
+// c += a x b, for kRows rows of `a` and kVectors vectors of columns of `b`. Element (m, k) of `a` is
+// a[m * a_stride + k * a_step].
+template <int kVectors, int kRows, typename acc_t>
 SINKATTN_INLINE void multiply_register_tile(
-    Vec<acc_t> (&c)[kRegisterRows][kVectors], const acc_t* a, int64_t a_stride, const acc_t* b, int64_t b_stride,
-    int64_t depth) {
+    Vec<acc_t> (&c)[kRows][kVectors], const acc_t* a, int64_t a_stride, const acc_t* b, int64_t b_stride,
+    int64_t depth, int64_t a_step) {
   using V = Vec<acc_t>;
   for (int64_t k = 0; k < depth; ++k) {
     V x[kVectors];
 #pragma GCC unroll 4
     for (int n = 0; n < kVectors; ++n) x[n] = load(b + k * b_stride + n * kLanes<acc_t>);
 #pragma GCC unroll 6
-    for (int m = 0; m < kRegisterRows; ++m) {
-      const V y = broadcast(a[m * a_stride + k]);
+    for (int m = 0; m < kRows; ++m) {
+      const V y = broadcast(a[m * a_stride + k * a_step]);
 #pragma GCC unroll 4
       for (int n = 0; n < kVectors; ++n) c[m][n] = multiply_add(y, x[n], c[m][n]);
     }
   }
 }
 
-// c = factor * c + a x b, or c = a x b if `factor` is null, for kRegisterRows rows and `columns` columns, a multiple of
-// the vector lanes.
-template <int kVectors = kRegisterVectors, typename acc_t>
+// c = factor * c + a x b, or c = a x b if `factor` is null, for kRows rows and `columns` columns, a multiple of the
+// vector lanes.
+template <int kVectors, int kRows, typename acc_t>
 SINKATTN_INLINE void multiply(
     acc_t* c, int64_t c_stride, const acc_t* factor, const acc_t* a, int64_t a_stride, const acc_t* b,
-    int64_t b_stride, int64_t depth, int64_t columns) {
+    int64_t b_stride, int64_t depth, int64_t columns, int64_t a_step = 1) {
   using V = Vec<acc_t>;
   constexpr int width = kVectors * kLanes<acc_t>;
   int64_t n = 0;
   for (; n + width <= columns; n += width) {
-    V tile[kRegisterRows][kVectors];
+    V tile[kRows][kVectors];
 #pragma GCC unroll 6
-    for (int r = 0; r < kRegisterRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         tile[r][v] = factor ? load(c + r * c_stride + n + v * kLanes<acc_t>) * factor[r] : V{};
       }
     }
-    multiply_register_tile<kVectors>(tile, a, a_stride, b + n, b_stride, depth);
+    multiply_register_tile<kVectors, kRows>(tile, a, a_stride, b + n, b_stride, depth, a_step);
 #pragma GCC unroll 6
-    for (int r = 0; r < kRegisterRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) store(c + r * c_stride + n + v * kLanes<acc_t>, tile[r][v]);
     }
   }
   if constexpr (kVectors > 1) {
-    if (n < columns) multiply<1>(c + n, c_stride, factor, a, a_stride, b + n, b_stride, depth, columns - n);
+    if (n < columns) {
+      multiply<1, kRows>(c + n, c_stride, factor, a, a_stride, b + n, b_stride, depth, columns - n, a_step);
+    }
   }
 }
 
@@ -125,7 +128,7 @@ struct ChunkMicrokernel {
   static void scores(
       acc_t* scores, acc_t scale, const packed_t* queries, const packed_t* keys, int64_t dim, int count) {
     const int64_t columns = round_up(count, kVectorLanes);
-    multiply<kRegisterVectors, acc_t>(
+    multiply<kRegisterVectors, kRegisterRows, acc_t>(
         scores, kKeys, nullptr, queries, query_size(dim), keys, kKeys, dim, columns);
     for (int r = 0; r < kQueries; ++r) {
       for (acc_t* x = scores + r * kKeys; x < scores + r * kKeys + columns; x += kVectorLanes) {
@@ -139,7 +142,8 @@ struct ChunkMicrokernel {
   static void add_values(
       acc_t* acc, const acc_t* factor, const acc_t* weights, const packed_t* values, int64_t dim, int count) {
     const int64_t stride = round_up(dim, kVectorLanes);
-    multiply<kRegisterVectors, acc_t>(acc, stride, factor, weights, kKeys, values, stride, count, stride);
+    multiply<kRegisterVectors, kRegisterRows, acc_t>(
+        acc, stride, factor, weights, kKeys, values, stride, count, stride);
   }
 };
 

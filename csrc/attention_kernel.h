@@ -3,7 +3,8 @@
 //
 //   attention_decode.h   few queries per KV head, over attention_decode_microkernel.h
 //   attention_chunk.h    many queries per KV head, over attention_chunk_microkernel.h and, on AMX, ..._amx.h
-//   attention_base.h     base class of both; attention_softmax.h: online softmax
+//   attention_backward.h gradients, over attention_chunk_microkernel.h
+//   attention_base.h     base class of the three; attention_softmax.h: online softmax
 //   simd.h, simd_math.h  vectors of the instruction set
 //
 // The slots, in storage order, hold at most three runs of consecutive tokens, and softmax does not depend on the order
@@ -32,6 +33,7 @@
 #include "attention_chunk_microkernel_amx.h"
 #endif
 
+#include "attention_backward.h"
 #include "attention_chunk.h"
 #include "attention_decode.h"
 
@@ -57,6 +59,15 @@ inline void attend(const AttentionCall& call, Workers& workers) {
     case CacheType::kDouble: return attend_as<double>(call, workers);
     case CacheType::kHalf: return attend_as<Half>(call, workers);
     case CacheType::kBFloat16: return attend_as<BFloat16>(call, workers);
+  }
+}
+
+inline void differentiate(const AttentionGradients& call, Workers& workers) {
+  switch (call.forward.type) {
+    case CacheType::kFloat: return Backward<float>(call, workers).run();
+    case CacheType::kDouble: return Backward<double>(call, workers).run();
+    case CacheType::kHalf: return Backward<Half>(call, workers).run();
+    case CacheType::kBFloat16: return Backward<BFloat16>(call, workers).run();
   }
 }
 #endif

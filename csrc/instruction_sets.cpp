@@ -12,11 +12,14 @@
 namespace sinkattn {
 
 void attend_baseline(const AttentionCall& call, Workers& workers);
+void differentiate_baseline(const AttentionGradients& call, Workers& workers);
 void linear_baseline(const LinearCall& call, Workers& workers);
 #if defined(__x86_64__)
 void attend_avx2(const AttentionCall& call, Workers& workers);
+void differentiate_avx2(const AttentionGradients& call, Workers& workers);
 void linear_avx2(const LinearCall& call, Workers& workers);
 void attend_avx512(const AttentionCall& call, Workers& workers);
+void differentiate_avx512(const AttentionGradients& call, Workers& workers);
 void linear_avx512(const LinearCall& call, Workers& workers);
 void attend_amx(const AttentionCall& call, Workers& workers);
 #endif
@@ -58,11 +61,11 @@ bool has_amx() {
 // Names as in torch.backends.cpu.get_cpu_capability(), in lower case.
 const InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__)
-    {"amx", has_amx, attend_amx, linear_avx512},
-    {"avx512", has_avx512, attend_avx512, linear_avx512},
-    {"avx2", has_avx2, attend_avx2, linear_avx2},
+    {"amx", has_amx, attend_amx, differentiate_avx512, linear_avx512},
+    {"avx512", has_avx512, attend_avx512, differentiate_avx512, linear_avx512},
+    {"avx2", has_avx2, attend_avx2, differentiate_avx2, linear_avx2},
 #endif
-    {"default", has_baseline, attend_baseline, linear_baseline},
+    {"default", has_baseline, attend_baseline, differentiate_baseline, linear_baseline},
 };
 const int kNumInstructionSets = sizeof(kInstructionSets) / sizeof(kInstructionSets[0]);
 

@@ -7,6 +7,7 @@
 namespace sinkattn {
 
 struct AttentionCall;
+struct AttentionGradients;
 struct LinearCall;
 
 // Threads and memory that the caller provides to the kernel.
@@ -26,6 +27,7 @@ struct InstructionSet {
   const char* name;
   bool (*available)();  // on this processor
   void (*attend)(const AttentionCall& call, Workers& workers);
+  void (*differentiate)(const AttentionGradients& call, Workers& workers);
   void (*linear)(const LinearCall& call, Workers& workers);
 };
 

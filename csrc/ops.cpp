@@ -10,6 +10,9 @@
 //     counts, source           [batch] int64
 //   rows                       [any number] int64
 //   sink_logits, alibi_slopes  [heads]
+//   keys, values of sink_attention_gradients  [batch, kv_heads, num_sinks + window, head_dim], what linearise returned
+//     before the call, or no tokens; out, gradient: of the call's output; returns the gradients of query, key, value
+//     and sink_logits (empty without them)
 //   input of linear            [..., columns], 1 to 4 tokens; each weight [rows, columns], scale and bias [rows];
 //     output [..., rows of all weights], one weight after the other
 //   arrivals                   [batch, kv_heads] int32, completion counters of KV splits on GPUs, zero between calls
@@ -27,6 +30,11 @@ STABLE_TORCH_LIBRARY(sinkattn, m) {
       "sink_attention_(Tensor(a!) keys, Tensor(b!) values, Tensor query, Tensor key, Tensor value, Tensor seen, "
       "Tensor? lengths, Tensor? cos, Tensor? sin, int num_sinks, int window, float scale, bool interleaved, "
       "Tensor? sink_logits, float? softcap, Tensor? alibi_slopes, Tensor(c!)? arrivals) -> Tensor");
+  m.def(
+      "sink_attention_gradients(Tensor keys, Tensor values, Tensor query, Tensor key, Tensor value, Tensor out, "
+      "Tensor gradient, Tensor seen, Tensor? lengths, Tensor? cos, Tensor? sin, int num_sinks, int window, "
+      "float scale, bool interleaved, Tensor? sink_logits, float? softcap, Tensor? alibi_slopes) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def("linear(Tensor input, Tensor[] weights, Tensor[] scales, Tensor[] biases) -> Tensor");
   m.def("cpu_capability() -> str");
 }

@@ -28,8 +28,9 @@ SINKATTN_HOST_DEVICE inline void rotate_pair(scalar_t& a, scalar_t& b, acc_t cos
 
 // Rotates `in` into `out`: pair i < `pairs` by the angle with cosine cos[i] and sine sin[i]; elements from 2 * pairs on
 // are copied. Pair i is elements (i, i + pairs), or (2i, 2i + 1) if `interleaved`.
-// Several threads can share one vector: this call handles pairs and copied elements first, first + step, ...
-template <typename scalar_t>
+// Several threads can share one vector: this call handles pairs and copied elements first, first + step, ... kBack
+// rotates by the opposite angles; `out` may be `in`.
+template <typename scalar_t, bool kBack = false>
 SINKATTN_HOST_DEVICE inline void rotate_vector(
     scalar_t* out, const scalar_t* in, int64_t in_stride, int64_t head_dim, int64_t pairs,
     const typename Accumulate<scalar_t>::type* cos, const typename Accumulate<scalar_t>::type* sin,
@@ -39,7 +40,8 @@ SINKATTN_HOST_DEVICE inline void rotate_vector(
     const int64_t a = interleaved ? 2 * i : i;
     const int64_t b = interleaved ? 2 * i + 1 : i + pairs;
     scalar_t x = in[a * in_stride], y = in[b * in_stride];
-    rotate_pair(x, y, cos[i * table_stride], sin[i * table_stride]);
+    const auto s = sin[i * table_stride];
+    rotate_pair(x, y, cos[i * table_stride], kBack ? -s : s);
     out[a] = x;
     out[b] = y;
   }

@@ -8,7 +8,7 @@ from factories import make_qkv, make_rope
 from torch import Tensor
 
 from sinkattn import RingKVCache, reference, sink_attention
-from sinkattn.ops import gradients
+from sinkattn.ops import attention, gradients
 
 S, W = 3, 9
 HEADS = {"heads": 6, "kv_heads": 2, "head_dim": 8}
@@ -22,6 +22,15 @@ OPTIONS = {
     "ALiBi": {"alibi_slopes": True},
     "all": {"softcap": 3.0, "sink_logits": True, "alibi_slopes": True},
 }
+
+
+@pytest.fixture(params=["fused", "products"], autouse=True)
+def backward(request, monkeypatch):
+    """Runs a test on the C++ kernel and on PyTorch's matrix products."""
+    attend = attention.attend_with_gradients
+    fused = request.param == "fused"
+    monkeypatch.setattr(attention, "attend_with_gradients", lambda *call, **_: attend(*call, fused=fused))
+    return request.param
 
 
 def leaf(x: Tensor) -> Tensor:
@@ -71,6 +80,51 @@ def test_gradients_are_those_of_the_specification(name, calls, block, monkeypatc
         if logits:
             assert_gradients(logits[:1], logits[1:])
         first += tokens
+
+
+@pytest.mark.parametrize("past", [0, 2, 250])
+@pytest.mark.parametrize(
+    ("layout", "tokens", "heads"),
+    [
+        ((4, 200), 200, {"heads": 6, "kv_heads": 2, "head_dim": 20, "value_dim": 36}),  # queries in several groups
+        ((0, 70), 300, {"heads": 2, "kv_heads": 1, "head_dim": 16}),  # longer than the window
+        ((70, 30), 150, {"heads": 2, "kv_heads": 2, "head_dim": 16}),  # sinks of several blocks
+        ((3, 100), 150, {"heads": 66, "kv_heads": 33, "head_dim": 4}),  # several blocks of queries in a group
+        ((2, 40), 100, {"heads": 71, "kv_heads": 1, "head_dim": 8}),
+    ],
+    ids=str,
+)
+def test_gradients_of_long_calls(layout, tokens, heads, past):
+    """More queries, keys and heads than a block has."""
+    num_sinks, window = layout
+    rope, value_dim = make_rope(heads["head_dim"]), heads.get("value_dim", heads["head_dim"])
+    streams = make_qkv(past + tokens, batch=1, dtype=torch.float64, **heads)
+    ring = RingKVCache(1, heads["kv_heads"], heads["head_dim"], *layout, value_dim=value_dim, dtype=torch.float64)
+    options = {"rope": rope, "scale": 0.3, "softcap": 5.0}
+    sink_attention(*(x[:, :, :past] for x in streams), ring, **options)
+    ours, theirs = ([leaf(x[:, :, past:]) for x in streams] for _ in range(2))
+    weights = torch.randn(1, heads["heads"], tokens, value_dim, dtype=torch.float64)
+    (sink_attention(*ours, ring, **options) * weights).sum().backward()
+    whole = [torch.cat((x[:, :, :past], y), dim=2) for x, y in zip(streams, theirs, strict=True)]
+    out = reference.streaming_attention(*whole, num_sinks=num_sinks, window=window, **options)
+    (out[:, :, past:] * weights).sum().backward()
+    assert_gradients(ours, theirs)
+
+
+def test_gradients_do_not_depend_on_threads(backward):
+    """Bit for bit, where the work is our own."""
+    results, threads = [], torch.get_num_threads()
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            torch.manual_seed(0)
+            streams = [leaf(x) for x in make_qkv(300, **HEADS)]
+            sink_attention(*streams, RingKVCache(2, 2, 8, S, 100), rope=make_rope(8)).square().sum().backward()
+            results.append([x.grad for x in streams])
+    finally:
+        torch.set_num_threads(threads)
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y) if backward == "fused" else torch.allclose(x, y, atol=1e-5)
 
 
 def test_rows_of_different_lengths():
@@ -137,15 +191,26 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("wrong", ["sink rotation", "past", "own keys"])
-def test_the_comparison_notices_mistakes(wrong, monkeypatch):
+def test_the_comparison_notices_mistakes(wrong, backward, monkeypatch):
     options, first = make_options("plain"), 20
     streams = make_qkv(40, dtype=torch.float64, **HEADS)
     ring = RingKVCache(2, 2, 8, S, W, dtype=torch.float64)
     sink_attention(*(x[:, :, :first] for x in streams), ring, **options)
-    if wrong == "sink rotation":
+    if backward == "fused":
+        operator = gradients._operator
+
+        def mistaken(*arguments):
+            arguments = list(arguments)
+            if wrong == "sink rotation":
+                arguments[9:11] = (x[:1].expand(2, -1, -1, -1) for x in arguments[9:11])
+            dquery, dkey, dvalue, dlogits = operator(*arguments)
+            return dquery, dkey * (wrong != "own keys"), dvalue, dlogits
+
+        monkeypatch.setattr(gradients, "_operator", mistaken)
+    elif wrong == "sink rotation":
         turned = gradients._Backward._turned
         monkeypatch.setattr(gradients._Backward, "_turned", lambda self, x, index, sign=1: turned(self, x, 0, sign))
-    if wrong == "own keys":
+    elif wrong == "own keys":
         others = gradients._Backward._others
         monkeypatch.setattr(
             gradients._Backward,

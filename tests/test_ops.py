@@ -172,6 +172,7 @@ def op_calls():
     slopes, arrivals = torch.linspace(0.1, 0.4, 4), torch.zeros(2, 2, dtype=torch.int32)
     input, weight, bias = randn(2, 1, 24), torch.rand(10, 24), torch.rand(10)
     attend = (keys, values, query, key, value, seen)
+    past, none = (ops.linearise(keys, values, seen, num_sinks=2, window=4), (keys[:, :, :0], values[:, :, :0]))
     return {
         "append": ("append_", (keys, values, key, value, seen, None, None, None, 2, False)),
         "append-ragged-rotated": ("append_", (keys, values, key, value, seen, lengths, cos, sin, 2, True)),
@@ -183,6 +184,32 @@ def op_calls():
         "attend-ragged-rotated": (
             "sink_attention_",
             (*attend, lengths, both_cos, both_sin, 2, 5, 0.25, True, slopes, 3.0, slopes, arrivals),
+        ),
+        "gradients": (
+            "sink_attention_gradients",
+            (
+                *past,
+                query,
+                key,
+                value,
+                query,
+                query,
+                seen,
+                lengths,
+                both_cos,
+                both_sin,
+                2,
+                4,
+                0.25,
+                True,
+                slopes,
+                3.0,
+                slopes,
+            ),
+        ),
+        "gradients-of-a-new-stream": (
+            "sink_attention_gradients",
+            (*none, query, key, value, query, query, 0 * seen, *[None] * 3, 2, 4, 0.25, False, *[None] * 3),
         ),
         "linear": ("linear", (input, [weight], [], [bias])),
         "linear-int8": ("linear", (input, [(weight * 20).to(torch.int8)] * 2, [bias] * 2, [])),

@@ -95,7 +95,9 @@ def sink_attention_(
         # For CPU tensors the operator dispatches to the C++ kernel, so Triton's interpreter is called directly.
         attend = _attend_with_triton if chosen == "triton" and keys.is_cpu else _operator
     try:
-        return attend_with_gradients(attend, call) if needs_gradients(call) else attend(*call)
+        if needs_gradients(call):
+            return attend_with_gradients(attend, call, fused=attend is _operator and keys.is_cpu)
+        return attend(*call)
     except RuntimeError:
         # The operator has validated its arguments already; these checks only give a better message.
         check_attention(call)

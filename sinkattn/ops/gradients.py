@@ -4,6 +4,7 @@ With scores s = scale q.k, weights p = softmax(s), output o = sum p v and the gr
 ds = p (g.v - g.o). A query is rotated twice, by R(t) for window keys and by R(c) for sink keys (see `sinkattn.rope`),
 so dq = R(t)^T dq_window + R(c)^T dq_sinks; a key once. Scores are computed again, by blocks of queries (FlashAttention,
 arXiv 2205.14135), so memory grows with the number of new tokens and of those in sight, not with their product.
+On CPUs csrc/attention_backward.h does that; `_Backward` elsewhere, in matrix products of PyTorch.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+import sinkattn.ops.library  # noqa: F401  (registers the operators)
 from sinkattn.attention_arguments import AttentionArguments
 from sinkattn.ops.ring import linearise
 from sinkattn.rope import rotate, table_dtype
 
 QUERY_BLOCK = 64
+
+_operator = torch.ops.sinkattn.sink_attention_gradients.default
 
 
 def needs_gradients(call: AttentionArguments) -> bool:
@@ -29,16 +33,34 @@ def needs_gradients(call: AttentionArguments) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
-def attend_with_gradients(attend: Callable[..., Tensor], call: AttentionArguments) -> Tensor:
-    """Run ``attend(*call)``; its output has gradients for query, key, value and sink logits of the call."""
-    return _Attention.apply(attend, call, call.query, call.key, call.value, call.sink_logits)
+def attend_with_gradients(attend: Callable[..., Tensor], call: AttentionArguments, *, fused: bool) -> Tensor:
+    """Run ``attend(*call)``; its output has gradients for query, key, value and sink logits of the call.
+
+    ``fused``: by the operator ``sink_attention_gradients``, which runs on CPUs; else by matrix products of PyTorch.
+    """
+    return _Attention.apply(attend, fused, call, call.query, call.key, call.value, call.sink_logits)
+
+
+@torch.library.register_fake("sinkattn::sink_attention_gradients")
+def _(keys: Tensor, values: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    sink_logits = rest[-3]
+    # Tokens before heads in memory, as in the output.
+    vectors = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value))
+    heads = 0 if sink_logits is None else query.shape[1]
+    return *vectors, query.new_empty(heads, dtype=table_dtype(query.dtype))
 
 
 class _Attention(torch.autograd.Function):
-    """The operator's forward, and the backward of `_Backward`."""
+    """The operator's forward, and the backward of a kernel or of `_Backward`."""
 
     @staticmethod
-    def forward(ctx: Any, attend: Callable[..., Tensor], call: AttentionArguments, *inputs: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        attend: Callable[..., Tensor],
+        fused: bool,
+        call: AttentionArguments,
+        *inputs: Tensor | None,
+    ) -> Tensor:
         # The ring and its counters change before the backward runs.
         is_fresh = call.seen.is_cpu and not call.seen.any()
         past: tuple[Tensor | None, ...] = (None, None)
@@ -47,6 +69,7 @@ class _Attention(torch.autograd.Function):
         counts = [None if x is None else x.clone() for x in (call.seen, call.lengths)]
         out = attend(*call)
         ctx.save_for_backward(*inputs, out, *past, *counts, call.cos, call.sin, call.alibi_slopes)
+        ctx.fused = fused
         ctx.options = call.num_sinks, call.window, call.scale, call.softcap, call.interleaved
         return out
 
@@ -55,10 +78,42 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sink_logits, *_ = ctx.saved_tensors
         arguments: Any = (*ctx.saved_tensors, *ctx.options, gradient)
+        if ctx.fused:
+            return None, None, None, *_run_fused(*arguments)
         with torch.autocast(gradient.device.type, enabled=False):
             needed = _Backward(*arguments).run()
         dtypes = (query.dtype, key.dtype, value.dtype, None if sink_logits is None else sink_logits.dtype)
-        return None, None, *(None if x is None else x.to(dtype) for x, dtype in zip(needed, dtypes, strict=True))
+        return None, None, None, *(None if x is None else x.to(dtype) for x, dtype in zip(needed, dtypes, strict=True))
+
+
+def _run_fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink_logits: Tensor | None,
+    out: Tensor,
+    past_keys: Tensor | None,
+    past_values: Tensor | None,
+    seen: Tensor,
+    lengths: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    alibi_slopes: Tensor | None,
+    num_sinks: int,
+    window: int,
+    scale: float,
+    softcap: float | None,
+    interleaved: bool,
+    gradient: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value and sink logits."""
+    if past_keys is None or past_values is None:
+        past_keys, past_values = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (key, value))
+    *gradients, dlogits = _operator(
+        past_keys, past_values, query, key, value, out, gradient, seen, lengths, cos, sin, num_sinks, window, scale,
+        interleaved, sink_logits, softcap, alibi_slopes,
+    )  # fmt: skip
+    return *gradients, None if sink_logits is None else dlogits
 
 
 @dataclass
