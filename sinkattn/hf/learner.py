@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.model_patch import require_patch
 from sinkattn.hf.stream import keep_last_logits
-from sinkattn.hf.swap.ring_patch import RingPatch
 from sinkattn.hf.versions import forward_cache
 
 Selection = Literal["lora", "all"] | Callable[[str, nn.Parameter], bool]
@@ -29,7 +29,7 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 ADAPTER = "online"
 ADAPTER_FILE = "adapter_model.safetensors"  # of peft
 # Parts of the paths of linear layers, of MLPs and of what chooses experts.
-MLP_NAMES = {"mlp", "feed_forward", "ffn", "block_sparse_moe", "shared_experts", "shared_expert"}
+MLP_NAMES = {"mlp", "feed_forward", "ffn", "fc1", "fc2", "block_sparse_moe", "shared_experts", "shared_expert"}
 ROUTER_NAMES = {"gate", "router", "shared_expert_gate"}
 
 
@@ -328,8 +328,6 @@ def _losses(logits: Tensor, ids: Tensor) -> Tensor:
 def _new_cache(model: PreTrainedModel) -> SinkCache:
     """A stream of a model that can learn."""
     patch, name = require_patch(model), type(model).__name__
-    if not isinstance(patch, RingPatch):
-        raise ValueError(f"model: expected one that has gradients, got a {name}, which streams by re-encoding")
     if patch.model is patch.decoder:
         raise ValueError(f"model: expected one with a language modelling head, got a {name}")
     cache = SinkCache(model)
@@ -390,7 +388,9 @@ def _add_adapters(model: Any) -> None:
         targets = _adapted_layers(model)
         if not targets:
             raise ValueError(f"learn: expected linear layers for adapters, found none in {type(model).__name__}")
-        config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=targets)
+        # The weights of GPT-2's Conv1D are transposed; no model has both kinds.
+        is_transposed = isinstance(model.get_submodule(targets[0]), Conv1D)
+        config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=targets, fan_in_fan_out=is_transposed)
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
         for name, x in model.named_parameters():
             if f".{ADAPTER}." in name and x.dtype in HALF_DTYPES:
@@ -404,7 +404,8 @@ def _adapted_layers(model: PreTrainedModel) -> list[str]:
     linears = []
     for path, module in model.named_modules():
         index = next((int(part) for part in path.split(".") if part.isdigit()), None)
-        if isinstance(module, nn.Linear) and index in middle and not ROUTER_NAMES.intersection(path.split(".")):
+        is_linear = isinstance(module, nn.Linear | Conv1D)
+        if is_linear and index in middle and not ROUTER_NAMES.intersection(path.split(".")):
             linears.append(path)
     return [path for path in linears if MLP_NAMES.intersection(path.split("."))] or linears
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import sinkattn
 from sinkattn import OnlineLearner
 from sinkattn.hf.learner import _adapted_layers
+from sinkattn.hf.reencode.lanes import context_start
 
 S, W, CHUNK = 2, 14, 8
 
@@ -59,9 +60,10 @@ def test_a_frozen_learner_predicts_as_the_model_does():
     assert learner.num_updates == 0
 
 
-def test_it_learns():
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_it_learns(family):
     ids = repeated()
-    frozen, learner = make_learner(), make_learner()
+    frozen, learner = (make_learner(enabled(family)) for _ in range(2))
     frozen.freeze()
     # The same weights at first, so the same loss of the first chunk.
     assert learner.step(ids[:, :CHUNK]) == frozen.step(ids[:, :CHUNK])
@@ -110,11 +112,12 @@ def test_no_token_is_predicted_by_weights_that_have_seen_it():
     assert got > sum(leaking) / len(leaking) + 0.05
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("length", [1, 3, CHUNK, CHUNK + 1, 2 * CHUNK, 1000])
-def test_pieces_of_any_length(length):
+def test_pieces_of_any_length(family, length):
     """What is learned does not depend on how the stream is cut into pieces."""
     ids = repeated(2, 3)
-    whole, parts = make_learner(), make_learner()
+    whole, parts = (make_learner(enabled(family)) for _ in range(2))
     loss = whole.step(ids)
     total, count = 0.0, 0
     for first, piece in zip(range(0, ids.shape[1], length), ids.split(length, dim=1), strict=True):
@@ -155,10 +158,11 @@ def test_updates_of_several_chunks_have_their_mean_gradient():
         torch.testing.assert_close(x, first - 0.3 * y.grad)
 
 
-def test_undo_is_exact_and_only_once():
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_undo_is_exact_and_only_once(family):
     ids = repeated()
     for every in (1, 3):
-        learner = make_learner(optimizer=None, every=every)
+        learner = make_learner(enabled(family), optimizer=None, every=every)
         learner.step(ids[:, :50])
         weights, state = weights_of(learner), copy.deepcopy(learner.optimizer.state_dict())
         gradients = [None if x.grad is None else x.grad.clone() for x in learner.parameters.values()]
@@ -195,6 +199,24 @@ def test_encoding_again_gives_the_keys_of_the_new_weights():
     assert (old - want).abs().max() > 1e-3
 
 
+def test_absolute_positions_are_encoded_again_without_a_break():
+    """After an update the context is what it was, at the same positions, and grows on to the next rebuild."""
+    model, ids = enabled("gpt2"), repeated()
+    learner = make_learner(model, after_update="reencode")
+    for first in range(0, 80, CHUNK):
+        learner.step(ids[:, first : first + CHUNK])
+    plain = build("gpt2")
+    plain.load_state_dict(model.state_dict())
+    assert learner.num_updates == 10
+    cache = copy.deepcopy(learner.cache)
+    for token in range(80, 80 + 2 * W):
+        start = context_start(token, learner.cache.layout)
+        context = torch.cat((ids[:, :S], ids[:, start : token + 1]), dim=1)
+        with torch.no_grad():
+            got, want = model(ids[:, token : token + 1], cache=cache).logits[:, -1], plain(context).logits[:, -1]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_decay_moves_back_to_the_first_weights():
     ids = repeated()
     learners = [make_learner(decay=decay) for decay in (0.0, 0.1, 1.0)]
@@ -224,15 +246,16 @@ def test_a_mask_says_what_to_learn_from():
         torch.testing.assert_close(x, first - 0.3 * y.grad)
 
 
-def test_adapters_by_default(tmp_path):
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_adapters_by_default(family, tmp_path):
     peft = pytest.importorskip("peft")
-    model = enabled(num_hidden_layers=4)
+    model = enabled(family, num_hidden_layers=4)
     base = {name: x.clone() for name, x in model.state_dict().items()}
     learner = OnlineLearner(model, chunk=CHUNK)
     names = sorted(learner.parameters)
     assert all(".mlp." in name and ".online." in name for name in names)
     assert {name.split(".")[2] for name in names} == {"1", "2"}  # the middle half of the layers
-    frozen = make_learner(enabled(num_hidden_layers=4))
+    frozen = make_learner(enabled(family, num_hidden_layers=4))
     frozen.freeze()
     ids = repeated(times=30)
     assert learner.step(ids) < frozen.step(ids) - 0.1
@@ -242,7 +265,7 @@ def test_adapters_by_default(tmp_path):
     assert {each.name for each in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     with pytest.raises(ValueError, match="for a PeftModel, which has adapters of its own"):
         OnlineLearner(sinkattn.enable(peft.get_peft_model(build("llama"), peft.LoraConfig()), S, W))
-    saved = peft.PeftModel.from_pretrained(build("llama", num_hidden_layers=4), tmp_path)
+    saved = peft.PeftModel.from_pretrained(build(family, num_hidden_layers=4), tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(saved(ids[:, : S + W]).logits, model(ids[:, : S + W], use_cache=False).logits)
 
@@ -340,6 +363,8 @@ def test_a_second_learner_goes_on_with_the_adapters():
         ("bloom", {"dense_h_to_4h", "dense_4h_to_h"}),
         ("mixtral", {"q_proj", "k_proj", "v_proj", "o_proj"}),  # its experts are no linear layers
         ("deepseek_v3", {"gate_proj", "up_proj", "down_proj"}),
+        ("gpt2", {"c_fc", "c_proj"}),
+        ("opt", {"fc1", "fc2"}),
     ],
 )
 def test_which_layers_get_adapters(family, names):
@@ -372,7 +397,6 @@ def test_sliding_windows_are_encoded_again_as_well():
 
 def test_models_that_cannot_learn():
     for model, message in [
-        (sinkattn.enable(build("gpt2"), S, W), "GPT2LMHeadModel, which streams by re-encoding"),
         (enabled("falcon_h1"), "FalconH1ForCausalLM, which has recurrent layers"),
         (sinkattn.enable(build("llama").model, S, W), "a language modelling head, got a LlamaModel"),
     ]:

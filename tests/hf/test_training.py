@@ -182,7 +182,8 @@ def test_what_has_no_gradients_is_refused():
     checkpointed(ids).logits.mean().backward()
 
 
-def test_trainer():
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_trainer(family):
     """transformers' Trainer on an enabled model gives the losses of the unpatched one, where nothing is evicted."""
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
@@ -190,7 +191,7 @@ def test_trainer():
     data = [{"input_ids": row, "labels": row} for row in random_ids(24, S + W)]
     losses = []
     for streaming in (False, True):
-        model = build("llama")
+        model = build(family)
         if streaming:
             sinkattn.enable(model, S, W)
         arguments = TrainingArguments(

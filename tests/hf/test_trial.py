@@ -125,8 +125,11 @@ def test_a_context_that_begins_one_token_off_is_refused(dtype, monkeypatch):
     segments = lanes.Lane.segments
 
     def off(lane, new):
-        for ids, first, count in segments(lane, new):
-            yield (torch.cat((ids[:, 1:2], ids[:, 1:]), dim=1) if first and ids.shape[1] > count else ids), first, count
+        for segment in segments(lane, new):
+            ids = segment.ids
+            if segment.first_position and ids.shape[1] > segment.num_new:
+                ids = torch.cat((ids[:, 1:2], ids[:, 1:]), dim=1)
+            yield segment._replace(ids=ids)
 
     monkeypatch.setattr(lanes.Lane, "segments", off)
     with pytest.raises(UnsupportedModelError, match="the patched model differs from the original"):

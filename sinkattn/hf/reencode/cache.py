@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sinkattn.hf.cache.sink_cache import SinkCache
-from sinkattn.hf.reencode.lanes import Lane
+from sinkattn.hf.reencode.lanes import Lane, context_start
 from sinkattn.ops import check_tensor
 
 
@@ -70,6 +70,12 @@ class ReencodeCache(SinkCache):
     def nbytes(self) -> int:
         """Bytes of keys and values of all layers, and of the ids."""
         return sum(lane.nbytes for lane in self.lanes)
+
+    @property
+    def widest_window(self) -> int:
+        """Tokens besides the sinks in the context of the last token: half of the window after a rebuild."""
+        layout = self.layout
+        return max((max(0, lane.seen - context_start(lane.seen - 1, layout)) for lane in self.lanes), default=0)
 
     def lane_inputs(self, ids: Tensor, padding: Padding | None) -> list[LaneInput]:
         """Distribute new ids ``[batch, tokens]`` to the lanes; returns the lanes that get some.

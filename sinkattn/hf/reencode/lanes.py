@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ class ContextLayer(CacheLayerMixin):
         super().__init__()
         self.capacity = capacity
         self.length = 0
+        self.recorded: tuple[Tensor, Tensor] | None = None
+        """Keys and values of the context with the graph of a call that autograd records; None between calls."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate memory for keys and values like these."""
@@ -76,8 +78,17 @@ class ContextLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past, self.length = self.length, self.length + key_states.shape[-2]
-        self.keys[..., past : self.length, :] = key_states
-        self.values[..., past : self.length, :] = value_states
+        # The buffer has no graph: for later calls these tokens are a constant.
+        self.keys[..., past : self.length, :] = key_states.detach()
+        self.values[..., past : self.length, :] = value_states.detach()
+        if self.recorded is not None or torch.is_grad_enabled():
+            # Copies, because autograd keeps them until the backward, and the buffer changes.
+            keys, values = (self.keys, self.values) if self.recorded is None else self.recorded
+            self.recorded = (
+                torch.cat((keys[..., :past, :].to(key_states.dtype), key_states), dim=-2),
+                torch.cat((values[..., :past, :].to(value_states.dtype), value_states), dim=-2),
+            )
+            return self.recorded
         # A stream may enter or leave autocast between calls.
         return (
             self.keys[..., : self.length, :].to(key_states.dtype),
@@ -117,6 +128,18 @@ class ContextCache(Cache):
         super().__init__(layer_class_to_replicate=create_layer)
 
 
+class Segment(NamedTuple):
+    """Tokens to run that share a context."""
+
+    ids: Tensor
+    """int64 ``[rows, tokens]``."""
+    first_position: int
+    num_past: int
+    """How many of them, at the beginning, are from earlier calls."""
+    num_new: int
+    """How many of them, at the end, are new; those before are encoded again."""
+
+
 class Lane:
     """Streams of equal length: the ids that a rebuild may need, and one context.
 
@@ -150,11 +173,11 @@ class Lane:
         """Tokens that can be rolled back: afterwards ``ids`` must still contain the context of the next token."""
         return self.seen - first_token_with_start(self.first_kept, self.layout)
 
-    def segments(self, new: Tensor) -> Iterator[tuple[Tensor, int, int]]:
+    def segments(self, new: Tensor) -> Iterator[Segment]:
         """Split new tokens, int64 ``[len(rows), tokens]``, where the context is rebuilt.
 
-        Yields the ids to run, the position of the first one, and how many at the end are new. Before each yield the
-        context is cut to the tokens before these; resuming the generator marks the segment as encoded.
+        Before each yield the context is cut to the tokens before the segment; resuming the generator marks the segment
+        as encoded.
         """
         num_sinks, window = self.layout.num_sinks, self.layout.window
         ids = torch.cat((self.ids, new), dim=1)
@@ -170,9 +193,15 @@ class Lane:
                 layer.length = num_valid
             begin = num_sinks + start - self.first_kept
             context = torch.cat((ids[:, :num_sinks], ids[:, begin : begin + stop - start]), dim=1)
-            yield context[:, num_valid:], num_valid, stop - token
+            num_past = max(0, min(self.seen, num_sinks) + max(0, self.seen - start) - num_valid)
+            yield Segment(context[:, num_valid:], num_valid, num_past, stop - token)
             self.encoded = (start, num_sinks + stop - start)
             token = stop
+
+    def drop_graph(self) -> None:
+        """Keep keys and values of a call that autograd has recorded as a constant."""
+        for layer in self.context.layers:
+            layer.recorded = None
 
     def append(self, new: Tensor) -> None:
         """Append new tokens that have been run, int64 ``[len(rows), tokens]``; drop ids that are not needed again."""

@@ -20,10 +20,10 @@ from sinkattn.hf.inputs import check_positions, new_token_mask, stream_positions
 from sinkattn.hf.reencode.cache import LaneInput, Padding, ReencodeCache
 from sinkattn.hf.reencode.lanes import Lane
 from sinkattn.hf.swap.stream_patch import StreamPatch
-from sinkattn.ops import check_no_gradients
 
-# Tensors that a call may pass: the cache keeps the ids, and the others follow from the stream.
-ALLOWED_TENSORS = {"input_ids", "attention_mask", "position_ids"}
+# Tensors that a call may pass: the cache keeps the ids, and masks and positions follow from the stream. The last one is
+# for the loss, which a Trainer's calls pass on.
+ALLOWED_TENSORS = {"input_ids", "attention_mask", "position_ids", "num_items_in_batch"}
 
 
 class ReencodePatch(StreamPatch):
@@ -57,11 +57,7 @@ class ReencodePatch(StreamPatch):
         cache = self.checked_cache(kwargs, batch, num_tokens)
         assert isinstance(cache, ReencodeCache)
         if self.decoder.training:
-            raise RuntimeError(
-                "model: is in training mode; a model that streams by re-encoding is for inference, call model.eval()"
-            )
-        if torch.is_grad_enabled():
-            check_no_gradients(*self.decoder.parameters())
+            self._check_trainable()
 
         config = self.decoder.config
         use_cache, return_dict = (
@@ -100,16 +96,37 @@ class ReencodePatch(StreamPatch):
         Returns the class of the decoder's output, and its states: the last hidden states, then those of each layer if
         asked for. A layer's are None if only some layers were asked for, by index.
         """
-        parts = []
-        for ids, first_position, num_new in lane_input.lane.segments(lane_input.ids):
+        lane, parts = lane_input.lane, []
+
+        def run(ids: Tensor, first_position: int) -> Any:
             positions = torch.arange(first_position, first_position + ids.shape[1], device=ids.device).unsqueeze(0)
-            context = lane_input.lane.context
-            options = {**kwargs, "input_ids": ids, "position_ids": positions, self.cache_argument: context}
-            output = self.run_decoder(**options)
-            states = (output.last_hidden_state, *(output.hidden_states or ()))
-            parts.append([None if x is None else x[:, -num_new:] for x in states])
+            options = {"input_ids": ids, "position_ids": positions, self.cache_argument: lane.context}
+            return self.run_decoder(**{**kwargs, **options})
+
+        try:
+            for ids, first_position, num_past, num_new in lane.segments(lane_input.ids):
+                if num_past and torch.is_grad_enabled():
+                    # What earlier calls have fed is a constant, although this call encodes it again.
+                    with torch.no_grad():
+                        run(ids[:, :num_past], first_position)
+                    ids, first_position = ids[:, num_past:], first_position + num_past
+                output = run(ids, first_position)
+                states = (output.last_hidden_state, *(output.hidden_states or ()))
+                parts.append([None if x is None else x[:, -num_new:] for x in states])
+        finally:
+            lane.drop_graph()
         joined = (None if xs[0] is None else torch.cat(xs, dim=1) for xs in zip(*parts, strict=True))
         return type(output), tuple(joined)
+
+    def _check_trainable(self) -> None:
+        """Raise RuntimeError for what skips layers or runs them again, in training mode."""
+        self.check_no_checkpointing()
+        rate = max(getattr(module, "layerdrop", 0.0) for module in self.decoder.modules())
+        if rate:
+            raise RuntimeError(
+                f"layerdrop: expected 0 in training mode, got {rate}; a layer that is skipped leaves no keys for the "
+                "tokens after; set this attribute of the decoder to 0, or call model.eval()"
+            )
 
 
 def _scatter(parts: Sequence[Tensor | None], inputs: list[LaneInput], batch: int, num_tokens: int) -> Tensor | None:

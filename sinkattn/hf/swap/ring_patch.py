@@ -268,11 +268,8 @@ class RingPatch(StreamPatch):
                 f"{name}: sinkattn computes no gradients for models with a convolutional or recurrent state; call it "
                 "under torch.no_grad()"
             )
-        if self.decoder.training and any(getattr(x, "gradient_checkpointing", False) for x in self.decoder.modules()):
-            raise RuntimeError(
-                f"{name}: gradient checkpointing runs layers again, outside of a forward of the model; call "
-                "model.gradient_checkpointing_disable()"
-            )
+        if self.decoder.training:
+            self.check_no_checkpointing()
 
     def _decode_step(self, padding: Padding | None) -> Callable[[RunningForward, dict[str, Any]], Any] | None:
         """What runs a decode step of streams that have memory; None if nothing but the decoder does."""

@@ -77,6 +77,14 @@ class StreamPatch(ModelPatch):
             raise ValueError(f"attention_mask: expected {[batch, widths[1]]}, or None, got {got}")
         return cache
 
+    def check_no_checkpointing(self) -> None:
+        """Raise RuntimeError if layers are set to gradient checkpointing, which has an effect in training mode."""
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.decoder.modules()):
+            raise RuntimeError(
+                f"{type(self.model).__name__}: gradient checkpointing runs layers again, outside of a forward of the "
+                "model; call model.gradient_checkpointing_disable()"
+            )
+
 
 def _model_pre_hook(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of an enabled model: check the cache, record the ids, and rename the cache argument.
