@@ -43,6 +43,7 @@ PARTS = {
     "decode": Part(["gpu_attention.py::test_decode"], 240),
     "model": Part(["gpu_model.py"], 180),
     "chunk": Part(["gpu_attention.py::test_chunk", "gpu_attention.py::test_append"], 90),
+    "gradients": Part(["gpu_gradients.py"], 90),
     "compiled": Part(["gpu_compiled.py"], 240),
 }
 # The shapes that decide, in three minutes.

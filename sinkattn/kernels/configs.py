@@ -69,6 +69,15 @@ def chunk_config(dim: int, dtype: torch.dtype, target: Target, num_kv_rows: int,
     return Config(128, 64, 8, 3)
 
 
+def backward_config(dim: int, dtype: torch.dtype, target: Target) -> Config:
+    """Config of the backward kernels: blocks of ``block_m`` queries and ``block_n`` keys. Not tuned on a GPU."""
+    if dtype == torch.float32:
+        return Config(32, 32, 8, 1) if dim <= 64 else Config(16, 16, 8, 1)
+    if dim > 128:
+        return Config(32, 32, 8, 1)
+    return Config(64, 64, 8, 2 if _shared_is_large(target.capability) else 1)
+
+
 def _shared_is_large(capability: int) -> bool:
     # Shared memory per program: 227 KiB on Hopper and data-centre Blackwell, 163 on A100, 99 on all others.
     return 90 <= capability < 120

@@ -13,6 +13,7 @@ from torch import Tensor
 import sinkattn.ops.library  # noqa: F401  (registers the operators)
 from sinkattn import reference
 from sinkattn.attention_arguments import AttentionArguments
+from sinkattn.ops import gradients
 from sinkattn.ops.backends import Backend, select_backend, triton_obstacle
 from sinkattn.ops.checks import (
     check_attention,
@@ -96,12 +97,19 @@ def sink_attention_(
         attend = _attend_with_triton if chosen == "triton" and keys.is_cpu else _operator
     try:
         if needs_gradients(call):
-            return attend_with_gradients(attend, call, fused=attend is _operator and keys.is_cpu)
+            return attend_with_gradients(attend, call, _backward_kernel(chosen))
         return attend(*call)
     except RuntimeError:
         # The operator has validated its arguments already; these checks only give a better message.
         check_attention(call)
         raise
+
+
+def _backward_kernel(backend: Backend) -> gradients.BackwardKernel | None:
+    """What computes the gradients of a call on a backend."""
+    if backend == "triton":
+        return "triton" if gradients.TRITON_BACKWARD else None
+    return "cpu" if backend == "cpu" else None
 
 
 def _attend_in_pytorch(*arguments: Any) -> Tensor:

@@ -4,14 +4,15 @@ With scores s = scale q.k, weights p = softmax(s), output o = sum p v and the gr
 ds = p (g.v - g.o). A query is rotated twice, by R(t) for window keys and by R(c) for sink keys (see `sinkattn.rope`),
 so dq = R(t)^T dq_window + R(c)^T dq_sinks; a key once. Scores are computed again, by blocks of queries (FlashAttention,
 arXiv 2205.14135), so memory grows with the number of new tokens and of those in sight, not with their product.
-On CPUs csrc/attention_backward.h does that; `_Backward` elsewhere, in matrix products of PyTorch.
+On CPUs csrc/attention_backward.h does that; `_Backward` elsewhere, in matrix products of PyTorch or in Triton kernels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,11 @@ from sinkattn.ops.ring import linearise
 from sinkattn.rope import rotate, table_dtype
 
 QUERY_BLOCK = 64
+# Whether calls of the triton backend get their gradients from Triton kernels. Those have not run on a GPU: `make gpu`
+# checks them, times them beside the matrix products, and says which are faster.
+TRITON_BACKWARD = False
+
+BackwardKernel = Literal["cpu", "triton"]
 
 _operator = torch.ops.sinkattn.sink_attention_gradients.default
 
@@ -33,12 +39,14 @@ def needs_gradients(call: AttentionArguments) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
-def attend_with_gradients(attend: Callable[..., Tensor], call: AttentionArguments, *, fused: bool) -> Tensor:
+def attend_with_gradients(
+    attend: Callable[..., Tensor], call: AttentionArguments, kernel: BackwardKernel | None
+) -> Tensor:
     """Run ``attend(*call)``; its output has gradients for query, key, value and sink logits of the call.
 
-    ``fused``: by the operator ``sink_attention_gradients``, which runs on CPUs; else by matrix products of PyTorch.
+    ``kernel`` computes them; None: PyTorch's matrix products.
     """
-    return _Attention.apply(attend, fused, call, call.query, call.key, call.value, call.sink_logits)
+    return _Attention.apply(attend, kernel, call, call.query, call.key, call.value, call.sink_logits)
 
 
 @torch.library.register_fake("sinkattn::sink_attention_gradients")
@@ -57,7 +65,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any,
         attend: Callable[..., Tensor],
-        fused: bool,
+        kernel: BackwardKernel | None,
         call: AttentionArguments,
         *inputs: Tensor | None,
     ) -> Tensor:
@@ -69,7 +77,7 @@ class _Attention(torch.autograd.Function):
         counts = [None if x is None else x.clone() for x in (call.seen, call.lengths)]
         out = attend(*call)
         ctx.save_for_backward(*inputs, out, *past, *counts, call.cos, call.sin, call.alibi_slopes)
-        ctx.fused = fused
+        ctx.kernel = kernel
         ctx.options = call.num_sinks, call.window, call.scale, call.softcap, call.interleaved
         return out
 
@@ -78,15 +86,16 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sink_logits, *_ = ctx.saved_tensors
         arguments: Any = (*ctx.saved_tensors, *ctx.options, gradient)
-        if ctx.fused:
-            return None, None, None, *_run_fused(*arguments)
+        if ctx.kernel == "cpu":
+            return None, None, None, *_run_operator(*arguments)
         with torch.autocast(gradient.device.type, enabled=False):
-            needed = _Backward(*arguments).run()
+            backward = _Backward(*arguments)
+            needed = backward.run_triton() if ctx.kernel == "triton" else backward.run()
         dtypes = (query.dtype, key.dtype, value.dtype, None if sink_logits is None else sink_logits.dtype)
         return None, None, None, *(None if x is None else x.to(dtype) for x, dtype in zip(needed, dtypes, strict=True))
 
 
-def _run_fused(
+def _run_operator(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -221,6 +230,41 @@ class _Backward:
         of_sinks, of_others = (x.flatten(1, 2) * self.scale for x in dqueries)
         dquery = self._turned(of_sinks, 1, -1) + self._turned(of_others, 0, -1)
         return dquery, self._turned(dkey, 0, -1), dvalue, dlogits
+
+    def run_triton(self) -> tuple[Tensor | None, ...]:
+        """The same, by the Triton kernels."""
+        from sinkattn.kernels.gradients import GradientInputs, gradients  # imports triton, which CPU users may lack
+
+        dtype, tokens = self.query.dtype, self.query.shape[2]
+
+        def by_rows(x: Tensor) -> Tensor:
+            """``[batch, heads, tokens, dim]`` to ``[batch, KV heads, tokens * group, dim]``."""
+            return x.unflatten(1, (self.kv_heads, -1)).transpose(2, 3).flatten(2, 3)
+
+        def by_heads(x: Tensor) -> Tensor:
+            return x.unflatten(2, (tokens, -1)).transpose(2, 3).flatten(1, 2)
+
+        turned = [by_rows(self._turned(self.query.to(self.dtype), index).to(dtype)) for index in (0, 1)]
+        keys, values = self.new_keys.to(dtype), self.value
+        if self.past_keys is not None and self.past_values is not None:
+            keys, values = torch.cat((self.past_keys, keys), dim=2), torch.cat((self.past_values, values), dim=2)
+        delta = by_rows((self.gradient.to(self.dtype) * self.out.to(self.dtype)).sum(dim=-1, keepdim=True)).squeeze(3)
+        window_query, sink_query, keys, values, gradient, delta = (
+            x.contiguous() for x in (*turned, keys, values, by_rows(self.gradient), delta)
+        )
+        found = gradients(
+            GradientInputs(
+                window_query, sink_query, keys, values, gradient, delta, self.seen, self.lengths, self.sink_logits,
+                self.alibi_slopes, tokens, self.num_sinks, self.window, self.scale, self.softcap,
+            )
+        )  # fmt: skip
+        dlogits = None
+        if self.sink_logits is not None:
+            logits = self.sink_logits.view(self.kv_heads, -1).repeat(1, tokens)
+            weights = torch.exp(logits - found.log_sums * math.log(2))
+            dlogits = -by_heads((weights * delta)[..., None]).sum(dim=(0, 2, 3))
+        dquery = self._turned(by_heads(found.window_query), 0, -1) + self._turned(by_heads(found.sink_query), 1, -1)
+        return dquery, self._turned(found.key, 0, -1), found.value, dlogits
 
     def _sinks(self, query: Tensor, rows: slice) -> _Part:
         """The sinks, of the past and among the new tokens."""

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from sinkattn.kernels import attention
+from sinkattn.kernels import attention, gradients
 from sinkattn.kernels.attention import CallShape, Launch, launches
 from sinkattn.kernels.configs import Target
 
@@ -173,10 +173,37 @@ def launches_for(capability: int, call: dict[str, Any]) -> list[tuple[Launch, di
         return list(launches(CallShape(Target(capability, 132), dtype, *sizes, *layout, *strides), given, None))
 
 
+def backward_launches_for(capability: int, call: dict[str, Any]) -> list[tuple[Launch, dict[str, torch.Tensor | None]]]:
+    """Launches, with meta tensors, of the gradients of a call of 512 tokens on a full window."""
+    dtype, head_dim = call.get("dtype", torch.bfloat16), call.get("head_dim", 128)
+    kv_heads, group, tokens, num_sinks, window = 2, 4, 512, 4, 1020
+
+    def tensor(*sizes: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    def per_head(name: str) -> torch.Tensor | None:
+        return tensor(kv_heads * group, dtype=torch.float32) if call.get(name) else None
+
+    rows, keys = (1, kv_heads, tokens * group), (1, kv_heads, num_sinks + window + tokens, head_dim)
+    vectors, sums = (*rows, head_dim), tensor(*rows, dtype=torch.float32)
+    seen = tensor(1, dtype=torch.int64)
+    inputs = gradients.GradientInputs(
+        tensor(*vectors), tensor(*vectors), tensor(*keys), tensor(*keys), tensor(*vectors), sums, seen,
+        seen if call.get("ragged") else None, per_head("sink_logits"), per_head("alibi_slopes"), tokens, num_sinks,
+        window, 0.1, call.get("softcap"),
+    )  # fmt: skip
+    found = [
+        tensor(1, kv_heads, count, head_dim, dtype=torch.float32) for count in (tokens * group,) * 2 + (tokens,) * 2
+    ]
+    with patch.object(gradients, "get_target", lambda device: Target(capability, 132)):
+        return gradients.launches(inputs, gradients.Gradients(*found, sums))
+
+
 def compile_call(capability: int, call: dict[str, Any]) -> dict[str, Resources]:
     """Compile all kernels that a call launches, and return the resources of each."""
+    found = backward_launches_for if call.get("backward") else launches_for
     with tempfile.TemporaryDirectory() as folder:
         return {
             launch.kernel.__name__: resources(compile_for(launch, tensors, capability), Path(folder) / "cubin")
-            for launch, tensors in launches_for(capability, call)
+            for launch, tensors in found(capability, call)
         }

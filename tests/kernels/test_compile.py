@@ -39,6 +39,8 @@ CONFIGS = {
     "split-chunk": {"tokens": 64, "split": True},
     "chunk-d64": {"tokens": 4096, "head_dim": 64},
     "chunk-d256": {"tokens": 4096, "head_dim": 256},
+    "backward": {"backward": True},
+    "backward-d64": {"backward": True, "head_dim": 64},
     "chunk-fp32": {"tokens": 4096, "dtype": FP32},
     "chunk-fp32-d64": {"tokens": 4096, "dtype": FP32, "head_dim": 64},
     "chunk-fp32-d256": {"tokens": 4096, "dtype": FP32, "head_dim": 256},
@@ -69,6 +71,11 @@ FEATURES = {
     "chunk-interleaved": (80, {"tokens": 4096, "interleaved": True}),
     "chunk-no-rotation": (90, {"tokens": 4096, "pairs": 0}),
     "chunk-unaligned": (80, {"tokens": 4096, "offset": 1}),
+    "backward-options": (90, {"backward": True, **OPTIONS}),
+    "backward-d256": (90, {"backward": True, "head_dim": 256}),
+    "backward-fp32": (80, {"backward": True, "dtype": FP32}),
+    "backward-fp32-d64": (90, {"backward": True, "dtype": FP32, "head_dim": 64}),
+    "backward-fp16-small-gpu": (120, {"backward": True, "dtype": FP16}),
     "split-chunk-options": (90, {"tokens": 64, "split": True, **OPTIONS}),
     "split-chunk-fp32": (80, {"tokens": 64, "split": True, "dtype": FP32}),
     "split-chunk-d256": (90, {"tokens": 64, "split": True, "head_dim": 256}),
@@ -104,6 +111,8 @@ def compiled(request):
 def test_compiles_without_spills_in_loops(name, capability, compiled):
     kernels = compiled(name, capability).result()
     expected = ["rotate_kernel", "chunk_kernel"] if "chunk" in name else ["decode_kernel"]
+    if name.startswith("backward"):
+        expected = ["query_gradients_kernel", "key_gradients_kernel"]
     assert list(kernels) == expected + ["combine_kernel"] * name.startswith("split")
     for kernel, used in kernels.items():
         print(kernel, used)
