@@ -84,8 +84,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sink_logits, *_ = ctx.saved_tensors
-        arguments: Any = (*ctx.saved_tensors, *ctx.options, gradient)
+        saved = ctx.saved_tensors  # only once: with gradient checkpointing this runs the layer again
+        query, key, value, sink_logits, *_ = saved
+        arguments: Any = (*saved, *ctx.options, gradient)
         if ctx.kernel == "cpu":
             return None, None, None, *_run_operator(*arguments)
         with torch.autocast(gradient.device.type, enabled=False):

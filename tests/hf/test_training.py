@@ -174,12 +174,49 @@ def test_what_has_no_gradients_is_refused():
     hybrid = sinkattn.enable(build("falcon_h1"), S, W)
     with pytest.raises(RuntimeError, match="no gradients for models with a convolutional or recurrent state"):
         hybrid(ids)
-    checkpointed = sinkattn.enable(build("llama"), S, W).train()
-    checkpointed.gradient_checkpointing_enable()
-    with pytest.raises(RuntimeError, match="gradient checkpointing runs layers again"):
-        checkpointed(ids)
-    checkpointed.gradient_checkpointing_disable()
-    checkpointed(ids).logits.mean().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "falcon-alibi", "bloom"])
+def test_gradient_checkpointing(family, reentrant):
+    """The same gradients, chunk by chunk with padding, when backwards come after later calls, and twice."""
+    ids, results = random_ids(2, 45), []
+    mask = torch.ones(2, 45, dtype=torch.bool)
+    mask[1, 15:18] = False
+    for is_checkpointed in (False, True):
+        model = sinkattn.enable(build(family, torch.float64), S, 10).train()
+        if is_checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        cache, losses = sinkattn.SinkCache(model), []
+        for part, part_mask in zip(ids.split(15, dim=1), mask.split(15, dim=1), strict=True):
+            losses.append(loss_of(model(part, attention_mask=part_mask, cache=cache).logits, part))
+        losses.append(loss_of(model(ids, use_cache=False).logits, ids))
+        for loss in losses:
+            loss.backward(retain_graph=not reentrant)
+        if not reentrant:
+            losses[1].backward()
+        results.append(gradients(model))
+        with torch.no_grad():  # the cache is one of three chunks, whatever ran again
+            assert cache.get_seq_length() == 45
+            results[-1]["next"] = model(ids[:, :3], cache=cache).logits
+    if reentrant:
+        results[0].pop("next"), results[1].pop("next")
+    assert_same(*results, 1e-10)
+
+
+def test_checkpointed_layers_keep_less():
+    """What autograd keeps of the layers is their inputs alone."""
+    sizes = []
+    for is_checkpointed in (False, True):
+        model = sinkattn.enable(build("llama"), S, W).train()
+        if is_checkpointed:
+            model.gradient_checkpointing_enable()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.nbytes) or x, lambda x: x):
+            model(random_ids(2, 60), use_cache=False)
+        sizes.append(sum(kept))
+    assert sizes[1] < 0.6 * sizes[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -203,3 +240,34 @@ def test_trainer(family):
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(losses[0]) == 6
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=1e-3)
+
+
+def test_sft_trainer():
+    """trl's SFTTrainer with its defaults, gradient checkpointing among them: the same losses."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<eos>": 1} | {str(i): i for i in range(2, 100)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="<eos>"
+    )
+    row = random_ids(1, S + W).clamp(min=2)[0].tolist()
+    data = Dataset.from_list([{"input_ids": row[: 9 + i % 8]} for i in range(24)])
+    losses = []
+    for streaming in (False, True):
+        model = build("llama")
+        if streaming:
+            sinkattn.enable(model, S, W)
+        arguments = trl.SFTConfig(
+            output_dir="unused", max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
+            report_to=[], use_cpu=True, bf16=False, seed=0, save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = trl.SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer)
+        trainer.train()
+        assert model.is_gradient_checkpointing
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 6
+    assert losses[0][-1] < losses[0][0] - 0.5
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)

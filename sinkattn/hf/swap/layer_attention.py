@@ -54,6 +54,23 @@ class RunningForward:
     num_layers_run: int = 0
     tables: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Cosines and sines by index of layer group."""
+    rings_before: dict[int, tuple[Tensor, Tensor, Tensor] | None] | None = None
+    """Keys, values and ``seen`` of each layer's ring before it ran, None for an empty one; if layers may run again."""
+    is_rerun: bool = False
+    """Whether layers run again for their gradients, on copies of these rings instead of the cache."""
+
+    def ring_tensors(self, index: int, ring: RingKVCache) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and ``seen`` that a layer reads and writes."""
+        tensors = ring.keys, ring.values, ring.seen
+        if self.rings_before is None:
+            return tensors
+        if self.is_rerun:
+            before = self.rings_before[index]
+            keys, values, seen = map(torch.zeros_like, tensors) if before is None else (x.clone() for x in before)
+            return keys, values, seen
+        is_empty = ring.seen.is_cpu and not ring.seen.any()
+        self.rings_before[index] = None if is_empty else (ring.keys.clone(), ring.values.clone(), ring.seen.clone())
+        return tensors
 
     def rotary_tables(
         self, group: LayerGroup, rope: Rope, ring: RingKVCache, dtype: torch.dtype
@@ -119,15 +136,16 @@ def attend_over_ring(
     order = None if padding is None else padding.order
     if order is not None:
         query, key, value = (_reorder_tokens(x, order) for x in (query, key, value))
+    ring_keys, ring_values, seen = forward.ring_tensors(info.index, ring)
     was_refused = False
     try:
         out = ops.sink_attention_(
-            ring.keys,
-            ring.values,
+            ring_keys,
+            ring_values,
             query,
             key,
             value,
-            ring.seen,
+            seen,
             cos,
             sin,
             num_sinks=group.layout.num_sinks,

@@ -7,8 +7,9 @@ call transformers' attention function, an adapter replaces the forwards of the a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -232,6 +233,11 @@ class RingPatch(StreamPatch):
         cache.begin_forward(batch, num_tokens, kwargs.get("input_ids"))
         is_finished, may_have_written = False, False
         running = RunningForward(self, cache, num_tokens, padding, positions)
+        checkpointed = self._checkpoint_functions() if is_recorded and self.decoder.training else {}
+        if checkpointed:
+            running.rings_before = {}
+        for module, checkpoint in checkpointed.items():
+            module._gradient_checkpointing_func = partial(self._run_checkpointed, running, checkpoint)
         previous = self._set_running(running)
         try:
             can_step = num_tokens == 1 and cache.seen is not None and not is_recorded
@@ -247,6 +253,8 @@ class RingPatch(StreamPatch):
             return output
         finally:
             self._set_running(previous)
+            for module, checkpoint in checkpointed.items():
+                module._gradient_checkpointing_func = checkpoint
             if is_finished:
                 cache.finish_forward(token_mask)
             else:
@@ -268,8 +276,37 @@ class RingPatch(StreamPatch):
                 f"{name}: sinkattn computes no gradients for models with a convolutional or recurrent state; call it "
                 "under torch.no_grad()"
             )
-        if self.decoder.training:
-            self.check_no_checkpointing()
+
+    def _checkpoint_functions(self) -> dict[Any, Callable[..., Any]]:
+        """The function of each module that runs layers with gradient checkpointing."""
+        modules: Iterator[Any] = self.decoder.modules()
+        return {
+            module: module._gradient_checkpointing_func
+            for module in modules
+            if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
+        }
+
+    def _run_checkpointed(
+        self,
+        running: RunningForward,
+        checkpoint: Callable[..., Any],
+        layer: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Run ``checkpoint(layer, ...)``; the layer runs again in the backward, after the forward and in any thread."""
+        has_run = False
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal has_run
+            previous = self._set_running(replace(running, is_rerun=True) if has_run else running)
+            has_run = True
+            try:
+                return layer(*args, **kwargs)
+            finally:
+                self._set_running(previous)
+
+        return checkpoint(run, *args, **kwargs)
 
     def _decode_step(self, padding: Padding | None) -> Callable[[RunningForward, dict[str, Any]], Any] | None:
         """What runs a decode step of streams that have memory; None if nothing but the decoder does."""
