@@ -39,3 +39,22 @@ def interruptible(model: nn.Module) -> Iterator[Event]:
     finally:
         signal.signal(signal.SIGINT, before)
         hook.remove()
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Within it, the first Ctrl-C raises `Interrupted` at once: who waits for input has nothing to complete."""
+    outer = signal.getsignal(signal.SIGINT)
+
+    def press(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, outer)
+        if callable(outer):
+            outer(number, frame)
+        raise Interrupted
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is press:
+            signal.signal(signal.SIGINT, outer)

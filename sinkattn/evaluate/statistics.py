@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,11 +71,29 @@ class Blocks(Sums):
 
     Confidence intervals are by the method of batch means: losses of neighbouring tokens are correlated, so an interval
     from single losses would be too narrow; means over long blocks are nearly independent.
+
+    Args:
+        begin: first position.
+        end: the one after the last.
+        unit: blocks begin at multiples of so many positions from ``begin`` on, for losses that come as their means.
     """
 
-    def __init__(self, begin: int, end: int) -> None:
-        blocks = max(1, min(NUM_BLOCKS, (end - begin) // BLOCK_TOKENS))
-        super().__init__(begin + np.arange(blocks + 1) * (end - begin) // blocks)
+    def __init__(self, begin: int, end: int, unit: int = 1) -> None:
+        blocks = max(1, min(NUM_BLOCKS, (end - begin) // max(BLOCK_TOKENS, unit)))
+        edges = np.arange(blocks + 1) * (end - begin) // blocks // unit * unit
+        edges[-1] = end - begin
+        super().__init__(begin + edges)
+
+    @classmethod
+    def join(cls, parts: Sequence[Blocks]) -> Blocks:
+        """The losses of neighbouring parts of a stream, in at most 32 blocks that are made of theirs."""
+        counts, sums = (np.concatenate([getattr(part, name) for part in parts]) for name in ("counts", "sums"))
+        firsts = np.concatenate([part.edges[:-1] for part in parts])
+        starts = np.unique(np.arange(NUM_BLOCKS) * len(sums) // NUM_BLOCKS)
+        joined = cls.__new__(cls)
+        joined.edges = np.append(firsts[starts], parts[-1].edges[-1])
+        joined.counts, joined.sums = np.add.reduceat(counts, starts), np.add.reduceat(sums, starts)
+        return joined
 
     def mean(self) -> Mean | None:
         """Mean over all losses; None if there are none."""

@@ -9,6 +9,7 @@ import platform
 import sysconfig
 import tempfile
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # A piece ends at the first line break after this many characters, or after twice as many.
 PIECE_CHARACTERS = 8192
+# The same for a source that is read as it comes, so that what has come is soon used.
+FEED_CHARACTERS = 512
 
 # One file in this many of the standard library was held out from the training of the shipped model.
 HELD_OUT_ONE_IN = 20
@@ -128,6 +131,22 @@ class Pipe:
             yield piece
 
 
+class Feed:
+    """A source that is read once, as it comes, and of which nothing is kept: a pipe that may never end."""
+
+    def __init__(self, source: TextIO) -> None:
+        self.description = "stdin"
+        self._source = source
+
+    def pieces(self) -> Iterator[str]:
+        """What has not been read yet, about a chunk at a time."""
+        try:
+            while piece := _read_piece(self._source, FEED_CHARACTERS):
+                yield piece
+        except UnicodeDecodeError as error:
+            raise TextError(f"text: stdin is not UTF-8 text ({error.reason})") from error
+
+
 class HubDataset:
     """The texts of a data set, from the Hugging Face hub or a local folder, streamed row by row.
 
@@ -189,29 +208,36 @@ class TokenStream:
 
     def __iter__(self) -> Iterator[int]:
         """Endless ids from the beginning of the stream. Raises TextError if the text is empty."""
-        if self.start_token is not None:
-            yield self.start_token
-        restarts = 0
-        while True:
-            empty = True
-            for piece in self.text.pieces():
-                ids = self.tokenizer(
-                    piece, add_special_tokens=False, split_special_tokens=True, verbose=False
-                ).input_ids
-                for token in ids:
-                    # Counted at the first token that is read again.
-                    if empty and restarts > self.restarts:
-                        self.restarts = restarts
-                    empty = False
-                    yield token
-            if empty:
-                raise TextError(f"text: {self.text.description} is empty")
-            restarts += 1
+        yield from self._start()
+        for restarts in count():
+            for token in self._read():
+                # Counted at the first token that is read again.
+                self.restarts = max(self.restarts, restarts)
+                yield token
+
+    def once(self) -> Iterator[int]:
+        """The ids up to the end of the text. Raises TextError if it is empty."""
+        yield from self._start()
+        yield from self._read()
+
+    def _start(self) -> list[int]:
+        return [] if self.start_token is None else [self.start_token]
+
+    def _read(self) -> Iterator[int]:
+        empty = True
+        for piece in self.text.pieces():
+            for token in self.tokenizer(
+                piece, add_special_tokens=False, split_special_tokens=True, verbose=False
+            ).input_ids:
+                empty = False
+                yield token
+        if empty:
+            raise TextError(f"text: {self.text.description} is empty")
 
 
-def _read_piece(file: TextIO) -> str:
-    piece = file.read(PIECE_CHARACTERS)
-    return piece if piece.endswith("\n") else piece + file.readline(PIECE_CHARACTERS)
+def _read_piece(file: TextIO, characters: int = PIECE_CHARACTERS) -> str:
+    piece = file.read(characters)
+    return piece if piece.endswith("\n") else piece + file.readline(characters)
 
 
 def _pieces(file: TextIO) -> Iterator[str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sinkattn.evaluate import exact_match, latency, perplexity, sinks
-from sinkattn.evaluate.interruption import Interrupted, interruptible
+from sinkattn.evaluate.interruption import Interrupted, interruptible, waiting
 from sinkattn.evaluate.items import line_items
 from sinkattn.evaluate.methods import CacheSize, Recomputed, Streamed, copy_sharing_weights
 
@@ -126,3 +126,20 @@ def test_costs_that_were_measured_are_kept(model):
     with interrupted_at(model, 2), pytest.raises(Interrupted):
         latency.by_window(model, 4, settings, quiet)
     assert np.isfinite([cost.seconds for cost in latency.by_length(model, CacheSize(4, 28), settings, quiet)]).all()
+
+
+def test_ctrl_c_ends_a_wait_at_once(model, before):
+    with interruptible(model) as pressed:
+        handler = signal.getsignal(signal.SIGINT)
+        with waiting():
+            pass
+        assert signal.getsignal(signal.SIGINT) is handler
+        with pytest.raises(Interrupted), waiting():
+            signal.raise_signal(signal.SIGINT)
+        assert pressed.is_set()
+        # The next one interrupts what is then done.
+        assert signal.getsignal(signal.SIGINT) is before
+        with pytest.raises(Interrupted):
+            forward(model)
+    with pytest.raises(KeyboardInterrupt), waiting():
+        signal.raise_signal(signal.SIGINT)

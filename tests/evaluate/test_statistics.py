@@ -61,3 +61,31 @@ def test_too_few_tokens_have_no_interval_and_none_no_mean():
     assert few.mean() is None
     few.add(0, np.ones(200))
     assert few.mean().margin is None
+
+
+def test_blocks_begin_at_multiples_of_a_unit():
+    edges = Blocks(512, 512 + 10_000, 256).edges
+    assert (edges[0], edges[-1], len(edges)) == (512, 10_512, 33)
+    assert not ((edges[:-1] - 512) % 256).any()
+    assert set(np.diff(edges)[:-1]) == {256, 512}
+    assert Blocks(0, 600, 256).edges.tolist() == [0, 256, 600]
+    assert Blocks(0, 100, 256).edges.tolist() == [0, 100]
+
+
+def test_joined_blocks_are_those_of_their_parts():
+    rng, parts, whole = np.random.default_rng(0), [], Blocks(0, 5_000)
+    for begin in range(0, 5_000, 1_000):
+        losses = rng.normal(size=1_000)
+        parts.append(Blocks(begin, begin + 1_000))
+        parts[-1].add(begin, losses)
+        whole.add(begin, losses)
+    joined = Blocks.join(parts)
+    assert (len(joined.sums), joined.edges[0], joined.edges[-1]) == (32, 0, 5_000)
+    assert joined.mean().tokens == 5_000
+    assert joined.mean().loss == pytest.approx(whole.mean().loss)
+    assert joined.mean().margin == pytest.approx(whole.mean().margin, rel=0.5)
+    for begin, end, count, mean in joined.means():
+        inside = [each for part in parts for each in part.means() if begin <= each[0] and each[1] <= end]
+        assert count == sum(each[2] for each in inside)
+        assert mean == pytest.approx(sum(each[2] * each[3] for each in inside) / count)
+    assert [len(Blocks.join(parts[:1]).sums), len(Blocks.join([Blocks(0, 40), Blocks(40, 80)]).sums)] == [31, 2]

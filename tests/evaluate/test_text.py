@@ -135,3 +135,33 @@ def test_text_is_never_held_as_a_whole(tmp_path):
             return "x" * size
 
     assert len(list(islice(TokenStream(Pipe(Endless()), ByteTokenizer()), 50_000))) == 50_000
+
+
+def test_a_text_may_be_read_once(tmp_path):
+    write(tmp_path, "a.txt", b"abc")
+    stream = TokenStream(TextFile(tmp_path / "a.txt"), ByteTokenizer())
+    assert list(stream.once()) == [0, 98, 99, 100]
+    assert list(islice(stream, 5)) == [0, 98, 99, 100, 98]
+    assert stream.restarts == 1
+    write(tmp_path, "empty.txt", b"")
+    with pytest.raises(TextError, match=r"text: empty.txt is empty"):
+        list(TokenStream(TextFile(tmp_path / "empty.txt"), ByteTokenizer()).once())
+
+
+def test_a_feed_is_read_as_it_comes_and_not_kept():
+    class Source(io.StringIO):
+        read_so_far = 0
+
+        def read(self, size):
+            self.read_so_far += size
+            return super().read(size)
+
+    source = Source("a line\n" * 1000)
+    pieces = text.Feed(source).pieces()
+    first = next(pieces)
+    assert source.read_so_far == text.FEED_CHARACTERS <= len(first) < text.FEED_CHARACTERS + 7
+    assert first.endswith("\n")
+    assert first + "".join(pieces) == "a line\n" * 1000
+    assert list(text.Feed(source).pieces()) == []
+    with pytest.raises(TextError, match="stdin is not UTF-8"):
+        list(text.Feed(io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8")).pieces())

@@ -18,7 +18,7 @@ from sinkattn.cli.formatting import console
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
+    from rich.console import RenderableType
 
     from sinkattn.cli.progress import Bar
     from sinkattn.evaluate.exact_match import Tally
@@ -108,12 +108,14 @@ class Session:
             **results,
         }
 
-    def finish(self, results: dict[str, Any], table: Table, draw: Callable[[Figure, dict[str, Any]], None]) -> None:
+    def finish(
+        self, results: dict[str, Any], table: RenderableType, draw: Callable[[Figure, dict[str, Any]], None]
+    ) -> None:
         """Print the table, and write the report and the picture that were asked for.
 
         Args:
             results: the part of the report that the command adds.
-            table: the results as a table.
+            table: the results as a table, or several.
             draw: draws the whole report.
         """
         console().print(table)
@@ -127,7 +129,7 @@ class Session:
             figure = require("matplotlib.figure").Figure(layout="constrained")
             draw(figure, report)
             text = f", {report['text']['description']}" if "text" in report else ""
-            figure.suptitle(f"sinkattn eval {report['evaluation']}: {report['model']['name']}{text}", fontsize=10)
+            figure.suptitle(f"{self.args.prog}: {report['model']['name']}{text}", fontsize=10)
             figure.savefig(self.args.plot, dpi=150)
             print(f"Picture: {self.args.plot}")
 

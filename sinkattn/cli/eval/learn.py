@@ -1,0 +1,126 @@
+"""``sinkattn eval learn``: what learning on the stream brings, what it costs, and what it forgets."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sinkattn.cli.arguments import add_command, add_model, positive
+from sinkattn.cli.budget import SHARES, add_minutes, choose, stream_length
+from sinkattn.cli.errors import UserError
+from sinkattn.cli.eval.arguments import add_outputs, add_text
+from sinkattn.cli.eval.session import open_session, write_json
+from sinkattn.cli.learn_arguments import HELD_OUT, add_learning, held_out, parse_variants
+from sinkattn.cli.learn_report import as_dict, draw, tables
+
+if TYPE_CHECKING:
+    from sinkattn.cli.arguments import Commands
+    from sinkattn.cli.eval.session import Session
+    from sinkattn.evaluate.learn import Result, Settings, Variant
+    from sinkattn.evaluate.methods import CacheSize
+    from sinkattn.evaluate.text import TokenStream
+
+TOKENS = 50_000
+NUM_STRETCHES = 10
+MIN_HELD_OUT = 64
+BEGINNING = "beginning of the text"
+VARIANTS = ("lora", "lora+decay", "lora+reencode", "all")
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command to those of a parser."""
+    parser = add_command(commands, "learn", run, "learning on the stream: its losses, its cost, what is forgotten")
+    add_model(parser)
+    add_text(parser)
+    parser.add_argument(
+        "--drift",
+        action="store_true",
+        help="a text that changes: folders of Python's standard library, its reference in English, the first folder "
+        "again",
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=VARIANTS,
+        metavar="V",
+        help="what learns beside the frozen model: lora (adapters) or all (weights), then +decay (back to the first "
+        f"weights, 1 %% an update), +reencode (what is in sight, after updates), @RATE (default: {' '.join(VARIANTS)})",
+    )
+    parser.add_argument("--tokens", type=positive, help=f"length of the stream (default: up to {TOKENS})")
+    add_learning(parser, "the beginning of each text, which the stream then leaves out")
+    add_minutes(parser)
+    add_outputs(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    if args.drift and (args.text or args.dataset):
+        raise UserError("drift: this is a text of its own; leave out --text and --dataset")
+    variants = parse_variants(args.variants, args.rate)
+    with open_session(args) as session:
+        from sinkattn.evaluate import learn
+        from sinkattn.evaluate.methods import CacheSize
+        from sinkattn.evaluate.sections import NUM_TEXTS, Sections
+
+        given = held_out(session)
+        streams, order, description = _texts(session)
+        cache = CacheSize.parse(args.cache) if args.cache else CacheSize(4, session.total - 4)
+        texts = NUM_TEXTS if args.drift and not given else 1
+        settings = choose(
+            _candidates(args, cache, variants), lambda each: each.seconds(session.speed, texts), args.minutes
+        )
+        assert settings.tokens is not None
+        sections = Sections(streams, order, 0 if given else settings.held_out)
+        section = settings.tokens // len(order)
+        start_token = not args.no_start_token and session.tokenizer.bos_token_id is not None
+
+        def report(result: Result) -> dict[str, Any]:
+            text = {"description": description, "start_token": start_token, "started_over": sections.restarts}
+            names = [order[each.begin // section % len(order)] for each in result.stretches] if args.drift else None
+            return {**as_dict(result, names), "text": text}
+
+        with session.progress as progress:
+            bar = progress.add("tokens", settings.tokens)
+
+            def on_progress(result: Result) -> None:
+                means = ((name, result.mean(name)) for name in result.seconds)
+                bar(result.tokens, "  ".join(f"{name} {mean.loss:.3f}" for name, mean in means if mean))
+
+            def on_stretch(result: Result) -> None:
+                if args.json:
+                    write_json(args.json, session.report(report(result)))
+
+            kept = given or {name: torch.tensor(ids) for name, ids in sections.held_out.items()}
+            result = learn.run(session.model, sections.read(section), settings, kept, on_progress, on_stretch)
+        session.finish(report(result), tables(report(result)), draw)
+    return 0
+
+
+def _texts(session: Session) -> tuple[dict[str, TokenStream], list[str], str]:
+    """The streams by name, the order of their sections, and the description of all."""
+    from sinkattn.evaluate.sections import drifting_streams
+
+    if not session.args.drift:
+        stream = session.stream()
+        return {BEGINNING: stream}, [BEGINNING], stream.text.description
+    streams, order = drifting_streams(session.tokenizer, not session.args.no_start_token)
+    description = f"{', then '.join(order)}, of Python {platform.python_version()}"
+    print(f"Text: {description}", flush=True)
+    return streams, order, description
+
+
+def _candidates(args: argparse.Namespace, cache: CacheSize, variants: tuple[Variant, ...]) -> Iterator[Settings]:
+    """What is given stays; for slow models the stream, its stretches and what is held out are shorter."""
+    from sinkattn.evaluate.learn import Settings
+
+    for share in SHARES:
+        tokens = args.tokens or stream_length(TOKENS, share, cache.total)
+        stretch = args.chunk * max(1, round(tokens / NUM_STRETCHES / args.chunk))
+        # Sections of a text that drifts are of two stretches each.
+        tokens = NUM_STRETCHES * stretch if args.drift else tokens
+        held_out = HELD_OUT if args.held_out else min(HELD_OUT, max(MIN_HELD_OUT, tokens // NUM_STRETCHES))
+        yield Settings(cache, variants, tokens, stretch, args.chunk, held_out, args.seed)
