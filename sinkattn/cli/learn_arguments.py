@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -45,7 +46,7 @@ def add_learning(parser: argparse.ArgumentParser, default_held_out: str) -> None
     parser.add_argument("--seed", type=count, default=0, help="of the first adapters (default: %(default)s)")
 
 
-def parse_variants(texts: list[str], given: float | None) -> tuple[Variant, ...]:
+def parse_variants(texts: Sequence[str], given: float | None) -> tuple[Variant, ...]:
     """Parse variants; those without a rate get the one that is given. Raises UserError for others, or without peft."""
     from sinkattn.evaluate.learn import Variant
 

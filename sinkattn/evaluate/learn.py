@@ -26,6 +26,7 @@ from sinkattn.evaluate.methods import Cached, CacheSize, Streamed, copy_sharing_
 from sinkattn.evaluate.speed import Speed
 from sinkattn.evaluate.statistics import Blocks, Mean
 from sinkattn.hf import OnlineLearner, SinkCache, enable
+from sinkattn.hf.learner import HALF_DTYPES
 
 FROZEN = "frozen"
 # The fraction of the way back to the first weights after every update, of the variants that decay.
@@ -68,20 +69,17 @@ class Variant:
     def learner(self, model: PreTrainedModel, size: CacheSize, chunk: int) -> OnlineLearner:
         """A learner on a copy of a model, which for adapters shares the weights."""
         copied = copy_sharing_weights(model) if self.learn == "lora" else copy.deepcopy(model)
-        rate = self.rate
-
-        def optimizer(weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-            assert rate is not None
-            return torch.optim.AdamW(weights, lr=rate, weight_decay=0)
-
-        return OnlineLearner(
+        learner = OnlineLearner(
             enable(copied, size.num_sinks, size.window),
-            None if rate is None else optimizer,
             chunk=chunk,
             learn=self.learn,
             after_update="reencode" if self.reencode else "keep",
             decay=DECAY if self.decay else 0.0,
         )
+        if self.rate is not None:
+            for group in learner.optimizer.param_groups:
+                group["lr"] = self.rate
+        return learner
 
 
 def _positive(text: str) -> float | None:
@@ -282,6 +280,11 @@ def run(
     return result
 
 
+def is_half(model: PreTrainedModel) -> bool:
+    """Whether a model is in half precision, in which its weights cannot learn."""
+    return model.dtype in HALF_DTYPES
+
+
 def _left(settings: Settings, done: int) -> int:
     """Tokens of the next chunk."""
     return settings.chunk if settings.tokens is None else min(settings.chunk, settings.tokens - done)
@@ -311,8 +314,8 @@ def _checked_step(learner: OnlineLearner, chunk: Tensor) -> float:
         return learner.step(chunk)
     expected = float(_Reader(learner.model, copy.deepcopy(learner.cache)).losses(chunk).mean())
     first, others = learner.step(chunk[:1]), learner.step(chunk[1:])
-    half = torch.finfo(learner.model.dtype).bits < 32
-    if not math.isclose(others, expected, rel_tol=HALF_TOLERANCE if half else TOLERANCE):
+    tolerance = HALF_TOLERANCE if is_half(learner.model) else TOLERANCE
+    if not math.isclose(others, expected, rel_tol=tolerance):
         raise RuntimeError(
             f"learner: expected the loss {expected:.6f} of the weights from before the chunk, got {others:.6f}: tokens "
             "were scored after they were learned from"

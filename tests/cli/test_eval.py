@@ -30,6 +30,7 @@ SMALL = {
     "stream-qa": ["--count", "12", "--cache", "0+64", "4+60"],
     "latency": ["--sizes", "16", "32", "--lengths", "40", "300", "--rounds", "2"],
     "sinks": ["--size", "32", "--tokens", "200"],
+    "learn": ["--tokens", "700", "--chunk", "32", "--cache", "4+60", "--variants", "lora", "all@0.001"],
 }
 
 
@@ -99,6 +100,86 @@ def test_the_table_of_endless_shows_every_stretch(capsys, tmp_path, monkeypatch)
         assert f"{each['seconds_per_token'] * 1e3:.2f}" in row
         assert "128.0 KiB" in row
     assert f"from token 700 on; {figures['in_turns']['change']:+.1%}" in text
+
+
+def test_the_tables_of_learn_show_the_figures(capsys, tmp_path):
+    assert evaluate("learn", "--json", "out.json") == 0
+    text = capsys.readouterr().out
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert list(figures["methods"]) == ["frozen", "lora", "all@0.001"]
+    assert [figures["methods"][name]["updates"] for name in figures["methods"]] == [0, 21, 21]
+    assert [each["begin"] for each in figures["stretches"]] == list(range(0, 700, 96))
+    for name, method in figures["methods"].items():
+        total = sum(
+            each["methods"][name]["loss"] * each["methods"][name]["scored_tokens"] for each in figures["stretches"]
+        )
+        assert method["loss"] == pytest.approx(total / 699)
+        row = next(line for line in text.splitlines() if f"│ {name} " in line)
+        assert f"{method['loss']:.3f}" in row
+        if name != "frozen":
+            assert method["minus_frozen"]["loss"] == pytest.approx(
+                method["loss"] - figures["methods"]["frozen"]["loss"]
+            )
+            assert "{loss:+.3f} ± {margin:.3f}".format(**method["minus_frozen"]) in row
+            frozen = figures["methods"]["frozen"]
+            share = 1 - method["tokens_per_second"] / frozen["tokens_per_second"]
+            assert method["learning_share"] == pytest.approx(share)
+    for each in figures["stretches"]:
+        row = next(line for line in text.splitlines() if f" {each['begin']:,} to {each['end'] - 1:,} " in line)
+        assert f"{each['methods']['frozen']['perplexity']:.2f}" in row
+        assert f"{each['methods']['all@0.001']['minus_frozen']['loss']:+.3f}" in row
+    ends = [each["held_out"]["beginning of the text"]["lora"]["minus_frozen"]["loss"] for each in figures["stretches"]]
+    assert f"{ends[-1]:+.3f}" in text.split("Held out")[1]
+    assert f"({max(ends):+.3f})" in text.split("Held out")[1]
+
+
+def test_learning_is_repeatable(tmp_path):
+    losses = []
+    for seed in ("0", "0", "1"):
+        assert evaluate("learn", "--variants", "lora@0.01", "--seed", seed, "--json", "out.json") == 0
+        losses.append(json.loads((tmp_path / "out.json").read_text())["methods"]["lora@0.01"]["loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_text_that_drifts_and_one_that_is_held_out(tmp_path, capsys):
+    (tmp_path / "kept.txt").write_text("a few words of another kind\n" * 4)
+    arguments = ["--tokens", "330", "--variants", "all", "--rate", "0.0005", "--drift", "--json", "out.json"]
+    assert evaluate("learn", *arguments, "--plot", "out.png") == 0
+    figures = json.loads((tmp_path / "out.json").read_text())
+    texts = [each["text"] for each in figures["stretches"]]
+    assert (figures["tokens"], len(texts), texts[:2], texts[-2:]) == (320, 10, texts[:1] * 2, texts[:1] * 2)
+    assert len(set(texts)) == 4
+    assert set(figures["stretches"][-1]["held_out"]) == set(texts)
+    assert figures["methods"]["all@0.0005"]["rate"] == 0.0005
+    text = capsys.readouterr().out
+    assert "prose" in text
+    assert "Text: " + ", then ".join(texts[::2]) in text
+    assert evaluate("learn", *arguments, "--held-out", "kept.txt") == 0
+    assert list(json.loads((tmp_path / "out.json").read_text())["stretches"][0]["held_out"]) == ["kept.txt"]
+
+
+def test_in_half_precision_only_adapters_learn_by_default(tmp_path, capsys):
+    small = ["--tokens", "400", "--cache", "4+60", "--device", "cpu", "--dtype", "bfloat16", "--json", "out.json"]
+    assert cli.main(["eval", "learn", *small]) == 0
+    assert list(json.loads((tmp_path / "out.json").read_text())["methods"])[1:] == [
+        "lora",
+        "lora+decay",
+        "lora+reencode",
+    ]
+    for rate in ("", "@0.001"):
+        assert cli.main(["eval", "learn", *small, "--variants", f"all{rate}"]) == 2
+        assert "half precision" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["eval", "learn"], ["learn", "--text", "-"]])
+def test_without_peft_there_are_no_adapters(command, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert cli.main(command) == 2
+    expected = "this command needs peft, which is not installed: pip install 'sinkattn[learn]'\n"
+    assert (
+        capsys.readouterr().err
+        == f"sinkattn {' '.join(command[:2] if command[0] == 'eval' else ['learn'])}: {expected}"
+    )
 
 
 def test_figures_go_to_pipes_and_through_links(tmp_path, capsys):
@@ -193,7 +274,7 @@ def test_a_chat_of_many_rounds(tmp_path, capsys, chat_model):
 
 def test_a_table_says_that_a_text_was_started_over(tmp_path, capsys):
     (tmp_path / "short.txt").write_text("for name in names:\n    print(name)\n" * 5)
-    for name in ("ppl", "endless", "sinks"):
+    for name in ("ppl", "endless", "sinks", "learn"):
         assert evaluate(name, "--text", "short.txt") == 0
         assert "The text was shorter than the stream: it was started over" in capsys.readouterr().out
 
@@ -258,6 +339,17 @@ def test_a_folder_serves_as_a_data_set(tmp_path):
         ("ppl", ["--split", "train"], "split, column: these are of a data set"),
         ("latency", ["--num-sinks", "16"], "sizes: expected more than the 16 sinks, got 16"),
         ("ppl", ["--csv", "no/where.csv"], "cannot write no/where.csv"),
+        (
+            "learn",
+            ["--variants", "adapters"],
+            "variants: expected lora or all, then +decay, +reencode, @RATE if wanted",
+        ),
+        ("learn", ["--variants", "all", "all"], "variants: expected each once, got all all"),
+        ("learn", ["--cache", "4+300"], "must not exceed the 256 positions"),
+        ("learn", ["--chunk", "1"], "chunk: expected 2 or more"),
+        ("learn", ["--drift", "--text", "empty.txt"], "drift: this is a text of its own; leave out --text"),
+        ("learn", ["--held-out", "none.txt"], "text: cannot read none.txt: No such file or directory"),
+        ("learn", ["--held-out", "empty.txt"], "text: empty.txt is empty"),
         ("latency", ["--plot", "x.badending"], "plot: expected a file ending among"),
     ],
 )

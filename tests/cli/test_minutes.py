@@ -5,11 +5,12 @@ import signal
 from itertools import count
 
 import pytest
+import torch
 
 from sinkattn import cli
 from sinkattn.cli import budget
 from sinkattn.cli.progress import StreamProgress
-from sinkattn.evaluate import demo, endless, latency, perplexity, speed
+from sinkattn.evaluate import demo, endless, latency, learn, perplexity, speed
 from sinkattn.evaluate.methods import CacheSize
 from sinkattn.hf.load import load
 
@@ -24,6 +25,7 @@ COMMANDS = {
     "latency": ["eval", "latency"],
     "sinks": ["eval", "sinks"],
     "chat": ["eval", "chat", "--cache", "0+128", "4+124"],
+    "learn": ["eval", "learn"],
 }
 # The work that fewer minutes shorten.
 WORK = {
@@ -35,6 +37,7 @@ WORK = {
     "latency": lambda figures: figures["by_length"][-1]["seen"],
     "sinks": lambda figures: figures["tokens"],
     "chat": lambda figures: figures["settings"]["rounds"],
+    "learn": lambda figures: figures["settings"]["tokens"],
 }
 
 
@@ -69,7 +72,13 @@ def clock(monkeypatch):
     def forward(module, args, kwargs):
         now.add(kwargs["input_ids"].numel())
 
+    def backward(loss):
+        """About twice a forward, which fed 256 tokens."""
+        now.now += now.slowness * 2 * 256 * TOKEN
+        torch.autograd.backward(loss)
+
     model.register_forward_pre_hook(forward, with_kwargs=True)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr("time.perf_counter", lambda: now.now)
     for module in ("sinkattn.cli.demo", "sinkattn.cli.eval.session"):
         monkeypatch.setattr(f"{module}.load_model", lambda args: (model, tokenizer))
@@ -134,6 +143,13 @@ USUAL = {
     "latency": latency.Settings((16, 32, 64, 128, 256), (500, 1_000, 2_000, 4_000, 8_000), 50, 5.0),
     "sinks": 10_000,
     "chat": 20,
+    "learn": learn.Settings(
+        CacheSize(4, 124),
+        tuple(map(learn.Variant.parse, ("lora", "lora+decay", "lora+reencode", "all"))),
+        50_000,
+        5_120,
+        held_out=2_000,
+    ),
 }
 
 
@@ -237,6 +253,12 @@ INTERRUPTED = {
         7,
         lambda figures: [(method["rounds"], len(method["chat"])) for method in figures["methods"].values()],
         [(4, 4), (3, 3)],
+    ),
+    "learn": (
+        ["--tokens", "700", "--chunk", "32", "--cache", "4+60", "--variants", "all"],
+        4,
+        lambda figures: ([each["end"] for each in figures["stretches"]], figures["tokens"]),
+        ([96, 128], 128),
     ),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from sinkattn.cli.budget import SHARES, add_minutes, choose, stream_length
 from sinkattn.cli.errors import UserError
 from sinkattn.cli.eval.arguments import add_outputs, add_text
 from sinkattn.cli.eval.session import open_session, write_json
-from sinkattn.cli.learn_arguments import HELD_OUT, add_learning, held_out, parse_variants
+from sinkattn.cli.learn_arguments import HELD_OUT, VARIANT, add_learning, held_out, parse_variants
 from sinkattn.cli.learn_report import as_dict, draw, tables
 
 if TYPE_CHECKING:
@@ -45,10 +46,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--variants",
         nargs="+",
-        default=VARIANTS,
         metavar="V",
-        help="what learns beside the frozen model: lora (adapters) or all (weights), then +decay (back to the first "
-        f"weights, 1 %% an update), +reencode (what is in sight, after updates), @RATE (default: {' '.join(VARIANTS)})",
+        help=f"what learns beside the frozen model, each {VARIANT} (default: {' '.join(VARIANTS)}; in half "
+        "precision without all)",
     )
     parser.add_argument("--tokens", type=positive, help=f"length of the stream (default: up to {TOKENS})")
     add_learning(parser, "the beginning of each text, which the stream then leaves out")
@@ -60,12 +60,14 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     if args.drift and (args.text or args.dataset):
         raise UserError("drift: this is a text of its own; leave out --text and --dataset")
-    variants = parse_variants(args.variants, args.rate)
+    variants = parse_variants(args.variants or VARIANTS, args.rate)
     with open_session(args) as session:
         from sinkattn.evaluate import learn
         from sinkattn.evaluate.methods import CacheSize
         from sinkattn.evaluate.sections import NUM_TEXTS, Sections
 
+        if args.variants is None and learn.is_half(session.model):
+            variants = tuple(each for each in variants if each.learn != "all")
         given = held_out(session)
         streams, order, description = _texts(session)
         cache = CacheSize.parse(args.cache) if args.cache else CacheSize(4, session.total - 4)
@@ -119,8 +121,9 @@ def _candidates(args: argparse.Namespace, cache: CacheSize, variants: tuple[Vari
 
     for share in SHARES:
         tokens = args.tokens or stream_length(TOKENS, share, cache.total)
-        stretch = args.chunk * max(1, round(tokens / NUM_STRETCHES / args.chunk))
-        # Sections of a text that drifts are of two stretches each.
+        chunks = tokens / NUM_STRETCHES / args.chunk
+        stretch = args.chunk * max(1, math.floor(chunks) if args.drift else math.ceil(chunks))
+        # Sections of a text that drifts are of two whole stretches each.
         tokens = NUM_STRETCHES * stretch if args.drift else tokens
         held_out = HELD_OUT if args.held_out else min(HELD_OUT, max(MIN_HELD_OUT, tokens // NUM_STRETCHES))
         yield Settings(cache, variants, tokens, stretch, args.chunk, held_out, args.seed)
