@@ -232,8 +232,8 @@ def run(
     done, length = 0, settings.stretch
 
     def end_stretch() -> None:
-        for name, learner in learners.items():
-            result.stretches[-1].held_out[name] = _held_out_losses(learner.model, held_out)
+        after = {name: _held_out_losses(learner.model, held_out) for name, learner in learners.items()}
+        result.stretches[-1].held_out = after
         on_stretch(result)
 
     try:
@@ -242,8 +242,8 @@ def run(
             chunk, stretch = torch.tensor(piece), result.stretches[-1] if result.stretches else None
             is_first = stretch is None or stretch.end == stretch.begin + length
             if stretch is None or is_first:
-                blocks = {name: Blocks(done, done + length, settings.chunk) for name in methods}
-                stretch = Stretch(done, done, blocks)
+                end = min(done + length, settings.tokens or math.inf)
+                stretch = Stretch(done, done, {name: Blocks(done, int(end), settings.chunk) for name in methods})
             losses, seconds = {}, {}
             for name, method in methods.items():
                 began = time.perf_counter()
@@ -251,6 +251,8 @@ def run(
                     losses[name] = _checked_step(method, chunk)
                 else:
                     losses[name] = method.step(chunk)
+                if method.model.device.type != "cpu":
+                    torch.accelerator.synchronize()  # for the optimizer to be done
                 seconds[name] = time.perf_counter() - began
             # A chunk counts when all have read it.
             scored = len(piece) - (done == 0)

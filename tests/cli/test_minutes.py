@@ -146,8 +146,8 @@ USUAL = {
     "learn": learn.Settings(
         CacheSize(4, 124),
         tuple(map(learn.Variant.parse, ("lora", "lora+decay", "lora+reencode", "all"))),
-        50_000,
-        5_120,
+        20_000,
+        2_048,
         held_out=2_000,
     ),
 }

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sinkattn.evaluate.methods import CacheSize
     from sinkattn.evaluate.text import TokenStream
 
-TOKENS = 50_000
+TOKENS = 20_000
 NUM_STRETCHES = 10
 MIN_HELD_OUT = 64
 BEGINNING = "beginning of the text"
