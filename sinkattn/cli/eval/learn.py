@@ -58,8 +58,8 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    if args.drift and (args.text or args.dataset):
-        raise UserError("drift: this is a text of its own; leave out --text and --dataset")
+    if args.drift and any((args.text, args.dataset, args.split, args.column)):
+        raise UserError("drift: this is a text of its own; leave out --text, --dataset, --split and --column")
     variants = parse_variants(args.variants or VARIANTS, args.rate)
     with open_session(args) as session:
         from sinkattn.evaluate import learn
