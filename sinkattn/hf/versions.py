@@ -42,6 +42,11 @@ def forward_cache(model: nn.Module) -> str:
     return cache_name(inspect.signature(model.forward).parameters) or GENERATE_CACHE
 
 
+def has_cache(kwargs: dict[str, Any]) -> bool:
+    """Whether a cache is among the arguments of a call."""
+    return any(kwargs.get(name) is not None for name in CACHE_NAMES)
+
+
 def take_cache(kwargs: dict[str, Any]) -> tuple[str, Any]:
     """Remove the cache from the arguments of a call. Returns its name there, and the cache.
 

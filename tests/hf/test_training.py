@@ -52,7 +52,20 @@ class Specification:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen3", "gemma2", "gpt_neox", "falcon-alibi", "bloom", "gptj", "gemma3_text"]
+    "family",
+    [
+        "llama",
+        "qwen3",
+        "gemma2",
+        "gpt_neox",
+        "falcon-alibi",
+        "bloom",
+        "gptj",
+        "gemma3_text",
+        "lfm2",
+        "falcon_h1",
+        "bamba",
+    ],
 )
 def test_gradients_are_those_of_the_unpatched_model_while_nothing_is_evicted(family):
     """In training mode, without dropout in attention."""
@@ -172,8 +185,9 @@ def test_what_has_no_gradients_is_refused():
     with pytest.raises(RuntimeError, match=r"dropout: expected 0 in attention, got 0\.1"):
         dropout(ids)
     hybrid = sinkattn.enable(build("falcon_h1"), S, W)
-    with pytest.raises(RuntimeError, match="no gradients for models with a convolutional or recurrent state"):
-        hybrid(ids)
+    for options in ({}, {"cache": sinkattn.SinkCache(hybrid), "use_cache": False}):
+        with pytest.raises(RuntimeError, match="convolutional or recurrent state has gradients only for whole texts"):
+            hybrid(ids, **options)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -33,7 +33,7 @@ from sinkattn.hf.swap.layer_attention import ATTENTION_NAME, LayerGroup, Padding
 from sinkattn.hf.swap.step_graphs import StepGraphs
 from sinkattn.hf.swap.stream_patch import StreamPatch
 from sinkattn.hf.unsupported import UnsupportedModelError
-from sinkattn.hf.versions import native_layers
+from sinkattn.hf.versions import has_cache, native_layers
 
 # Cache layers of transformers whose keys and values a ring can replace.
 REPLACEABLE_LAYERS = {
@@ -215,10 +215,14 @@ class RingPatch(StreamPatch):
         if inputs is None:
             return self.run_decoder(**kwargs)  # raises the model's own error
         batch, num_tokens = inputs.shape[:2]
+        goes_on = kwargs.get("use_cache") is not False or has_cache(kwargs)
         cache = self.checked_cache(kwargs, batch, num_tokens)
         is_recorded = self._is_recorded(kwargs.get("inputs_embeds"))
-        if is_recorded:
-            self._check_trainable(cache)  # before any layer has changed a state
+        if is_recorded and cache.has_states and goes_on:
+            raise RuntimeError(  # before any layer has changed a state
+                f"{type(self.model).__name__}: a model with a convolutional or recurrent state has gradients only for "
+                "whole texts: pass use_cache=False and no cache, or call it under torch.no_grad()"
+            )
         padding = _padding(kwargs.get("attention_mask"), cache, num_tokens)
         token_mask = None if padding is None else padding.token_mask
         positions = stream_positions(cache, token_mask, num_tokens, inputs.device)
@@ -267,15 +271,6 @@ class RingPatch(StreamPatch):
         return (embeddings is not None and embeddings.requires_grad) or any(
             x.requires_grad for x in self.decoder.parameters()
         )
-
-    def _check_trainable(self, cache: SinkCache) -> None:
-        """Raise RuntimeError for what has no gradients."""
-        name = type(self.model).__name__
-        if cache.has_states:
-            raise RuntimeError(
-                f"{name}: sinkattn computes no gradients for models with a convolutional or recurrent state; call it "
-                "under torch.no_grad()"
-            )
 
     def _checkpoint_functions(self) -> dict[Any, Callable[..., Any]]:
         """The function of each module that runs layers with gradient checkpointing."""
