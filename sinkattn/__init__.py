@@ -15,6 +15,7 @@ from sinkattn.rope import Rope
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackgroundLearner",
     "OnlineLearner",
     "RingKVCache",
     "RingLayout",
@@ -29,11 +30,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from sinkattn.hf import OnlineLearner, SinkCache, UnsupportedModelError, disable, enable
+    from sinkattn.hf import BackgroundLearner, OnlineLearner, SinkCache, UnsupportedModelError, disable, enable
 else:
     # Type checkers must not see this function: they would accept any name.
     def __getattr__(name: str) -> object:
-        if name in ("OnlineLearner", "SinkCache", "UnsupportedModelError", "disable", "enable"):
+        if name in ("BackgroundLearner", "OnlineLearner", "SinkCache", "UnsupportedModelError", "disable", "enable"):
             from sinkattn import hf
 
             return getattr(hf, name)

@@ -34,6 +34,7 @@ HF_LAYERS = [
     {"swap"},
     {"trial", "stream", "load"},
     {"reencode", "learner"},
+    {"background"},
     {"api"},
     {"__init__"},
 ]

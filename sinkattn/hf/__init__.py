@@ -1,12 +1,14 @@
 """sinkattn for transformers models; nothing below it imports transformers."""
 
 from sinkattn.hf.api import decode_steps, disable, enable
+from sinkattn.hf.background import BackgroundLearner
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.learner import OnlineLearner
 from sinkattn.hf.stream import stream_text, stream_tokens
 from sinkattn.hf.unsupported import UnsupportedModelError
 
 __all__ = [
+    "BackgroundLearner",
     "OnlineLearner",
     "SinkCache",
     "UnsupportedModelError",

@@ -168,7 +168,7 @@ class OnlineLearner:
             ValueError: for a piece or mask of another shape; nothing is changed.
             RuntimeError: under ``torch.inference_mode()``; nothing is changed.
         """
-        ids, mask = self._checked(piece, mask)
+        ids, mask = self.checked(piece, mask)
         if not self._is_frozen:
             # Copies of weights and moments, for `undo`.
             self._before = self._state()
@@ -228,7 +228,8 @@ class OnlineLearner:
         else:
             self.model.save_pretrained(path)
 
-    def _checked(self, piece: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def checked(self, piece: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Check the arguments of `step`; returns ids and mask ``[batch, tokens]`` on the device of the model."""
         if piece.ndim not in (1, 2) or piece.is_floating_point():
             raise ValueError(f"piece: expected ids [tokens] or [batch, tokens], got {piece.dtype} {list(piece.shape)}")
         if mask is not None and (mask.shape != piece.shape or mask.dtype != torch.bool):

@@ -44,13 +44,7 @@ class ModelPatch:
         while self._hooks:
             self._hooks.pop().remove()
         while self._attributes:
-            module, name, value, previous = self._attributes.pop()
-            if module.__dict__.get(name) is not value:
-                continue
-            if previous is None:
-                del module.__dict__[name]
-            else:
-                module.__dict__[name] = previous
+            _restore(*self._attributes.pop())
 
     def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """Set an attribute of a module until `remove`."""
@@ -64,6 +58,12 @@ class ModelPatch:
         """
         previous = module.__dict__.get("forward")
         self.set_attribute(module, "forward", PatchedForward(_dispatch, self, module, forward, previous))
+
+    def unset_forward(self, module: nn.Module) -> None:
+        """Undo the last `set_forward` of a module, unless `remove` has done so."""
+        for index, (owner, name, *_) in reversed(list(enumerate(self._attributes))):
+            if owner is module and name == "forward":
+                return _restore(*self._attributes.pop(index))
 
     def cache_layers(self, state: Any) -> list[Any]:
         """Layers of a new cache."""
@@ -99,6 +99,16 @@ def require_patch(model: nn.Module) -> ModelPatch:
     if patch is None:
         raise ValueError("model: expected a model prepared by sinkattn.enable(model), got one that is not enabled")
     return patch
+
+
+def _restore(module: nn.Module, name: str, value: Any, previous: Any) -> None:
+    """Restore an attribute that was set to a value, unless other code has replaced it since."""
+    if module.__dict__.get(name) is not value:
+        return
+    if previous is None:
+        del module.__dict__[name]
+    else:
+        module.__dict__[name] = previous
 
 
 def _original_forward(module: nn.Module, previous: Callable | None) -> Callable:

@@ -181,6 +181,10 @@ class RingPatch(StreamPatch):
         in_use = {name: value for name, value in defaults.items() if name in self.parameters}
         self._compiled_step = CompiledStep(self._run_step, self.run_decoder, in_use)
 
+    def run_steps_plainly(self) -> None:
+        """Neither compile decode steps nor capture them in graphs from now on."""
+        self._compiled_step = self._step_graphs = None
+
     def _plain_step(self, running: RunningForward, kwargs: dict[str, Any]) -> Any:
         """A decode step in this forward, compiled if it can be."""
         step = self._usable_compiled_step()
