@@ -153,7 +153,8 @@ class BackgroundLearner:
     its end, also in other threads, and in a running `generate` the next token is the first one of the new weights. What
     a cache holds stays, as with ``after_update="keep"``.
 
-    ``learn="all"`` needs memory for two more copies of the weights, and for their gradients and moments.
+    What learns is in memory four times: in use, in training, published, and as it was before the last chunk. With
+    ``learn="all"`` these are all weights. Gradients and the state of the optimizer come on top, as in `OnlineLearner`.
 
     Tokens are learned from when their chunk is complete. At most ``capacity`` tokens that were fed are unread, so what
     was fed is learned from, and published, at the latest when `feed` returns ``chunk * every + capacity`` tokens later.
@@ -222,12 +223,12 @@ class BackgroundLearner:
             target=self._run, args=(threads, niceness), name="sinkattn-learner", daemon=True
         )
         self._has_started = threading.Event()
-        self._gate.install()
         threads_here = torch.get_num_threads()
         self._thread.start()
         self._has_started.wait()
         # The number of the thread that sets it last is also that of threads that start later.
         torch.set_num_threads(threads_here)
+        self._gate.install()
         atexit.register(self._stop)
 
     def feed(self, piece: Tensor, mask: Tensor | None = None, *, wait: bool = True) -> None:
@@ -249,16 +250,14 @@ class BackgroundLearner:
         streams, tokens = ids.shape
         if tokens > self._capacity:
             raise ValueError(f"piece: expected up to {self._capacity} tokens (capacity), got {tokens}")
-        with self._condition:
-            self._check()
-            if self._num_streams not in (None, streams):
-                raise ValueError(f"piece: expected {self._num_streams} streams, as before, got {streams}")
+        with self._locked():
             while self._tokens_fed - self._tokens_read + tokens > self._capacity:
                 if not wait:
                     unread = self._tokens_fed - self._tokens_read
                     raise queue.Full(f"{unread} tokens are unread, and capacity is {self._capacity}; got {tokens} more")
-                self._condition.wait()
-                self._check()
+                self._wait()
+            if self._num_streams not in (None, streams):
+                raise ValueError(f"piece: expected {self._num_streams} streams, as before, got {streams}")
             self._num_streams = streams
             self._pieces.append((ids, mask))
             self._tokens_fed += tokens
@@ -266,31 +265,26 @@ class BackgroundLearner:
 
     def flush(self) -> None:
         """Wait until all that was fed is read, and learned from if its chunk is complete, and published."""
-        with self._condition:
-            self._check()
+        with self._locked():
             fed = self._tokens_fed
             while self._tokens_read < fed:
-                self._condition.wait()
-                self._check()
+                self._wait()
 
     def swap(self) -> bool:
         """Let the model take over the newest weights now, when no forward runs. Returns whether there were new ones."""
-        with self._condition:
-            self._check()
+        self._check()
         return self._gate.take_over()
 
     def statistics(self) -> LearnerStatistics:
         """What was done so far."""
-        with self._condition:
-            self._check()
+        with self._locked():
             return LearnerStatistics(
                 self._tokens_fed, self._tokens_read, self._num_updates, self._gate.updates_in_use, list(self._losses)
             )
 
     def save(self, path: str | Path) -> None:
         """Save what the model has learned, with its present weights, as `OnlineLearner.save` does."""
-        with self._condition:
-            self._check()
+        self._check()
         with self._gate.inside():
             self._serving.save(path)
 
@@ -321,6 +315,19 @@ class BackgroundLearner:
         """Refused: there is only one thread."""
         raise TypeError("a BackgroundLearner has a thread, and cannot be copied or pickled; `save` keeps its weights")
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock; raises RuntimeError if the learner learns no more."""
+        self._check()  # first, as a fork may have got the lock in any state
+        with self._condition:
+            self._check()
+            yield
+
+    def _wait(self) -> None:
+        """Wait until the thread has read something; raises RuntimeError if it learns no more."""
+        self._condition.wait()
+        self._check()
+
     def _check(self) -> None:
         self._check_process()
         self._raise_error()
@@ -338,6 +345,8 @@ class BackgroundLearner:
             raise RuntimeError(f"learner: its thread has failed, and learns no more: {what}") from self._error
 
     def _stop(self) -> None:
+        if os.getpid() != self._process:
+            return  # at the end of a fork
         with self._condition:
             self._is_closed = True
             self._condition.notify_all()

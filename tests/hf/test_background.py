@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -486,17 +487,29 @@ def test_a_fork_serves_and_does_not_learn(make_learner):
     learner = make_learner(model := enabled())
     learn_more(learner)(1)
     ids = random_ids(1, 3)
+    are_held, may_go_on = threading.Event(), threading.Event()
+
+    def hold_locks() -> None:
+        with learner._condition, learner._gate._condition:
+            are_held.set()
+            may_go_on.wait(SECONDS)
+
+    (thread := threading.Thread(target=hold_locks)).start()
+    assert are_held.wait(SECONDS)
     if not (child := os.fork()):
+        signal.alarm(SECONDS)
         result = 1
         try:
-            for call in (learner.flush, learner.close, learner.swap, lambda: learner.feed(ids)):
+            for call in (learner.flush, learner.close, learner.swap, learner.statistics, lambda: learner.feed(ids)):
                 with pytest.raises(RuntimeError, match="its thread is in the process that made it, not in this fork"):
                     call()
-            with torch.no_grad(), learner._gate._condition:  # as if another thread had held it
+            with torch.no_grad():
                 model(ids)
             result = 0
         finally:
             os._exit(result)
+    may_go_on.set()
+    thread.join()
     assert os.waitpid(child, 0)[1] == 0
     assert learner.swap()
 
