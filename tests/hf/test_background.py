@@ -162,10 +162,13 @@ def test_quantized_weights_are_shared(make_learner):
     assert not same([x for x in weights_of(model) if type(x) is Tensor], [x for x in before if type(x) is Tensor])
 
 
-def test_weights_stay_while_it_learns(make_learner, monkeypatch):
+@pytest.mark.parametrize("learn", ["lora", "all"])
+def test_weights_stay_while_it_learns(make_learner, monkeypatch, learn):
+    if learn == "lora":
+        pytest.importorskip("peft")
     prompt = random_ids(1, 20)
     want = generate(enabled(), prompt)
-    learner = make_learner(model := enabled(), automatic=False)
+    learner = make_learner(model := enabled(), learn=learn, automatic=False)
     before = weights_of(model)
     assert same(generate(model, prompt, learn_more(learner)), want)
     assert same(weights_of(model), before)
@@ -173,8 +176,9 @@ def test_weights_stay_while_it_learns(make_learner, monkeypatch):
 
     # One that trains the weights that serve.
     monkeypatch.setattr(background, "_copy_what_learns", lambda learner: learner)
-    wrong = make_learner(model := enabled(), automatic=False)
-    model.requires_grad_(True)
+    wrong = make_learner(model := enabled(), learn=learn, automatic=False)
+    for x in wrong._learner.parameters.values():
+        x.requires_grad = True
     got = generate(model, prompt, learn_more(wrong))
     assert torch.equal(got[0], want[0])
     assert not any(map(torch.equal, got[1:], want[1:]))
