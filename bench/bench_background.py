@@ -3,7 +3,7 @@
     python -m pytest bench/bench_background.py --benchmark-json=background.json
 
 A Llama of 116 million random parameters generates greedily from a window of 1028 tokens, on two threads; the thread of
-the learner has one. It learns adapters from chunks of 256 tokens, and the model takes over its weights. Turns of tokens
+the learner has one. It learns adapters from chunks of 64 tokens, and the model takes over its weights. Turns of tokens
 with a learner that has nothing to do alternate with turns while it has.
 
 ``niceness 10`` is the default of `BackgroundLearner`; 0 lets the learner have as much of the CPUs as the model.
@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sinkattn
 
-CHUNK, TOKENS, TURNS = 256, 25, 8
+CHUNK, TOKENS, TURNS = 64, 15, 10
 ALONE, LEARNING = "alone", "learning"
 
 
