@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from sinkattn.hf.learner import MakeOptimizer, OnlineLearner
-from sinkattn.hf.model_patch import PatchedForward, get_patch, require_patch
+from sinkattn.hf.model_patch import ModelPatch, PatchedForward, get_patch, require_patch
 from sinkattn.hf.swap.ring_patch import RingPatch
 
 NUM_LOSSES = 1000
@@ -61,7 +61,7 @@ class WeightGate:
         has_learner: whether a learner publishes.
     """
 
-    def __init__(self, patch: RingPatch, weights: list[Tensor], *, automatic: bool, has_learner: bool = True) -> None:
+    def __init__(self, patch: ModelPatch, weights: list[Tensor], *, automatic: bool, has_learner: bool = True) -> None:
         self._patch, self._weights = patch, weights
         self._automatic = automatic
         self.has_learner = has_learner
@@ -172,7 +172,8 @@ class BackgroundLearner:
         threads: CPU threads of the operators that learn; those of other threads stay as they are.
         niceness: how far the thread steps back behind all others that want the CPUs, those of other processes too
             (Linux): 0 for as much as they get, 19 for next to nothing.
-        options: those of `OnlineLearner`: ``chunk``, ``learn``, ``every``, ``after_update``, ``decay``, ``max_norm``.
+        options: those of `OnlineLearner`: ``chunk``, ``learn``, ``every``, ``after_update``, ``decay``,
+            ``replay``, ``max_norm``.
 
     Raises:
         ValueError: for an invalid argument, a model that `OnlineLearner` refuses, or one that has a learner already.
@@ -202,9 +203,7 @@ class BackgroundLearner:
             self._serving = OnlineLearner(model, optimizer, **options)
             self._learner = _copy_what_learns(self._serving)
         model.requires_grad_(False)
-        patch = require_patch(model)
-        assert isinstance(patch, RingPatch)  # or OnlineLearner would have refused it
-        self._gate = WeightGate(patch, list(self._serving.parameters.values()), automatic=automatic)
+        self._gate = WeightGate(require_patch(model), list(self._serving.parameters.values()), automatic=automatic)
         self._automatic, self._capacity = automatic, capacity
         self._condition = threading.Condition()
         self._pieces: deque[tuple[Tensor, Tensor]] = deque()
@@ -418,6 +417,6 @@ def _copy_what_learns(learner: OnlineLearner) -> OnlineLearner:
                 shared |= {id(part): part for part in parts}
     twin = copy.deepcopy(learner, shared)
     patch = require_patch(twin.model)
-    assert isinstance(patch, RingPatch)
-    patch.run_steps_plainly()  # it hardly makes any
+    if isinstance(patch, RingPatch):
+        patch.run_steps_plainly()  # it hardly makes any
     return twin

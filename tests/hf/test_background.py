@@ -94,16 +94,24 @@ def learn_more(learner: BackgroundLearner, after: set[int] | None = None):
     return after_token
 
 
-@pytest.mark.parametrize("options", [{"learn": "lora", "optimizer": None}, {"every": 2, "decay": 0.1}], ids=str)
-def test_weights_are_those_of_an_online_learner(make_learner, options):
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"learn": "lora", "optimizer": None}),
+        ("llama", {"every": 2, "decay": 0.1, "replay": 3}),
+        ("gpt2", {}),
+    ],
+    ids=str,
+)
+def test_weights_are_those_of_an_online_learner(make_learner, family, options):
     if options.get("learn") == "lora":
         pytest.importorskip("peft")
     ids = random_ids(2, 24).repeat(1, 4)
     mask = torch.rand(ids.shape) < 0.8
     torch.manual_seed(1)  # of the adapters
-    learner = make_learner(model := enabled(), automatic=False, **options)
+    learner = make_learner(model := enabled(family), automatic=False, **options)
     torch.manual_seed(1)
-    plain = OnlineLearner(enabled(), **{"optimizer": sgd, "chunk": CHUNK, "learn": "all", **options})
+    plain = OnlineLearner(enabled(family), **{"optimizer": sgd, "chunk": CHUNK, "learn": "all", **options})
     before = weights_of(model)
     assert same(before, weights_of(plain.model))
     for piece, part in zip(ids.split(13, dim=1), mask.split(13, dim=1), strict=True):
