@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 HELD_OUT = 2_000
 VARIANT = (
     "lora (adapters) or all (weights), then, if wanted, +decay (1 %% of the way back to the first weights after every "
-    "update), +reencode (what is in sight, after every update), +replay (of 32 earlier chunks), @RATE"
+    "update), +reencode (what is in sight, after every update), @RATE"
 )
 
 

@@ -31,8 +31,6 @@ from sinkattn.hf.learner import HALF_DTYPES
 FROZEN = "frozen"
 # The fraction of the way back to the first weights after every update, of the variants that decay.
 DECAY = 0.01
-# Chunks that variants with replay keep.
-REPLAY = 32
 # A chunk that is learned from takes so many times as long as one that is only read, about.
 LEARNING_COST = 3.0
 # Stretches that are kept of a stream whose end is not known; beyond them neighbours are joined.
@@ -43,30 +41,29 @@ TOLERANCE, HALF_TOLERANCE = 1e-4, 3e-2
 
 @dataclass(frozen=True)
 class Variant:
-    """What a learner learns, and how; written ``lora`` or ``all``, then the names of options, ``@RATE``."""
+    """What a learner learns, and how; written ``lora`` or ``all``, then ``+decay``, ``+reencode``, ``@RATE``."""
 
     learn: Literal["lora", "all"]
     decay: bool = False
     reencode: bool = False
-    replay: bool = False
     rate: float | None = None
     """Learning rate of AdamW; None for the default of `OnlineLearner`."""
 
     @classmethod
     def parse(cls, text: str) -> Variant:
         """Parse a variant; raises ValueError for any other text."""
-        match = re.fullmatch(r"(lora|all)((?:\+decay|\+reencode|\+replay)*)(?:@(.+))?", text)
+        match = re.fullmatch(r"(lora|all)((?:\+decay|\+reencode)*)(?:@(.+))?", text)
         rate = _positive(match[3]) if match and match[3] else None
         if not match or (match[3] and rate is None):
             raise ValueError(
-                "variants: expected lora or all, then +decay, +reencode, +replay, @RATE if wanted, such as "
-                f"lora+decay@0.003, got {text!r}"
+                "variants: expected lora or all, then +decay, +reencode, @RATE if wanted, such as lora+decay@0.003, "
+                f"got {text!r}"
             )
         learn: Literal["lora", "all"] = "lora" if match[1] == "lora" else "all"
-        return cls(learn, "+decay" in match[2], "+reencode" in match[2], "+replay" in match[2], rate)
+        return cls(learn, "+decay" in match[2], "+reencode" in match[2], rate)
 
     def __str__(self) -> str:
-        parts = [self.learn, *(f"+{name}" for name in ("decay", "reencode", "replay") if getattr(self, name))]
+        parts = [self.learn, *(f"+{name}" for name in ("decay", "reencode") if getattr(self, name))]
         return "".join(parts) + ("" if self.rate is None else f"@{self.rate:g}")
 
     def learner(self, model: PreTrainedModel, size: CacheSize, chunk: int) -> OnlineLearner:
@@ -78,7 +75,6 @@ class Variant:
             learn=self.learn,
             after_update="reencode" if self.reencode else "keep",
             decay=DECAY if self.decay else 0.0,
-            replay=REPLAY if self.replay else 0,
         )
         if self.rate is not None:
             for group in learner.optimizer.param_groups:
@@ -116,9 +112,7 @@ class Settings:
         chunks = math.ceil(self.tokens / self.chunk)
         reading = self.tokens * speed.token + chunks * speed.step
         reencoding = chunks * (self.cache.total * speed.token + speed.step)
-        learning = sum(
-            LEARNING_COST * reading * (1 + each.replay) + each.reencode * reencoding for each in self.variants
-        )
+        learning = sum(LEARNING_COST * reading + each.reencode * reencoding for each in self.variants)
         checks = math.ceil(self.tokens / self.stretch) * texts * self.held_out * len(self.variants) * speed.token
         return reading + learning + checks
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -34,13 +33,6 @@ MLP_NAMES = {"mlp", "feed_forward", "ffn", "fc1", "fc2", "block_sparse_moe", "sh
 ROUTER_NAMES = {"gate", "router", "shared_expert_gate"}
 
 
-class _Chunk(NamedTuple):
-    """Tokens of a chunk, and which of them to learn from: ``[batch, chunk]``."""
-
-    ids: Tensor
-    mask: Tensor
-
-
 class _LearnerState(NamedTuple):
     """What `OnlineLearner.undo` restores."""
 
@@ -50,9 +42,6 @@ class _LearnerState(NamedTuple):
     settings: list[dict[str, Any]]
     num_updates: int
     num_chunks: int
-    reservoir: list[_Chunk]
-    num_learned: int
-    random: tuple[Any, ...]
 
 
 class _Unlearned(NamedTuple):
@@ -86,9 +75,6 @@ class OnlineLearner:
         after_update: "keep" goes on with the keys and values that earlier weights have made; "reencode" feeds the
             tokens in sight again after every update, as a new stream in the same cache.
         decay: after every update, the fraction of the way back to the first weights.
-        replay: chunks that are kept, at any time a random sample of those learned from (reservoir sampling). With each
-            new chunk one of them is learned from again, as a text of its own, with half of the weight; this doubles the
-            time.
         max_norm: gradients are clipped to this norm; None for no limit. Those that are not finite are dropped, with a
             warning.
 
@@ -112,7 +98,6 @@ class OnlineLearner:
         every: int = 1,
         after_update: Literal["keep", "reencode"] = "keep",
         decay: float = 0.0,
-        replay: int = 0,
         max_norm: float | None = 1.0,
     ) -> None:
         if chunk < 2:
@@ -125,14 +110,11 @@ class OnlineLearner:
             raise ValueError(f"after_update: expected 'keep' or 'reencode', got {after_update!r}")
         if not 0 <= decay <= 1:
             raise ValueError(f"decay: expected 0 to 1, got {decay}")
-        if replay < 0:
-            raise ValueError(f"replay: expected 0 or more chunks, got {replay}")
         if learn == "lora" and isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError("optimizer: expected a function that makes one, as the adapters are new, got an optimizer")
         self.cache = _new_cache(model)
         self.model = model
         self.chunk, self.every, self.decay, self.max_norm = chunk, every, decay, max_norm
-        self.replay = replay
         self.after_update = after_update
         self._has_own_adapters = learn == "lora"
         self.parameters = _select(model, learn)
@@ -148,9 +130,6 @@ class OnlineLearner:
         self._last_logits: Tensor | None = None
         self._in_sight: Tensor | None = None
         self._unlearned: _Unlearned | None = None
-        self._reservoir: list[_Chunk] = []
-        self._num_learned = 0  # chunks, in all
-        self._random = random.Random(0)
         self._first = [x.detach().clone() for x in self._weights] if decay else []
         self._before: _LearnerState | None = None
 
@@ -207,8 +186,6 @@ class OnlineLearner:
         for group, settings in zip(self.optimizer.param_groups, before.settings, strict=True):
             group.update(settings)
         self.num_updates, self._num_chunks = before.num_updates, before.num_chunks
-        self._reservoir, self._num_learned = before.reservoir, before.num_learned
-        self._random.setstate(before.random)
         self._reencode()
 
     def freeze(self) -> None:
@@ -258,7 +235,7 @@ class OnlineLearner:
         self._last_logits = logits[:, -1].detach()
         self._note(ids)
         if learns and is_whole:
-            self._learn(losses, _Chunk(ids, mask))
+            self._learn(losses, mask)
         elif learns:
             self._keep_for_later(before, ids, mask)
         return scored
@@ -275,7 +252,7 @@ class OnlineLearner:
             (cache, ids, mask), self._unlearned = self._unlearned, None
             with torch.enable_grad():
                 losses = _losses(self._forward(ids, cache), ids)
-            self._learn(losses, _Chunk(ids, mask))
+            self._learn(losses, mask)
 
     def _forward(self, ids: Tensor, cache: SinkCache, **options: Any) -> Tensor:
         options |= {forward_cache(self.model): cache, "use_cache": True}
@@ -288,35 +265,19 @@ class OnlineLearner:
         extra = max(0, past.shape[1] - num_sinks - self.cache.widest_window)
         self._in_sight = torch.cat((past[:, :num_sinks], past[:, num_sinks + extra :]), dim=1) if extra else past
 
-    def _learn(self, losses: Tensor, chunk: _Chunk) -> None:
-        """Learn from the losses ``[batch, chunk - 1]`` of a chunk, and from one of the reservoir."""
-        counted = losses[chunk.mask[:, 1:]]
+    def _learn(self, losses: Tensor, mask: Tensor) -> None:
+        """Learn from the losses ``[batch, chunk - 1]`` of a chunk; ``mask``: of its tokens."""
+        counted = losses[mask[:, 1:]]
         if not counted.numel():
             return
-        again = self._random.choice(self._reservoir) if self._reservoir else None
-        share = 1 if again is None else 0.5
         try:
-            (share * counted.mean() / self.every).backward()
-            if again is not None:
-                with torch.enable_grad():
-                    logits = self.model(input_ids=again.ids, use_cache=False).logits
-                    loss = _losses(logits, again.ids)[again.mask[:, 1:]].mean()
-                (share * loss / self.every).backward()
+            (counted.mean() / self.every).backward()
         except BaseException:
             self._drop_gradients()
             raise
         self._num_chunks += 1
-        self._keep_for_replay(chunk)
         if self._num_chunks == self.every:
             self._update()
-
-    def _keep_for_replay(self, chunk: _Chunk) -> None:
-        """Keep a chunk, in the place of a random one if the reservoir is full (Vitter 1985, algorithm R)."""
-        self._num_learned += 1
-        if len(self._reservoir) < self.replay:
-            self._reservoir.append(chunk)
-        elif (place := self._random.randrange(self._num_learned)) < self.replay:
-            self._reservoir[place] = chunk
 
     def _update(self) -> None:
         self._num_chunks = 0
@@ -356,9 +317,6 @@ class OnlineLearner:
             [{name: x for name, x in group.items() if name != "params"} for group in self.optimizer.param_groups],
             self.num_updates,
             self._num_chunks,
-            self._reservoir.copy(),
-            self._num_learned,
-            self._random.getstate(),
         )
 
 

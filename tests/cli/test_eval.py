@@ -342,7 +342,7 @@ def test_a_folder_serves_as_a_data_set(tmp_path):
         (
             "learn",
             ["--variants", "adapters"],
-            "variants: expected lora or all, then +decay, +reencode, +replay, @RATE if wanted",
+            "variants: expected lora or all, then +decay, +reencode, @RATE if wanted",
         ),
         ("learn", ["--variants", "all", "all"], "variants: expected each once, got all all"),
         ("learn", ["--cache", "4+300"], "must not exceed the 256 positions"),

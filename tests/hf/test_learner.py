@@ -229,56 +229,6 @@ def test_decay_moves_back_to_the_first_weights():
     assert distances[2] == 0
 
 
-def test_replay_learns_from_an_earlier_chunk_too():
-    """With half of the weight each, the earlier one as a text of its own."""
-    ids = random_ids(1, 3 * CHUNK)
-    first, second, _ = ids.split(CHUNK, dim=1)
-    learner, model = make_learner(replay=1, max_norm=None), enabled()
-    optimizer, cache = sgd(list(model.parameters())), sinkattn.SinkCache(model)
-    for part, again in ((first, None), (second, first)):
-        learner.step(part)
-        logits = model(part, cache=cache).logits
-        loss = cross_entropy(logits[0, :-1], part[0, 1:])
-        if again is not None:
-            loss = (loss + cross_entropy(model(again, use_cache=False).logits[0, :-1], again[0, 1:])) / 2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    for x, y in zip(weights_of(learner), model.parameters(), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
-
-
-def test_replay_keeps_a_sample_of_all_chunks():
-    learner = make_learner(replay=20)
-    for number in range(60):
-        learner.step(torch.full((1, CHUNK), number))
-    kept = sorted(int(chunk.ids[0, 0]) for chunk in learner._reservoir)
-    assert len(set(kept)) == 20
-    assert sum(number < 30 for number in kept) in range(5, 16)
-
-
-def test_replay_never_comes_back_to_what_was_undone():
-    learner, ids = make_learner(replay=4), random_ids(1, 8 * CHUNK)
-    learner.step(ids[:, : 4 * CHUNK])
-    kept, weights = list(learner._reservoir), weights_of(learner)
-    learner.step(ids[:, 4 * CHUNK :])
-    learner.undo()
-    assert learner._reservoir == kept
-    assert all(map(torch.equal, weights_of(learner), weights))
-
-
-def test_replay_forgets_less():
-    early, late = (torch.arange(24)[None] + shift for shift in (0, 40))
-    lost = []
-    for replay in (0, 8):
-        learner = make_learner(replay=replay)
-        learner.step(early.repeat(1, 10))
-        before = losses(learner.model, early).mean()
-        learner.step(late.repeat(1, 10))
-        lost.append(losses(learner.model, early).mean() - before)
-    assert lost[1] < lost[0] / 2
-
-
 def test_a_mask_says_what_to_learn_from():
     ids = random_ids(2, CHUNK)
     mask = torch.zeros(2, CHUNK, dtype=torch.bool)
@@ -467,7 +417,6 @@ def test_bad_arguments():
         ({"optimizer": sgd(list(model.parameters())[1:])}, "optimizer: expected one of exactly the .* that learn"),
         ({"every": 0}, "every: expected 1 or more, got 0"),
         ({"after_update": "forget"}, "after_update: expected 'keep' or 'reencode', got 'forget'"),
-        ({"replay": -1}, "replay: expected 0 or more chunks, got -1"),
         ({"decay": 2.0}, "decay: expected 0 to 1, got 2.0"),
         ({"learn": "some"}, "learn: expected 'lora', 'all' or a function"),
         ({"learn": lambda name, x: False}, "learn: expected at least one parameter that learns"),
