@@ -172,8 +172,7 @@ class BackgroundLearner:
         threads: CPU threads of the operators that learn; those of other threads stay as they are.
         niceness: how far the thread steps back behind all others that want the CPUs, those of other processes too
             (Linux): 0 for as much as they get, 19 for next to nothing.
-        options: those of `OnlineLearner`: ``chunk``, ``learn``, ``every``, ``after_update``, ``decay``,
-            ``replay``, ``max_norm``.
+        options: those of `OnlineLearner`: ``chunk``, ``learn``, ``every``, ``after_update``, ``decay``, ``max_norm``.
 
     Raises:
         ValueError: for an invalid argument, a model that `OnlineLearner` refuses, or one that has a learner already.

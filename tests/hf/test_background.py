@@ -98,7 +98,7 @@ def learn_more(learner: BackgroundLearner, after: set[int] | None = None):
     ("family", "options"),
     [
         ("llama", {"learn": "lora", "optimizer": None}),
-        ("llama", {"every": 2, "decay": 0.1, "replay": 3}),
+        ("llama", {"every": 2, "decay": 0.1}),
         ("gpt2", {}),
     ],
     ids=str,
