@@ -97,7 +97,7 @@ Tensor sink_attention_(
 // gradients do not depend on the number of threads.
 int64_t num_gradient_groups(const AttentionCall& call) {
   constexpr int64_t kItems = 32, kMinTokens = 64, kMaxBytes = int64_t{64} << 20;
-  const int64_t rows = call.batch * call.kv_heads;
+  const int64_t rows = std::max<int64_t>(1, call.batch * call.kv_heads);
   const int64_t bytes = 4 * rows * call.tokens * (call.head_dim + call.value_dim);
   const int64_t most = std::min((call.tokens + kMinTokens - 1) / kMinTokens, kMaxBytes / std::max<int64_t>(bytes, 1));
   return std::max<int64_t>(1, std::min((kItems + rows - 1) / rows, most));
@@ -110,7 +110,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sink_attention_gradients(
     bool interleaved, const std::optional<Tensor>& sink_logits, std::optional<double> softcap,
     const std::optional<Tensor>& alibi_slopes) {
   check_new_tokens(keys, values, key, value);
-  require(num_sinks >= 0 && window >= 1, "num_sinks, window: expected num_sinks >= 0 and window >= 1");
+  require(
+      num_sinks >= 0 && num_sinks <= kMaxTokens && window >= 1 && window <= kMaxTokens,
+      "num_sinks, window: expected 0 to 2^61 and 1 to 2^61");
   const int64_t past = keys.size(2);
   require(
       past == 0 || past == num_sinks + window, "keys, values: expected num_sinks + window (", num_sinks + window,

@@ -46,7 +46,9 @@ class Backward : AttentionBase<scalar_t> {
     const auto blocks = [](int64_t keys) { return (keys + kKeys - 1) / kKeys; };
     // An upper bound, by the most tokens that a block of queries can have.
     const int64_t max_tokens = std::clamp<int64_t>(Microkernel::kItemQueries / group_size_, 1, group_tokens);
-    const int64_t max_blocks = 2 * blocks(layout_.num_sinks) + blocks(std::min(past, layout_.window)) +
+    const int64_t max_blocks = blocks(std::min(past, layout_.num_sinks)) +
+                               blocks(std::min(call_.tokens, layout_.num_sinks)) +
+                               blocks(std::min(past, layout_.window)) +
                                blocks(std::min(call_.tokens, layout_.window + max_tokens));
     const int64_t fitting = kMaxPanelBytes / (max_blocks * kKeys * static_cast<int64_t>(sizeof(acc_t)));
     block_tokens_ = std::clamp<int64_t>(fitting / group_size_, 1, max_tokens);

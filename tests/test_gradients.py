@@ -176,6 +176,15 @@ def test_autocast_does_not_change_the_backward():
         assert torch.equal(x, y)
 
 
+def test_no_rows_and_no_tokens():
+    for batch, tokens in ((0, 4), (2, 0)):
+        leaves = [leaf(torch.zeros(batch, heads, tokens, 8)) for heads in (6, 2, 2)]
+        ring, seen = (torch.zeros(batch, 2, S + W, 8) for _ in range(2)), torch.zeros(batch, dtype=torch.int64)
+        layout = {"num_sinks": S, "window": W, "scale": 1.0}
+        attention.sink_attention_(*ring, *leaves, seen, None, None, **layout).sum().backward()
+        assert [x.grad.shape for x in leaves] == [x.shape for x in leaves]
+
+
 def test_gradcheck():
     options = make_options("all")
     streams = [leaf(x) for x in make_qkv(14, batch=1, dtype=torch.float64, heads=2, kv_heads=1, head_dim=4)]

@@ -70,7 +70,8 @@ class _Attention(torch.autograd.Function):
         *inputs: Tensor | None,
     ) -> Tensor:
         # The ring and its counters change before the backward runs.
-        is_fresh = call.seen.is_cpu and not call.seen.any()
+        # Can be read on a CPU only, and not in a graph of torch.compile.
+        is_fresh = not torch.compiler.is_compiling() and call.seen.is_cpu and not call.seen.any()
         past: tuple[Tensor | None, ...] = (None, None)
         if not is_fresh:
             past = linearise(call.keys, call.values, call.seen, num_sinks=call.num_sinks, window=call.window)

@@ -1,5 +1,8 @@
 """Gradients of enabled models: of weights, adapters and embeddings, call by call, with the past as a constant."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
 from families import build
@@ -217,6 +220,140 @@ def test_gradient_checkpointing(family, reentrant):
     if reentrant:
         results[0].pop("next"), results[1].pop("next")
     assert_same(*results, 1e-10)
+
+
+def checkpointed(family: str = "llama", **options):
+    model = sinkattn.enable(build(family, torch.float64), S, 10).train()
+    model.gradient_checkpointing_enable(options or None)
+    return model
+
+
+def test_checkpointing_in_several_threads():
+    """Each with a cache of its own; then disable() leaves nothing behind."""
+    model, ids = checkpointed(), random_ids(2, 40)
+    function = model.model.layers[0]._gradient_checkpointing_func
+
+    def losses(seed: int) -> list[float]:
+        part, out = ids.roll(seed, dims=1), []
+        for length in (20 + seed, 7):
+            cache = sinkattn.SinkCache(model)
+            for piece in part[:, : 2 * length].split(length, dim=1):
+                loss = loss_of(model(piece, cache=cache).logits, piece)
+                torch.autograd.grad(loss, [model.model.norm.weight, model.model.layers[0].mlp.up_proj.weight])
+                out.append(loss.item())
+        return out
+
+    want = [losses(seed) for seed in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(losses, range(6))) == want
+    sinkattn.disable(model)
+    assert model.model.layers[0]._gradient_checkpointing_func is function
+
+
+@pytest.mark.parametrize("part", ["lm_head", "prompt", "last layer"])
+def test_checkpointing_where_little_learns(part):
+    """The decoder is frozen, or most of it in evaluation mode."""
+    results, ids = [], random_ids(2, 12)
+    for streaming in (False, True):
+        model = build("llama", torch.float64).train()
+        model.gradient_checkpointing_enable()
+        if part == "last layer":
+            model.model.eval()
+            model.model.layers[-1].train()
+        else:
+            model.model.requires_grad_(False)
+        prompt = torch.ones(model.config.hidden_size, dtype=torch.float64, requires_grad=True)
+        model.prompt = torch.nn.Parameter(prompt) if part == "prompt" else None
+        if part == "prompt":
+            model.model.embed_tokens.register_forward_hook(lambda module, args, out, model=model: out + model.prompt)
+        elif part == "lm_head":
+            model.enable_input_require_grads()
+        if streaming:
+            sinkattn.enable(model, S, W)
+        loss_of(model(ids, use_cache=False).logits, ids).backward()
+        results.append(gradients(model))
+    assert_same(*results, ROPE_ROUNDING)
+
+
+def test_checkpointed_steps_of_a_prompt_by_hook_have_gradients():
+    """Also where steps of one token are compiled, and nothing else of the decoder learns."""
+    results = []
+    for compile in (False, True):
+        model = sinkattn.enable(build("llama"), S, W, compile=compile)
+        model.model.requires_grad_(False)
+        model.prompt = torch.nn.Parameter(torch.ones(model.config.hidden_size))
+        model.model.embed_tokens.register_forward_hook(lambda module, args, out, model=model: out + model.prompt)
+        cache = sinkattn.SinkCache(model)
+        for token in random_ids(1, 6).split(1, dim=1):
+            model(token, cache=cache).logits.square().mean().backward()
+        results.append(gradients(model))
+    assert_same(*results, 1e-5)
+
+
+@pytest.mark.parametrize("change", ["select", "repeat", "reset"])
+def test_checkpointed_backward_after_the_cache_has_changed(change):
+    ids, results = random_ids(2, 30), []
+    for changes in (False, True):
+        model = checkpointed()
+        cache = sinkattn.SinkCache(model)
+        loss = loss_of(model(ids, cache=cache).logits, ids)
+        if changes:
+            with torch.no_grad():
+                if change == "select":
+                    cache.batch_select_indices(torch.tensor([1]))
+                elif change == "repeat":
+                    cache.batch_repeat_interleave(2)
+                else:
+                    cache.reset()
+                    model(ids[:1, :5], cache=cache)
+        before = cache.layers[0].ring.keys.clone()
+        loss.backward()
+        assert torch.equal(cache.layers[0].ring.keys, before)
+        results.append(gradients(model))
+    assert_same(*results, 1e-12)
+
+
+def test_disable_before_a_checkpointed_backward_is_refused():
+    for options in ({"use_reentrant": False}, {"use_reentrant": True}):
+        model, ids = checkpointed(**options), random_ids(1, 20)
+        model.enable_input_require_grads()
+        loss = loss_of(model(ids, use_cache=False).logits, ids)
+        sinkattn.disable(model)
+        with pytest.raises(RuntimeError, match=r"expected the backward before sinkattn\.disable"):
+            loss.backward()
+
+
+def test_selective_checkpointing():
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    ids, results = random_ids(2, 30), []
+    matmul = torch.ops.aten.mm.default
+    policies = {matmul: CheckpointPolicy.MUST_SAVE}
+    for selective in (False, True):
+        model = sinkattn.enable(build("llama", torch.float64), S, 10).train()
+        if selective:
+            policy = lambda context, operator, *args, **kwargs: policies.get(  # noqa: E731
+                operator, CheckpointPolicy.PREFER_RECOMPUTE
+            )
+            make = partial(create_selective_checkpoint_contexts, policy)
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": make})
+        cache = sinkattn.SinkCache(model)
+        for part in ids.split(15, dim=1):
+            loss_of(model(part, cache=cache).logits, part).backward()
+        results.append(gradients(model))
+    assert_same(*results, 1e-12)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_training_step_compiles():
+    ids, results = random_ids(2, 30), []
+    for compiled in (False, True):
+        model = sinkattn.enable(build("llama"), S, 10).train()
+        step = torch.compile(model, backend="aot_eager") if compiled else model
+        for _ in range(2):
+            loss_of(step(ids, use_cache=False).logits, ids).backward()
+        results.append(gradients(model))
+    assert_same(*results, 1e-5)
 
 
 def test_checkpointed_layers_keep_less():

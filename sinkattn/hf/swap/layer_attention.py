@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sinkattn import ops
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.model_patch import ModelPatch
 from sinkattn.hf.probe.result import LayerInfo, Rotation, Temperature
-from sinkattn.ring_cache import RingKVCache
 from sinkattn.rope import Rope, table_dtype
 
 ATTENTION_NAME = "sinkattn"
@@ -40,6 +40,16 @@ class Padding(NamedTuple):
     """Indices that move padding to the end of each row, int64 ``[batch, tokens]``; None for a single token."""
 
 
+class RingTensors(NamedTuple):
+    """What attention reads and writes of a ring; see `RingKVCache`."""
+
+    keys: Tensor
+    values: Tensor
+    seen: Tensor
+    arrivals: Tensor | None
+    """None: allocated by the call."""
+
+
 @dataclass
 class RunningForward:
     """State of one forward of an enabled model."""
@@ -54,32 +64,38 @@ class RunningForward:
     num_layers_run: int = 0
     tables: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Cosines and sines by index of layer group."""
-    rings_before: dict[int, tuple[Tensor, Tensor, Tensor] | None] | None = None
-    """Keys, values and ``seen`` of each layer's ring before it ran, None for an empty one; if layers may run again."""
+    rings_before: dict[int, RingTensors] | None = None
+    """Each layer's ring before it ran; None if no layer runs again for its gradients."""
     is_rerun: bool = False
-    """Whether layers run again for their gradients, on copies of these rings instead of the cache."""
+    """Whether layers run again, on copies of these rings instead of the cache."""
 
-    def ring_tensors(self, index: int, ring: RingKVCache) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and ``seen`` that a layer reads and writes."""
-        tensors = ring.keys, ring.values, ring.seen
-        if self.rings_before is None:
-            return tensors
+    def ring_tensors(self, index: int, key: Tensor, value: Tensor) -> RingTensors:
+        """The ring of a layer that gets these keys and values."""
         if self.is_rerun:
-            before = self.rings_before[index]
-            keys, values, seen = map(torch.zeros_like, tensors) if before is None else (x.clone() for x in before)
-            return keys, values, seen
-        is_empty = ring.seen.is_cpu and not ring.seen.any()
-        self.rings_before[index] = None if is_empty else (ring.keys.clone(), ring.values.clone(), ring.seen.clone())
-        return tensors
+            assert self.rings_before is not None
+            with _disable_current_modes():  # selective checkpointing expects the operators of the first run
+                keys, values, seen = (
+                    x.clone(memory_format=torch.contiguous_format) for x in self.rings_before[index][:3]
+                )
+            return RingTensors(keys, values, seen, None)
+        layer = self.cache.layers[index]
+        if not layer.is_initialized:
+            layer.lazy_initialization(key, value)
+        ring = RingTensors(layer.ring.keys, layer.ring.values, layer.ring.seen, layer.ring.arrivals)
+        if self.rings_before is not None:
+            with _disable_current_modes():
+                # An empty ring takes no memory here.
+                is_empty = ring.seen.is_cpu and not ring.seen.any()
+                keys, values, seen = (x.new_zeros(()).expand(x.shape) if is_empty else x.clone() for x in ring[:3])
+            self.rings_before[index] = RingTensors(keys, values, seen, None)
+        return ring
 
-    def rotary_tables(
-        self, group: LayerGroup, rope: Rope, ring: RingKVCache, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def rotary_tables(self, group: LayerGroup, rope: Rope, seen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines of a group, whose rotation is ``rope``; computed once per forward."""
         if group.index not in self.tables:
             layout = group.layout
             self.tables[group.index] = rope.stream_tables(
-                ring.seen, self.num_tokens, num_sinks=layout.num_sinks, window=layout.window, dtype=table_dtype(dtype)
+                seen, self.num_tokens, num_sinks=layout.num_sinks, window=layout.window, dtype=table_dtype(dtype)
             )
         return self.tables[group.index]
 
@@ -115,13 +131,11 @@ def attend_over_ring(
     if (num_missing := key.shape[2] - query.shape[2]) > 0:
         # Some models drop queries whose outputs are not needed (Gemma 4, in a prompt).
         query = functional.pad(query, (0, 0, num_missing, 0))
-    cache_layer = forward.cache.layers[info.index]
-    if not cache_layer.is_initialized:
-        cache_layer.lazy_initialization(key, value)
+    ring = forward.ring_tensors(info.index, key, value)
     # Under autocast rotated queries and keys are in fp32, and a stream may enter or leave autocast between calls.
     dtype = value.dtype
-    query, key, value = (x.to(cache_layer.values.dtype) for x in (query, key, value))
-    ring, padding = cache_layer.ring, forward.padding
+    query, key, value = (x.to(ring.values.dtype) for x in (query, key, value))
+    padding = forward.padding
     cos = sin = None
     is_interleaved = False
     if group.rotation is not None:
@@ -130,22 +144,21 @@ def attend_over_ring(
         if offset:
             # The kernels rotate the first elements of a head. Scores do not depend on the order of elements.
             query, key = (torch.cat((x[..., offset:], x[..., :offset]), dim=-1) for x in (query, key))
-        cos, sin = forward.rotary_tables(group, rope, ring, key.dtype)
+        cos, sin = forward.rotary_tables(group, rope, ring.seen, key.dtype)
     if info.temperature is not None:
         query = _scale_queries(query, info.temperature, forward.positions)
     order = None if padding is None else padding.order
     if order is not None:
         query, key, value = (_reorder_tokens(x, order) for x in (query, key, value))
-    ring_keys, ring_values, seen = forward.ring_tensors(info.index, ring)
     was_refused = False
     try:
         out = ops.sink_attention_(
-            ring_keys,
-            ring_values,
+            ring.keys,
+            ring.values,
             query,
             key,
             value,
-            seen,
+            ring.seen,
             cos,
             sin,
             num_sinks=group.layout.num_sinks,

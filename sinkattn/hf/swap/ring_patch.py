@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.cache.state import SharedCacheState
 from sinkattn.hf.inputs import can_read_on_host, check_positions, new_token_mask, stream_positions
 from sinkattn.hf.model_config import config_with_attention, modules_with_config, rope_parameters
+from sinkattn.hf.model_patch import get_patch
 from sinkattn.hf.probe.result import ProbeResult, Rotation
 from sinkattn.hf.probe.rotations import identity_rotation_hook
 from sinkattn.hf.swap.captured_step import Graph
@@ -46,6 +47,17 @@ REPLACEABLE_LAYERS = {
 
 # Per thread; a forward within a forward replaces it until it returns.
 _running: ContextVar[RunningForward | None] = ContextVar("sinkattn_running", default=None)
+
+
+class Checkpointed(NamedTuple):
+    """Takes the place of the function that runs layers of an enabled model with gradient checkpointing."""
+
+    patch: RingPatch
+    checkpoint: Callable[..., Any]
+
+    def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a layer, now and again in the backward."""
+        return self.patch.run_checkpointed(self.checkpoint, layer, *args, **kwargs)
 
 
 class RingPatch(StreamPatch):
@@ -241,11 +253,9 @@ class RingPatch(StreamPatch):
         cache.begin_forward(batch, num_tokens, kwargs.get("input_ids"))
         is_finished, may_have_written = False, False
         running = RunningForward(self, cache, num_tokens, padding, positions)
-        checkpointed = self._checkpoint_functions() if is_recorded and self.decoder.training else {}
-        if checkpointed:
+        if torch.is_grad_enabled() and self._wrap_checkpointing():
             running.rings_before = {}
-        for module, checkpoint in checkpointed.items():
-            module._gradient_checkpointing_func = partial(self._run_checkpointed, running, checkpoint)
+            is_recorded = True
         previous = self._set_running(running)
         try:
             can_step = num_tokens == 1 and cache.seen is not None and not is_recorded
@@ -261,8 +271,6 @@ class RingPatch(StreamPatch):
             return output
         finally:
             self._set_running(previous)
-            for module, checkpoint in checkpointed.items():
-                module._gradient_checkpointing_func = checkpoint
             if is_finished:
                 cache.finish_forward(token_mask)
             else:
@@ -272,32 +280,41 @@ class RingPatch(StreamPatch):
         """Whether autograd records a forward."""
         if not torch.is_grad_enabled():
             return False
-        return (embeddings is not None and embeddings.requires_grad) or any(
-            x.requires_grad for x in self.decoder.parameters()
-        )
+        if embeddings is not None and embeddings.requires_grad:
+            return True
+        # A hook may add something that learns, or let embeddings require gradients.
+        embedding = self.decoder.get_input_embeddings()
+        return bool(embedding._forward_hooks) or any(x.requires_grad for x in self.decoder.parameters())
 
-    def _checkpoint_functions(self) -> dict[Any, Callable[..., Any]]:
-        """The function of each module that runs layers with gradient checkpointing."""
+    def _wrap_checkpointing(self) -> bool:
+        """Let layers with gradient checkpointing find their forward when they run again; returns whether there are any.
+
+        The function that runs them may be set, or set anew, at any time after `install`.
+        """
         modules: Iterator[Any] = self.decoder.modules()
-        return {
-            module: module._gradient_checkpointing_func
-            for module in modules
-            if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
-        }
+        found = [x for x in modules if x.training and getattr(x, "gradient_checkpointing", False)]
+        for module in found:
+            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+            if checkpoint is not None and not isinstance(checkpoint, Checkpointed):
+                self.set_attribute(module, "_gradient_checkpointing_func", Checkpointed(self, checkpoint))
+        return bool(found)
 
-    def _run_checkpointed(
-        self,
-        running: RunningForward,
-        checkpoint: Callable[..., Any],
-        layer: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
+    def run_checkpointed(
+        self, checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Run ``checkpoint(layer, ...)``; the layer runs again in the backward, after the forward and in any thread."""
+        running = self._running_forward()
+        if running is None or running.patch is not self:
+            return checkpoint(layer, *args, **kwargs)
         has_run = False
 
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal has_run
+            if has_run and get_patch(self.model) is not self:
+                raise RuntimeError(
+                    "gradient checkpointing: expected the backward before sinkattn.disable(model), as layers run again "
+                    "in it"
+                )
             previous = self._set_running(replace(running, is_rerun=True) if has_run else running)
             has_run = True
             try:
@@ -314,6 +331,11 @@ class RingPatch(StreamPatch):
         # On a GPU there may be padding in any step, as the mask is not read; on a CPU it would take another graph.
         is_compiled = self._compiled_step is not None and (padding is None or padding.num_new.is_cuda)
         return self._plain_step if is_compiled else None
+
+    def _running_forward(self) -> RunningForward | None:
+        """The forward that runs in this thread."""
+        # Compiled code sets only `_traced`; eager code after a graph break finds `_running` empty and reads it too.
+        return self._traced if torch.compiler.is_dynamo_compiling() else _running.get() or self._traced
 
     def _set_running(self, running: RunningForward | None) -> RunningForward | None:
         """Set the running forward; returns the previous one."""
@@ -341,8 +363,7 @@ class RingPatch(StreamPatch):
                 f"dropout: expected 0 in attention, got {dropout}; set attention_dropout of the configuration to 0 "
                 "before sinkattn.enable, or call model.eval()"
             )
-        # Compiled code sets only `_traced`; eager code after a graph break finds `_running` empty and reads it too.
-        running = self._traced if torch.compiler.is_dynamo_compiling() else _running.get() or self._traced
+        running = self._running_forward()
         if running is None or running.patch is not self:
             raise RuntimeError(
                 "attention modules of an enabled model run only as part of the model; if they did, the forward of its "
