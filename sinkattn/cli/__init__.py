@@ -1,7 +1,7 @@
 """The command line: ``sinkattn demo | generate | learn | eval | info``, also as ``python -m sinkattn``.
 
 Exit codes: 0 when done, 2 for an error that the user can correct (one line on stderr says how), 130 when interrupted.
-`generate` and `learn` run until Ctrl-C, so they exit with 0 when interrupted.
+`generate` and `learn` run until Ctrl-C, so they exit with 0 when interrupted; `learn` once it has read a chunk.
 
 Each command has a module here with its arguments and what it prints. The modules import what needs transformers or the
 packages of the extra ``cli`` only when a command runs.
@@ -10,6 +10,7 @@ packages of the extra ``cli`` only when a command runs.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -22,6 +23,9 @@ from sinkattn.cli.errors import UserError, discard_stdout
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     args = build_parser().parse_args(argv)
+    for name in ("torchao", "torch.utils._pytree"):
+        # transformers and peft import torchao, whose remarks on libraries that it does not find concern no model here.
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return args.run(args)
     except UserError as error:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import torch
 
@@ -24,6 +22,8 @@ if TYPE_CHECKING:
     from sinkattn.evaluate.text import Text, TokenStream
 
     Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+Parsed = TypeVar("Parsed")
 
 
 def add_command(
@@ -115,15 +115,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def rate(text: str) -> float:
-    """Parse a learning rate, more than 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number, more than 0, got {text!r}")
-    return number
+def as_argument(parse: Callable[[str], Parsed]) -> Callable[[str], Parsed]:
+    """A parser for argparse, which tells the message of a ValueError that ``parse`` raises."""
+
+    def parse_argument(text: str) -> Parsed:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse_argument
 
 
 def check_writable(*paths: Path | None) -> None:
@@ -137,20 +138,35 @@ def check_writable(*paths: Path | None) -> None:
             raise UserError(f"cannot write {path}: {path.parent} is no folder that can be written to")
 
 
-def open_text(name: str | None, stdin: TextIO) -> Text:
+def check_folder(path: Path | None) -> None:
+    """Raise UserError for a folder that is not new or empty, or in which no file can be written."""
+    if path is None:
+        return
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"cannot write to {path}: expected a new or empty folder")
+    parent = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"cannot write to {path}: {parent} is no folder that can be written to")
+
+
+def open_stdin() -> TextIO:
+    """Stdin; raises UserError if it is closed."""
+    if sys.stdin is None:
+        raise UserError("stdin is closed")
+    return sys.stdin
+
+
+def open_text(name: str | None) -> Text:
     """Open the text that ``--text`` names: a file, ``-`` for stdin, None for the standard library."""
     from sinkattn.evaluate.text import Pipe, StandardLibrary, TextFile
 
     if name is None:
         return StandardLibrary()
-    return Pipe(stdin) if name == "-" else TextFile(Path(name))
+    return Pipe(open_stdin()) if name == "-" else TextFile(Path(name))
 
 
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model that the arguments name, and its tokenizer."""
-    for name in ("torchao", "torch.utils._pytree"):
-        # transformers imports torchao, whose remarks on libraries that it does not find concern no model here.
-        logging.getLogger(name).setLevel(logging.ERROR)
     with as_user_error(ImportError):
         from sinkattn.hf.load import load
     with as_user_error(ValueError, RuntimeError, ImportError):

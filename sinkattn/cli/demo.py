@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     with as_user_error(ValueError):
         check_format(args.plot)
         candidates[0].check()
-        text = open_text(args.text, sys.stdin)
+        text = open_text(args.text)
     model, tokenizer = load_model(args)
     stream = TokenStream(text, tokenizer)
     model_facts = describe_model(model, args)

@@ -19,6 +19,7 @@ from sinkattn.cli.arguments import (
     describe_model,
     load_model,
     model_lines,
+    open_stdin,
     positive,
     sampling,
     window_of,
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     prompt = args.prompt
     if prompt is None:
-        if sys.stdin.isatty():
+        if open_stdin().isatty():
             raise UserError("prompt: give --prompt TEXT, or pipe a text into stdin")
         prompt = sys.stdin.read()
     model, tokenizer = load_model(args)

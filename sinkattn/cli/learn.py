@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sinkattn.cli.arguments import add_command, add_model, describe_text, positive
+from sinkattn.cli.arguments import add_command, add_model, check_folder, describe_text, open_stdin, positive
 from sinkattn.cli.errors import as_user_error
 from sinkattn.cli.eval.arguments import add_outputs
 from sinkattn.cli.eval.session import open_session, write_json
-from sinkattn.cli.learn_arguments import VARIANT, add_learning, held_out, parse_variants
+from sinkattn.cli.learn_arguments import VARIANT, add_learning, held_out, variant, with_rate
 from sinkattn.cli.learn_report import as_dict, draw, live_line, tables
 
 if TYPE_CHECKING:
     from sinkattn.cli.arguments import Commands
+    from sinkattn.cli.eval.session import Session
     from sinkattn.evaluate.learn import Result
 
 CHUNKS_OF_A_STRETCH = 8
@@ -30,25 +30,25 @@ def add_parser(commands: Commands) -> None:
     parser.set_defaults(evaluation="learn")
     add_model(parser)
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text, - for stdin, which may never end")
-    parser.add_argument("--variant", default="lora", metavar="V", help=f"{VARIANT} (default: %(default)s)")
+    parser.add_argument(
+        "--variant", type=variant, default="lora", metavar="V", help=f"{VARIANT} (default: %(default)s)"
+    )
     parser.add_argument("--tokens", type=positive, help="stop after so many (default: at the end of the text)")
     parser.add_argument(
         "--stretch",
         type=positive,
         metavar="N",
-        help=f"tell about so many tokens at a time, at first (default: {CHUNKS_OF_A_STRETCH} chunks)",
+        help=f"print a line every N tokens; longer later (default: {CHUNKS_OF_A_STRETCH} chunks)",
     )
     add_learning(parser, "none")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="folder to save what was learned to")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="new or empty folder to save what was learned to")
     add_outputs(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command."""
-    variants = parse_variants([args.variant], args.rate)
-    if args.save:
-        with as_user_error(OSError):
-            args.save.mkdir(parents=True, exist_ok=True)
+    """Run the command. However the stream ends, what was learned until then is saved."""
+    variants = with_rate([args.variant], args.rate)
+    check_folder(args.save)
     is_finished = False
     try:
         with open_session(args) as session:
@@ -57,31 +57,66 @@ def run(args: argparse.Namespace) -> int:
             from sinkattn.evaluate.text import Feed, TextFile, TokenStream
 
             kept = held_out(session)
-            stream = TokenStream(Feed(sys.stdin) if args.text == "-" else TextFile(Path(args.text)), session.tokenizer)
+            stream = TokenStream(
+                Feed(open_stdin()) if args.text == "-" else TextFile(Path(args.text)), session.tokenizer
+            )
             print(f"Text: {stream.text.description}", flush=True)
             cache = CacheSize.parse(args.cache) if args.cache else CacheSize(4, session.total - 4)
             stretch = args.stretch or CHUNKS_OF_A_STRETCH * args.chunk
             settings = learn.Settings(cache, variants, args.tokens, stretch, args.chunk, seed=args.seed)
+            result: Result | None = None
 
             def report(result: Result) -> dict[str, Any]:
                 return {**as_dict(result), "text": describe_text(stream, 0)}
+
+            def on_progress(so_far: Result) -> None:
+                nonlocal result
+                result = so_far
 
             def on_stretch(result: Result) -> None:
                 print(live_line(report(result)), flush=True)
                 if args.json:
                     write_json(args.json, session.report(report(result)))
 
-            result = learn.run(session.model, _waiting(stream.once()), settings, kept, lambda result: None, on_stretch)
+            failure: Exception | None = None
+            try:
+                result = learn.run(session.model, _waiting(stream.once()), settings, kept, on_progress, on_stretch)
+            except BrokenPipeError:
+                raise  # nobody reads the tables
+            except Exception as error:
+                if result is None:
+                    raise
+                failure = error
+            finally:
+                saved = _save(session, result)
             session.finish(report(result), tables(report(result)), draw)
-            if args.save:
-                [learner] = result.learners.values()
-                learner.save(args.save)
-                print(f"Learned: {args.save}")
+            print(saved, end="")
+            if failure:
+                raise failure
             is_finished = True
     except KeyboardInterrupt:
         if not is_finished:
             raise
     return 0
+
+
+def _save(session: Session, result: Result | None) -> str:
+    """Save what was learned, if that is asked for; returns the line that says so."""
+    from safetensors import SafetensorError
+
+    folder = session.args.save
+    if folder is None or result is None:
+        return ""
+    [learner] = result.learners.values()
+    if not learner.num_updates:
+        return f"Learned: nothing, as there were no {learner.chunk} tokens for an update\n"
+    for config in getattr(learner.model, "peft_config", {}).values():
+        config.base_model_name_or_path = learner.model.name_or_path
+    with as_user_error(OSError, SafetensorError):
+        learner.save(folder)
+        if session.args.variant.learn == "all":
+            session.tokenizer.save_pretrained(folder)
+    return f"Learned: {folder} ({learner.num_updates:,} updates)\n"
 
 
 def _waiting(ids: Iterator[int]) -> Iterator[int]:

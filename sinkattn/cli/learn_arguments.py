@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sinkattn.cli.arguments import count, positive, rate
+from sinkattn.cli.arguments import as_argument, count, positive
 from sinkattn.cli.errors import UserError, require
+from sinkattn.evaluate.variant import Variant, parse_rate
 
 if TYPE_CHECKING:
     from sinkattn.cli.eval.session import Session
-    from sinkattn.evaluate.learn import Variant
 
 # Tokens of a text that is held out.
 HELD_OUT = 2_000
 VARIANT = (
     "lora (adapters) or all (weights), then, if wanted, +decay (1 %% of the way back to the first weights after every "
-    "update), +reencode (what is in sight, after every update), @RATE"
+    "update), +reencode (encode the tokens in sight again after every update), @RATE"
 )
+variant = as_argument(Variant.parse)
 
 
 def add_learning(parser: argparse.ArgumentParser, default_held_out: str) -> None:
@@ -34,39 +35,36 @@ def add_learning(parser: argparse.ArgumentParser, default_held_out: str) -> None
     )
     parser.add_argument(
         "--rate",
-        type=rate,
+        type=as_argument(parse_rate),
         metavar="R",
         help="learning rate where @RATE is not given (default: 1e-3 for adapters, 1e-5 for all weights)",
     )
     parser.add_argument(
         "--held-out",
         metavar="FILE",
-        help=f"text whose first {HELD_OUT:,} tokens show what is forgotten (default: {default_held_out})",
+        help=f"another text, whose first {HELD_OUT:,} tokens show what is forgotten (default: {default_held_out})",
     )
-    parser.add_argument("--seed", type=count, default=0, help="of the first adapters (default: %(default)s)")
+    parser.add_argument("--seed", type=count, default=0, help="of the adapters' initial weights (default: %(default)s)")
 
 
-def parse_variants(texts: Sequence[str], given: float | None) -> tuple[Variant, ...]:
-    """Parse variants; those without a rate get the one that is given. Raises UserError for others, or without peft."""
-    from sinkattn.evaluate.learn import Variant
-
-    try:
-        variants = [Variant.parse(text) for text in texts]
-    except ValueError as error:
-        raise UserError(str(error)) from error
+def with_rate(variants: Sequence[Variant], rate: float | None) -> tuple[Variant, ...]:
+    """Give variants without a rate this one. Raises UserError for adapters without peft."""
     if any(each.learn == "lora" for each in variants):
         require("peft", "'sinkattn[learn]'")
-    return tuple(replace(each, rate=given) if each.rate is None else each for each in variants)
+    return tuple(replace(each, rate=rate) if each.rate is None else each for each in variants)
 
 
 def held_out(session: Session) -> dict[str, torch.Tensor]:
     """The ids of the text that is given to be held out, by name; none if none is given."""
-    from sinkattn.evaluate.text import TextFile, TokenStream
+    from sinkattn.evaluate.text import TextError, TextFile, TokenStream
 
     if session.args.held_out is None:
         return {}
-    text = TextFile(Path(session.args.held_out))
-    ids = list(islice(TokenStream(text, session.tokenizer).once(), HELD_OUT))
+    try:
+        text = TextFile(Path(session.args.held_out))
+        ids = list(islice(TokenStream(text, session.tokenizer).once(), HELD_OUT))
+    except TextError as error:
+        raise UserError(str(error).replace("text", "held-out", 1)) from error
     if len(ids) < 2:
-        raise ValueError(f"held-out: expected two tokens or more in {text.description}, got {len(ids)}")
+        raise UserError(f"held-out: expected two tokens or more in {text.description}, got {len(ids)}")
     return {text.description: torch.tensor(ids)}

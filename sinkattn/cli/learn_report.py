@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinkattn.cli.formatting import captioned_table, percent_text, restart_lines
 from sinkattn.cli.pictures import finish
+from sinkattn.evaluate.variant import DECAY, FROZEN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from sinkattn.evaluate.learn import Result, Stretch
     from sinkattn.evaluate.statistics import Blocks, Mean
 
-FROZEN = "frozen"  # as in `sinkattn.evaluate.learn`, which needs transformers
 FROZEN_COLOUR = "#7f7f7f"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
@@ -28,8 +28,6 @@ def as_dict(result: Result, names: list[str] | None = None) -> dict[str, Any]:
         result: the measurements.
         names: the text of each stretch; None if it is always the same.
     """
-    from sinkattn.evaluate.learn import DECAY
-
     settings = result.settings
     sizes = {name: getattr(settings, name) for name in ("tokens", "stretch", "chunk", "seed")}
     return {
@@ -75,13 +73,15 @@ def _stretch_dict(result: Result, stretch: Stretch, text: str | None) -> dict[st
 
 
 def _compared(blocks: Blocks, frozen: Blocks) -> dict[str, Any]:
-    difference = None if blocks is frozen else blocks.difference(frozen)
+    from sinkattn.evaluate.learn import minus_frozen
+
+    difference = None if blocks is frozen else minus_frozen(blocks, frozen)
     return {**_mean_dict(blocks.mean()), "minus_frozen": _difference_dict(difference)}
 
 
 def _mean_dict(mean: Mean | None) -> dict[str, Any]:
     assert mean is not None
-    return {"scored_tokens": mean.tokens, "loss": mean.loss, "margin": mean.margin, "perplexity": mean.perplexity}
+    return mean.as_dict()
 
 
 def _difference_dict(difference: Mean | None) -> dict[str, Any] | None:
@@ -133,7 +133,7 @@ def _whole_table(report: dict[str, Any]) -> Table:
         )
     lines = [
         "Losses in nats per token, of tokens that have not been learned from yet.",
-        "±: half a 95 % confidence interval, from paired differences of blocks of the stream.",
+        "±: half a 95 % confidence interval, from paired differences of 8 blocks of the stream.",
         f"Read in turn, {settings['cache']} tokens in sight, in chunks of {settings['chunk']}.",
         "Time spent learning: what they take longer than the frozen model.",
     ]
@@ -179,7 +179,7 @@ def _held_out_table(report: dict[str, Any]) -> Table:
             worst = max((change["loss"] for change in changes), default=None)
             cells.append(f"{difference_text(changes[-1])} ({worst:+.3f})" if changes else "")
         out.add_row(text, f"{report['stretches'][-1]['held_out'][text]['frozen']['perplexity']:.2f}", *cells)
-    out.caption = "More than 0: worse than before on text that is not in the stream. At worst: after a stretch."
+    out.caption = "More than 0: worse on the held-out text than before the stream. At worst: after a stretch."
     return out
 
 

@@ -1,20 +1,18 @@
 """Learning along a stream: learners and the frozen model over the same tokens, and what the learners forget.
 
 A position is the index in the stream of the token that is predicted. Losses are prequential: a token is predicted
-before it is learned from. That is checked at the beginning of every stretch: the losses of a learner must be those of
-its weights from before.
+before it is learned from. That is checked at the first chunk of every stretch: a learner must report the loss that it
+reports when it does not learn.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal
 
 import numpy as np
 import torch
@@ -25,69 +23,18 @@ from sinkattn.evaluate.interruption import Interrupted
 from sinkattn.evaluate.methods import Cached, CacheSize, Streamed, copy_sharing_weights
 from sinkattn.evaluate.speed import Speed
 from sinkattn.evaluate.statistics import Blocks, Mean
+from sinkattn.evaluate.variant import DECAY, FROZEN, Variant
 from sinkattn.hf import OnlineLearner, SinkCache, enable
 from sinkattn.hf.learner import HALF_DTYPES
 
-FROZEN = "frozen"
-# The fraction of the way back to the first weights after every update, of the variants that decay.
-DECAY = 0.01
 # A chunk that is learned from takes so many times as long as one that is only read, about.
 LEARNING_COST = 3.0
-# Stretches that are kept of a stream whose end is not known; beyond them neighbours are joined.
+# Stretches that are kept; beyond them neighbours are joined.
 MAX_STRETCHES = 32
-# Two ways of computing one mean loss differ by less, relatively: in fp32, and in half precision.
-TOLERANCE, HALF_TOLERANCE = 1e-4, 3e-2
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What a learner learns, and how; written ``lora`` or ``all``, then ``+decay``, ``+reencode``, ``@RATE``."""
-
-    learn: Literal["lora", "all"]
-    decay: bool = False
-    reencode: bool = False
-    rate: float | None = None
-    """Learning rate of AdamW; None for the default of `OnlineLearner`."""
-
-    @classmethod
-    def parse(cls, text: str) -> Variant:
-        """Parse a variant; raises ValueError for any other text."""
-        match = re.fullmatch(r"(lora|all)((?:\+decay|\+reencode)*)(?:@(.+))?", text)
-        rate = _positive(match[3]) if match and match[3] else None
-        if not match or (match[3] and rate is None):
-            raise ValueError(
-                "variants: expected lora or all, then +decay, +reencode, @RATE if wanted, such as lora+decay@0.003, "
-                f"got {text!r}"
-            )
-        learn: Literal["lora", "all"] = "lora" if match[1] == "lora" else "all"
-        return cls(learn, "+decay" in match[2], "+reencode" in match[2], rate)
-
-    def __str__(self) -> str:
-        parts = [self.learn, *(f"+{name}" for name in ("decay", "reencode") if getattr(self, name))]
-        return "".join(parts) + ("" if self.rate is None else f"@{self.rate:g}")
-
-    def learner(self, model: PreTrainedModel, size: CacheSize, chunk: int) -> OnlineLearner:
-        """A learner on a copy of a model, which for adapters shares the weights."""
-        copied = copy_sharing_weights(model) if self.learn == "lora" else copy.deepcopy(model)
-        learner = OnlineLearner(
-            enable(copied, size.num_sinks, size.window),
-            chunk=chunk,
-            learn=self.learn,
-            after_update="reencode" if self.reencode else "keep",
-            decay=DECAY if self.decay else 0.0,
-        )
-        if self.rate is not None:
-            for group in learner.optimizer.param_groups:
-                group["lr"] = self.rate
-        return learner
-
-
-def _positive(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if 0 < number < math.inf else None
+# Blocks of the interval of a difference: as few as give an interval.
+DIFFERENCE_BLOCKS = 8
+# A mean loss with and without gradients differs by less, relatively: in fp32, and in half precision.
+TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-3
 
 
 @dataclass(frozen=True)
@@ -120,7 +67,7 @@ class Settings:
         """Raise ValueError for stretches that do not end with a chunk, and for a variant that is there twice."""
         if self.stretch % self.chunk:
             raise ValueError(f"stretch: expected a multiple of the chunk ({self.chunk}), got {self.stretch}")
-        if len(set(self.variants)) < len(self.variants):
+        if len(set(map(str, self.variants))) < len(self.variants):
             raise ValueError(f"variants: expected each once, got {' '.join(map(str, self.variants))}")
 
 
@@ -160,10 +107,19 @@ class Result:
 
     def minus_frozen(self, method: str) -> Mean | None:
         """Mean loss of a method minus that of the frozen model over the whole stream, paired by block."""
-        return self._losses(method).difference(self._losses(FROZEN))
+        return minus_frozen(self._losses(method), self._losses(FROZEN))
 
     def _losses(self, method: str) -> Blocks:
         return Blocks.join([each.losses[method] for each in self.stretches])
+
+
+def minus_frozen(learner: Blocks, frozen: Blocks) -> Mean | None:
+    """Mean loss of a learner minus that of the frozen model, paired by block.
+
+    What a learner gains changes slowly along a stream, so that means over short blocks would be correlated.
+    """
+    one, other = (Blocks.join([each], DIFFERENCE_BLOCKS) for each in (learner, frozen))
+    return one.difference(other)
 
 
 class _Reader(Cached):
@@ -193,8 +149,6 @@ class _Frozen:
         """As `OnlineLearner.step`."""
         ids = torch.cat((self._last, piece))
         self._last = piece[-1:]
-        if len(ids) == 1:
-            return math.nan
         return float(self._method.feed(ids[:-1], ids[1:], torch.ones(len(ids) - 1, dtype=torch.bool)).losses.mean())
 
 
@@ -226,7 +180,7 @@ def run(
     """
     settings.check()
     frozen = _Frozen(model, settings.cache)
-    learners = {str(each): _seeded(model, each, settings) for each in settings.variants}
+    learners = {str(each): _learner(model, each, settings) for each in settings.variants}
     methods: dict[str, _Frozen | OnlineLearner] = {FROZEN: frozen, **learners}
     result = Result(settings, learners, seconds=dict.fromkeys(methods, 0.0))
     done, length = 0, settings.stretch
@@ -239,6 +193,8 @@ def run(
     try:
         result.held_out = _held_out_losses(frozen.model, held_out)
         while piece := list(islice(ids, _left(settings, done))):
+            if len(piece) + done < 2:
+                break
             chunk, stretch = torch.tensor(piece), result.stretches[-1] if result.stretches else None
             is_first = stretch is None or stretch.end == stretch.begin + length
             if stretch is None or is_first:
@@ -257,8 +213,9 @@ def run(
             # A chunk counts when all have read it.
             scored = len(piece) - (done == 0)
             for name, loss in losses.items():
-                if scored and not math.isfinite(loss):
+                if not math.isfinite(loss):
                     raise ValueError(f"{name}: the loss is not finite after {done:,} tokens; try a lower learning rate")
+            for name, loss in losses.items():
                 stretch.losses[name].add(done + len(piece) - scored, np.full(scored, loss))
             if is_first:
                 result.stretches.append(stretch)
@@ -270,15 +227,15 @@ def run(
             on_progress(result)
             if done == stretch.begin + length:
                 end_stretch()
-                if settings.tokens is None and len(result.stretches) == MAX_STRETCHES:
+                if len(result.stretches) == MAX_STRETCHES:
                     result.stretches, length = _joined(result.stretches), 2 * length
         if result.stretches and not result.stretches[-1].held_out:
             end_stretch()
     except Interrupted:
         if not done:
             raise
-    if done < 2:
-        raise ValueError(f"text: expected two tokens or more, got {done}")
+    if not done:
+        raise ValueError("text: expected two tokens or more")
     return result
 
 
@@ -292,10 +249,22 @@ def _left(settings: Settings, done: int) -> int:
     return settings.chunk if settings.tokens is None else min(settings.chunk, settings.tokens - done)
 
 
-def _seeded(model: PreTrainedModel, variant: Variant, settings: Settings) -> OnlineLearner:
+def _learner(model: PreTrainedModel, variant: Variant, settings: Settings) -> OnlineLearner:
+    """A learner on a copy of a model, which for adapters shares the weights."""
+    if variant.learn == "all" and is_half(model):
+        raise ValueError(f"{variant}: the steps of weights in half precision get lost; give --dtype float32, or lora")
+    copied = copy_sharing_weights(model) if variant.learn == "lora" else copy.deepcopy(model)
+    rate = variant.rate
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        return variant.learner(model, settings.cache, settings.chunk)
+        return OnlineLearner(
+            enable(copied, settings.cache.num_sinks, settings.cache.window),
+            None if rate is None else lambda weights: torch.optim.AdamW(weights, lr=rate, weight_decay=0),
+            chunk=settings.chunk,
+            learn=variant.learn,
+            after_update="reencode" if variant.reencode else "keep",
+            decay=DECAY if variant.decay else 0.0,
+        )
 
 
 def _held_out_losses(model: PreTrainedModel, held_out: dict[str, Tensor]) -> dict[str, Blocks]:
@@ -308,21 +277,20 @@ def _held_out_losses(model: PreTrainedModel, held_out: dict[str, Tensor]) -> dic
 
 
 def _checked_step(learner: OnlineLearner, chunk: Tensor) -> float:
-    """`OnlineLearner.step`; raises RuntimeError if its losses are not those of the weights from before.
-
-    The first token is predicted by the chunk before it, so it is fed by itself.
-    """
-    if len(chunk) == 1:
-        return learner.step(chunk)
-    expected = float(_Reader(learner.model, copy.deepcopy(learner.cache)).losses(chunk).mean())
-    first, others = learner.step(chunk[:1]), learner.step(chunk[1:])
-    tolerance = HALF_TOLERANCE if is_half(learner.model) else TOLERANCE
-    if not math.isclose(others, expected, rel_tol=tolerance):
+    """`OnlineLearner.step`; raises RuntimeError if its loss is not that of the weights from before."""
+    frozen = copy.copy(learner)
+    frozen.cache = copy.deepcopy(learner.cache)
+    frozen.freeze()
+    expected = frozen.step(chunk)
+    for x in learner.parameters.values():
+        x.requires_grad = True  # the weights are the same, and were frozen too
+    loss = learner.step(chunk)
+    if abs(loss - expected) > expected * (HALF_TOLERANCE if is_half(learner.model) else TOLERANCE):
         raise RuntimeError(
-            f"learner: expected the loss {expected:.6f} of the weights from before the chunk, got {others:.6f}: tokens "
+            f"learner: expected the loss {expected:.6f} of the weights from before the chunk, got {loss:.6f}: tokens "
             "were scored after they were learned from"
         )
-    return others if math.isnan(first) else (first + others * (len(chunk) - 1)) / len(chunk)
+    return loss
 
 
 def _joined(stretches: list[Stretch]) -> list[Stretch]:

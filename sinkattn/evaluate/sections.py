@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain, cycle, islice
 from typing import TYPE_CHECKING
 
@@ -17,34 +20,41 @@ MODULES = "modules"  # files outside of all folders
 PROSE = "prose"
 # Of the drifting text: each folder, prose, and the first folder again.
 NUM_TEXTS, NUM_SECTIONS = NUM_FOLDERS + 1, NUM_FOLDERS + 2
+# Of a text of several files every so many is held out, from its beginning on, for so many tokens at least.
+HELD_OUT_ONE_IN = 8
+MIN_PART = 64
 
 
 class Sections:
-    """A stream of sections, each of the next tokens of a text; the first tokens of every text are held out.
+    """A stream of sections, each of the next tokens of a text; some of every text is held out.
 
-    A text to which the stream comes back goes on where it was left, so nothing is read twice unless it is too short.
+    Of a text of several files every eighth is held out: the stream leaves it out as a whole. Of any other text it is
+    the beginning. A text to which the stream comes back goes on where it was left, so nothing is read twice unless it
+    is too short.
 
     Args:
         streams: the texts by name, which have one tokenizer.
         order: the text of each section.
-        held_out: tokens of each text that are held out; 0 for none.
+        held_out: tokens of each text that are held out, at most; 0 for none.
 
     Attributes:
-        order: the text of each section.
-        held_out: ids of the texts that are held out, by name; with the start token, if there is one.
+        held_out: ids of what is held out of each text, by name; with the start token, if there is one.
     """
 
     def __init__(self, streams: dict[str, TokenStream], order: Sequence[str], held_out: int) -> None:
-        self.order = order
+        self._order = order
         self._streams = streams
         start = next(iter(streams.values())).start_token
         self._start = [] if start is None else [start]
-        self._ids = {name: islice(stream, len(self._start), None) for name, stream in streams.items()}
-        self.held_out = {
-            name: self._start + list(islice(ids, held_out - len(self._start)))
-            for name, ids in self._ids.items()
-            if held_out
-        }
+        self._ids: dict[str, Iterator[int]] = {}
+        self.held_out: dict[str, list[int]] = {}
+        for name, stream in streams.items():
+            kept: list[int] = []
+            if held_out:
+                kept = _hold_out_files(stream, held_out - len(self._start))
+            self._ids[name] = islice(stream, len(self._start), None)
+            if held_out:
+                self.held_out[name] = self._start + (kept or list(islice(self._ids[name], held_out - len(self._start))))
 
     @property
     def restarts(self) -> int:
@@ -53,9 +63,29 @@ class Sections:
 
     def read(self, section: int) -> Iterator[int]:
         """Endless ids, ``section`` of each text in turn."""
-        parts = (islice(self._ids[name], section) for name in cycle(self.order))
+        parts = (islice(self._ids[name], section) for name in cycle(self._order))
         first = islice(chain(self._start, next(parts)), section)
         return chain(first, chain.from_iterable(parts))
+
+
+def _hold_out_files(stream: TokenStream, count: int) -> list[int]:
+    """Take every eighth file of a text out of it, and return up to ``count`` ids of their beginnings, of each as many.
+
+    Nothing is taken out of a text that does not consist of files.
+    """
+    text = stream.text
+    if not isinstance(text, StandardLibrary | Prose) or len(text.names) < 2:
+        return []
+    names = text.names[::HELD_OUT_ONE_IN]
+    text.names = [name for name in text.names if name not in names]
+    ids: list[int] = []
+    for name in names:
+        file = copy.copy(text)
+        file.names = [name]
+        with suppress(TextError):  # an empty file
+            part = TokenStream(file, stream.tokenizer, with_start=False).once()
+            ids += islice(part, max(MIN_PART, math.ceil(count / len(names))))
+    return ids[:count]
 
 
 class Folder(StandardLibrary):
@@ -75,12 +105,13 @@ class Prose:
     def __init__(self) -> None:
         try:
             self._topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+            self.names = list(self._topics)
         except ImportError as error:
             raise TextError("text: this Python comes without the topics of help(); give --text FILE") from error
 
     def pieces(self) -> Iterator[str]:
         """The topics, one by one."""
-        yield from self._topics.values()
+        yield from (self._topics[name] for name in self.names)
 
 
 def drifting_streams(tokenizer: PreTrainedTokenizerBase, with_start: bool) -> tuple[dict[str, TokenStream], list[str]]:

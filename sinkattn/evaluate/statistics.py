@@ -85,11 +85,11 @@ class Blocks(Sums):
         super().__init__(begin + edges)
 
     @classmethod
-    def join(cls, parts: Sequence[Blocks]) -> Blocks:
-        """The losses of neighbouring parts of a stream, in at most 32 blocks that are made of theirs."""
+    def join(cls, parts: Sequence[Blocks], most: int = NUM_BLOCKS) -> Blocks:
+        """The losses of neighbouring parts of a stream, in at most ``most`` blocks that are made of theirs."""
         counts, sums = (np.concatenate([getattr(part, name) for part in parts]) for name in ("counts", "sums"))
         firsts = np.concatenate([part.edges[:-1] for part in parts])
-        starts = np.unique(np.arange(NUM_BLOCKS) * len(sums) // NUM_BLOCKS)
+        starts = np.unique(np.arange(most) * len(sums) // most)
         joined = cls.__new__(cls)
         joined.edges = np.append(firsts[starts], parts[-1].edges[-1])
         joined.counts, joined.sums = np.add.reduceat(counts, starts), np.add.reduceat(sums, starts)

@@ -110,9 +110,7 @@ def test_the_tables_of_learn_show_the_figures(capsys, tmp_path):
     assert [figures["methods"][name]["updates"] for name in figures["methods"]] == [0, 21, 21]
     assert [each["begin"] for each in figures["stretches"]] == list(range(0, 700, 96))
     for name, method in figures["methods"].items():
-        total = sum(
-            each["methods"][name]["loss"] * each["methods"][name]["scored_tokens"] for each in figures["stretches"]
-        )
+        total = sum(each["methods"][name]["loss"] * each["methods"][name]["tokens"] for each in figures["stretches"])
         assert method["loss"] == pytest.approx(total / 699)
         row = next(line for line in text.splitlines() if f"│ {name} " in line)
         assert f"{method['loss']:.3f}" in row
@@ -128,7 +126,7 @@ def test_the_tables_of_learn_show_the_figures(capsys, tmp_path):
         row = next(line for line in text.splitlines() if f" {each['begin']:,} to {each['end'] - 1:,} " in line)
         assert f"{each['methods']['frozen']['perplexity']:.2f}" in row
         assert f"{each['methods']['all@0.001']['minus_frozen']['loss']:+.3f}" in row
-    ends = [each["held_out"]["beginning of the text"]["lora"]["minus_frozen"]["loss"] for each in figures["stretches"]]
+    ends = [each["held_out"]["files left out"]["lora"]["minus_frozen"]["loss"] for each in figures["stretches"]]
     assert f"{ends[-1]:+.3f}" in text.split("Held out")[1]
     assert f"({max(ends):+.3f})" in text.split("Held out")[1]
 
@@ -168,7 +166,14 @@ def test_in_half_precision_only_adapters_learn_by_default(tmp_path, capsys):
     ]
     for rate in ("", "@0.001"):
         assert cli.main(["eval", "learn", *small, "--variants", f"all{rate}"]) == 2
-        assert "half precision" in capsys.readouterr().err
+        assert f"all{rate}: the steps of weights in half precision get lost; give --dtype" in capsys.readouterr().err
+
+
+def test_missing_packages_are_named_before_anything_is_loaded():
+    code = "import sys; sys.modules['scipy'] = None; from sinkattn import cli; sys.exit(cli.main(['eval', 'learn']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    expected = "sinkattn eval learn: this command needs scipy, which is not installed: pip install 'sinkattn[cli]'\n"
+    assert (done.returncode, done.stderr) == (2, expected)
 
 
 @pytest.mark.parametrize("command", [["eval", "learn"], ["learn", "--text", "-"]])
@@ -339,17 +344,13 @@ def test_a_folder_serves_as_a_data_set(tmp_path):
         ("ppl", ["--split", "train"], "split, column: these are of a data set"),
         ("latency", ["--num-sinks", "16"], "sizes: expected more than the 16 sinks, got 16"),
         ("ppl", ["--csv", "no/where.csv"], "cannot write no/where.csv"),
-        (
-            "learn",
-            ["--variants", "adapters"],
-            "variants: expected lora or all, then +decay, +reencode, @RATE if wanted",
-        ),
         ("learn", ["--variants", "all", "all"], "variants: expected each once, got all all"),
         ("learn", ["--cache", "4+300"], "must not exceed the 256 positions"),
         ("learn", ["--chunk", "1"], "chunk: expected 2 or more"),
         ("learn", ["--drift", "--text", "empty.txt"], "drift: this is a text of its own; leave out --text"),
-        ("learn", ["--held-out", "none.txt"], "text: cannot read none.txt: No such file or directory"),
-        ("learn", ["--held-out", "empty.txt"], "text: empty.txt is empty"),
+        ("learn", ["--tokens", "1"], "text: expected two tokens or more"),
+        ("learn", ["--held-out", "none.txt"], "held-out: cannot read none.txt: No such file or directory"),
+        ("learn", ["--held-out", "empty.txt"], "held-out: empty.txt is empty"),
         ("latency", ["--plot", "x.badending"], "plot: expected a file ending among"),
     ],
 )
@@ -373,7 +374,12 @@ def test_data_sets_that_cannot_be_read_are_refused(tmp_path, capsys):
 
 
 def test_usage(capsys):
-    for arguments in (["eval"], ["eval", "nonsense"], ["eval", "ppl", "--text", "a", "--dataset", "b"]):
+    for arguments in (
+        ["eval"],
+        ["eval", "nonsense"],
+        ["eval", "ppl", "--text", "a", "--dataset", "b"],
+        ["eval", "learn", "--variants", "lora", "adapters"],
+    ):
         with pytest.raises(SystemExit) as ended:
             cli.main(arguments)
         assert ended.value.code == 2

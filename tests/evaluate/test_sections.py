@@ -43,6 +43,24 @@ def test_without_a_start_token_or_a_text_held_out(tmp_path):
     assert as_text(islice(stream.read(4), 5)) == "cdefa"
 
 
+def test_of_several_files_some_are_held_out_whole(tmp_path, monkeypatch):
+    names = [name for name in (f"m{i}.py" for i in range(1000)) if is_held_out(name)][:17]
+    for name in names:
+        (tmp_path / name).write_text(f"{name}\n" * 100)
+    library = StandardLibrary(tmp_path)
+    kept, others = library.names[::8], [name for i, name in enumerate(library.names) if i % 8]
+    (tmp_path / kept[1]).write_text("")
+    monkeypatch.setattr(sections, "MIN_PART", 10)
+    stream = Sections({"files": TokenStream(library, ByteTokenizer())}, ["files"], 61)
+    assert (
+        as_text(stream.held_out["files"])
+        == "^" + "".join(f"{name}\n" * 100 for name in (kept[0],))[:20] + (f"{kept[2]}\n" * 100)[:20]
+    )
+    streamed = "".join(f"{name}\n" * 100 for name in others)
+    assert as_text(islice(stream.read(50_000), len(streamed) + 1)) == "^" + streamed
+    assert stream.restarts == 0
+
+
 def test_folders_with_most_held_out_text(tmp_path):
     def write(folder, size):
         names = (f"{folder}m{i}.py" for i in range(1000))

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sinkattn.cli.arguments import add_command, add_model, positive
+from sinkattn.cli.arguments import add_command, add_model, describe_text, positive
 from sinkattn.cli.budget import SHARES, add_minutes, choose, stream_length
 from sinkattn.cli.errors import UserError
 from sinkattn.cli.eval.arguments import add_outputs, add_text
 from sinkattn.cli.eval.session import open_session, write_json
-from sinkattn.cli.learn_arguments import HELD_OUT, VARIANT, add_learning, held_out, parse_variants
+from sinkattn.cli.learn_arguments import HELD_OUT, VARIANT, add_learning, held_out, variant, with_rate
 from sinkattn.cli.learn_report import as_dict, draw, tables
+from sinkattn.evaluate.variant import Variant
 
 if TYPE_CHECKING:
     from sinkattn.cli.arguments import Commands
     from sinkattn.cli.eval.session import Session
-    from sinkattn.evaluate.learn import Result, Settings, Variant
+    from sinkattn.evaluate.learn import Result, Settings
     from sinkattn.evaluate.methods import CacheSize
     from sinkattn.evaluate.text import TokenStream
 
@@ -29,6 +30,7 @@ TOKENS = 20_000
 NUM_STRETCHES = 10
 MIN_HELD_OUT = 64
 BEGINNING = "beginning of the text"
+FILES = "files left out"
 VARIANTS = ("lora", "lora+decay", "lora+reencode", "all")
 
 
@@ -46,12 +48,18 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--variants",
         nargs="+",
+        type=variant,
         metavar="V",
         help=f"what learns beside the frozen model, each {VARIANT} (default: {' '.join(VARIANTS)}; in half "
         "precision without all)",
     )
-    parser.add_argument("--tokens", type=positive, help=f"length of the stream (default: up to {TOKENS})")
-    add_learning(parser, "the beginning of each text, which the stream then leaves out")
+    parser.add_argument(
+        "--tokens",
+        type=positive,
+        help=f"length of the stream (default: up to {TOKENS}); with --drift rounded down to {NUM_STRETCHES} whole "
+        "stretches of whole chunks",
+    )
+    add_learning(parser, "of the library every eighth file, of other text its beginning; the stream leaves it out")
     add_minutes(parser)
     add_outputs(parser)
 
@@ -60,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     if args.drift and any((args.text, args.dataset, args.split, args.column)):
         raise UserError("drift: this is a text of its own; leave out --text, --dataset, --split and --column")
-    variants = parse_variants(args.variants or VARIANTS, args.rate)
+    variants = with_rate(args.variants or [*map(Variant.parse, VARIANTS)], args.rate)
     with open_session(args) as session:
         from sinkattn.evaluate import learn
         from sinkattn.evaluate.methods import CacheSize
@@ -78,10 +86,9 @@ def run(args: argparse.Namespace) -> int:
         assert settings.tokens is not None
         sections = Sections(streams, order, 0 if given else settings.held_out)
         section = settings.tokens // len(order)
-        start_token = not args.no_start_token and session.tokenizer.bos_token_id is not None
 
         def report(result: Result) -> dict[str, Any]:
-            text = {"description": description, "start_token": start_token, "started_over": sections.restarts}
+            text = {**describe_text(streams[order[0]], sections.restarts), "description": description}
             names = [order[each.begin // section % len(order)] for each in result.stretches] if args.drift else None
             return {**as_dict(result, names), "text": text}
 
@@ -105,10 +112,12 @@ def run(args: argparse.Namespace) -> int:
 def _texts(session: Session) -> tuple[dict[str, TokenStream], list[str], str]:
     """The streams by name, the order of their sections, and the description of all."""
     from sinkattn.evaluate.sections import drifting_streams
+    from sinkattn.evaluate.text import StandardLibrary
 
     if not session.args.drift:
         stream = session.stream()
-        return {BEGINNING: stream}, [BEGINNING], stream.text.description
+        name = FILES if isinstance(stream.text, StandardLibrary) else BEGINNING
+        return {name: stream}, [name], stream.text.description
     streams, order = drifting_streams(session.tokenizer, not session.args.no_start_token)
     description = f"{', then '.join(order)}, of Python {platform.python_version()}"
     print(f"Text: {description}", flush=True)

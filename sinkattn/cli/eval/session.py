@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -82,7 +81,7 @@ class Session:
         elif args.split or args.column:
             raise UserError("split, column: these are of a data set; give --dataset NAME")
         else:
-            text = open_text(args.text, sys.stdin)
+            text = open_text(args.text)
         print(f"Text: {text.description}", flush=True)
         return TokenStream(text, self.tokenizer, not args.no_start_token)
 
