@@ -138,15 +138,15 @@ def check_writable(*paths: Path | None) -> None:
             raise UserError(f"cannot write {path}: {path.parent} is no folder that can be written to")
 
 
-def check_folder(path: Path | None) -> None:
-    """Raise UserError for a folder that is not new or empty, or in which no file can be written."""
-    if path is None:
-        return
-    if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"cannot write to {path}: expected a new or empty folder")
+def new_folder(text: str) -> Path:
+    """Parse a folder that is new or empty, and in which files can be written."""
+    path = Path(text)
     parent = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    if not text or (path.is_dir() and any(path.iterdir())):
+        raise argparse.ArgumentTypeError(f"expected a new or empty folder, got {text!r}")
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"cannot write to {path}: {parent} is no folder that can be written to")
+        raise argparse.ArgumentTypeError(f"cannot write to {text}: {parent} is no folder that can be written to")
+    return path
 
 
 def open_stdin() -> TextIO:

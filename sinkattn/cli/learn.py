@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sinkattn.cli.arguments import add_command, add_model, check_folder, describe_text, open_stdin, positive
+from sinkattn.cli.arguments import add_command, add_model, describe_text, new_folder, open_stdin, positive
 from sinkattn.cli.errors import as_user_error
 from sinkattn.cli.eval.arguments import add_outputs
 from sinkattn.cli.eval.session import open_session, write_json
@@ -41,14 +41,13 @@ def add_parser(commands: Commands) -> None:
         help=f"print a line every N tokens; longer later (default: {CHUNKS_OF_A_STRETCH} chunks)",
     )
     add_learning(parser, "none")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="new or empty folder to save what was learned to")
+    parser.add_argument("--save", type=new_folder, metavar="DIR", help="new or empty folder for what was learned")
     add_outputs(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command. However the stream ends, what was learned until then is saved."""
     variants = with_rate([args.variant], args.rate)
-    check_folder(args.save)
     is_finished = False
     try:
         with open_session(args) as session:

@@ -1,11 +1,12 @@
 """What commands load for their arguments."""
 
+import argparse
 import io
 import sys
 
 import pytest
 
-from sinkattn.cli.arguments import check_folder, open_text
+from sinkattn.cli.arguments import new_folder, open_text
 from sinkattn.cli.errors import UserError
 from sinkattn.evaluate.text import Pipe, StandardLibrary
 
@@ -24,15 +25,23 @@ def test_open_text_by_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("file", "is no folder"), ("file/new", "file is no folder"), ("full", "expected a new or empty folder")],
+    [
+        ("", "expected a new or empty folder, got ''"),
+        ("full", "expected a new or empty folder, got 'full'"),
+        ("file", "cannot write to file: .*file is no folder"),
+        ("file/new", "cannot write to file/new: .*file is no folder"),
+    ],
 )
-def test_a_folder_to_save_to_is_new_or_empty(name, message, tmp_path):
+def test_a_folder_to_save_to_is_new_or_empty(name, message, tmp_path, monkeypatch):
+    for folder in ("full", "empty", "current"):
+        (tmp_path / folder).mkdir()
     (tmp_path / "file").touch()
-    (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
-    (tmp_path / "empty").mkdir()
-    for each in (None, tmp_path / "empty", tmp_path / "new" / "folder"):
-        check_folder(each)
+    monkeypatch.chdir(tmp_path / "current")
+    if name:
+        monkeypatch.chdir(tmp_path)
+    for good in (tmp_path / "empty", tmp_path / "new" / "folder"):
+        assert new_folder(str(good)) == good
     assert not (tmp_path / "new").exists()
-    with pytest.raises(UserError, match=message):
-        check_folder(tmp_path / name)
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        new_folder(name)
