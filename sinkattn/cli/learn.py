@@ -87,9 +87,9 @@ def run(args: argparse.Namespace) -> int:
                     raise
                 failure = error
             finally:
-                saved = _save(session, result)
+                if args.save and result:
+                    _save(session, result)
             session.finish(report(result), tables(report(result)), draw)
-            print(saved, end="")
             if failure:
                 raise failure
             is_finished = True
@@ -99,23 +99,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _save(session: Session, result: Result | None) -> str:
-    """Save what was learned, if that is asked for; returns the line that says so."""
+def _save(session: Session, result: Result) -> None:
+    """Save what was learned, if anything was, and say so."""
     from safetensors import SafetensorError
 
-    folder = session.args.save
-    if folder is None or result is None:
-        return ""
-    [learner] = result.learners.values()
+    folder, [learner] = session.args.save, result.learners.values()
     if not learner.num_updates:
-        return f"Learned: nothing, as there were no {learner.chunk} tokens for an update\n"
+        print(f"Learned: nothing, 0 updates (each takes {learner.chunk:,} tokens)")
+        return
     for config in getattr(learner.model, "peft_config", {}).values():
         config.base_model_name_or_path = learner.model.name_or_path
     with as_user_error(OSError, SafetensorError):
         learner.save(folder)
         if session.args.variant.learn == "all":
             session.tokenizer.save_pretrained(folder)
-    return f"Learned: {folder} ({learner.num_updates:,} updates)\n"
+    print(f"Learned: {folder} ({learner.num_updates:,} updates)")
 
 
 def _waiting(ids: Iterator[int]) -> Iterator[int]:
