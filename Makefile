@@ -106,7 +106,7 @@ build/tests/address/%: SANITIZE := -fsanitize=address,undefined -fno-sanitize-re
 build/tests/thread/%: SANITIZE := -fsanitize=thread
 vpath %.cpp csrc tests/csrc
 
-COMPILE = @mkdir -p $(@D) && $(CXX) $(STRICT) -g -O1 -ffp-contract=off $(SANITIZE) -Icsrc -c $< -o $@
+COMPILE = @mkdir -p $(@D) && $(CXX) $(STRICT) -g1 -O1 -ffp-contract=off $(SANITIZE) -Icsrc -c $< -o $@
 build/tests/address/%.o: %.cpp ; $(COMPILE)
 build/tests/thread/%.o: %.cpp ; $(COMPILE)
 $(SANITIZED): %: %.o ; @$(CXX) $(SANITIZE) -pthread $^ -o $@
