@@ -37,7 +37,7 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 PINS := $(STAMPS)/constraints.txt
 READY := $(STAMPS)/sinkattn
-CORE := $(addprefix tests/hf/test_,swap.py trial.py versions.py generate.py generate_modes.py continuation.py continuation_rows.py cache.py adapters.py training.py reencode_gradients.py)
+CORE := $(addprefix tests/hf/test_,swap.py trial.py versions.py generate.py generate_modes.py continuation.py continuation_rows.py cache.py adapters.py training.py)
 
 STRICT := -std=c++17 -Wall -Wextra -Werror
 

@@ -58,8 +58,10 @@ def assert_gradients(got: list[Tensor], want: list[Tensor], tolerance: float = 1
 @pytest.mark.parametrize("block", [3, 128])
 @pytest.mark.parametrize("calls", [(40,), (2, 1, 20, 7, 1), (5, 60, 3)], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_gradients_are_those_of_the_specification(name, calls, block, monkeypatch):
+def test_gradients_are_those_of_the_specification(name, calls, block, backward, monkeypatch):
     """In every call, with what came before as a constant."""
+    if backward == "fused" and block == 3:
+        pytest.skip("blocks of queries of this size are those of the matrix products")
     monkeypatch.setattr(gradients, "QUERY_BLOCK", block)
     options = make_options(name)
     streams = make_qkv(sum(calls), dtype=torch.float64, **HEADS)
@@ -93,8 +95,10 @@ def test_gradients_are_those_of_the_specification(name, calls, block, monkeypatc
     ],
     ids=str,
 )
-def test_gradients_of_long_calls(layout, tokens, heads, past):
-    """More queries, keys and heads than a block has."""
+def test_gradients_of_long_calls(layout, tokens, heads, past, backward):
+    """More queries, keys and heads than a block of the kernel has."""
+    if backward == "products":
+        pytest.skip("their blocks are tested above")
     num_sinks, window = layout
     rope, value_dim = make_rope(heads["head_dim"]), heads.get("value_dim", heads["head_dim"])
     streams = make_qkv(past + tokens, batch=1, dtype=torch.float64, **heads)
