@@ -303,7 +303,7 @@ class RingPatch(StreamPatch):
         self, checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Run ``checkpoint(layer, ...)``; the layer runs again in the backward, after the forward and in any thread."""
-        running = self._running_forward()
+        running = _running.get() or self._traced
         if running is None or running.patch is not self:
             return checkpoint(layer, *args, **kwargs)
         has_run = False
@@ -332,11 +332,6 @@ class RingPatch(StreamPatch):
         is_compiled = self._compiled_step is not None and (padding is None or padding.num_new.is_cuda)
         return self._plain_step if is_compiled else None
 
-    def _running_forward(self) -> RunningForward | None:
-        """The forward that runs in this thread."""
-        # Compiled code sets only `_traced`; eager code after a graph break finds `_running` empty and reads it too.
-        return self._traced if torch.compiler.is_dynamo_compiling() else _running.get() or self._traced
-
     def _set_running(self, running: RunningForward | None) -> RunningForward | None:
         """Set the running forward; returns the previous one."""
         if torch.compiler.is_dynamo_compiling():
@@ -363,7 +358,8 @@ class RingPatch(StreamPatch):
                 f"dropout: expected 0 in attention, got {dropout}; set attention_dropout of the configuration to 0 "
                 "before sinkattn.enable, or call model.eval()"
             )
-        running = self._running_forward()
+        # Compiled code sets only `_traced`; eager code after a graph break finds `_running` empty and reads it too.
+        running = self._traced if torch.compiler.is_dynamo_compiling() else _running.get() or self._traced
         if running is None or running.patch is not self:
             raise RuntimeError(
                 "attention modules of an enabled model run only as part of the model; if they did, the forward of its "
