@@ -1,5 +1,5 @@
-// The operators sinkattn::sink_attention_ and sinkattn::sink_attention_gradients on the CPU: check the arguments and call
-// the kernel (attention.h) on threads of torch.
+// The operators sinkattn::sink_attention_ and sinkattn::sink_attention_gradients on the CPU: check the arguments and
+// call the kernel (attention.h) on threads of torch.
 #include "attention.h"
 
 #include <torch/csrc/stable/library.h>

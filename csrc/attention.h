@@ -1,6 +1,6 @@
 // Interface of the CPU attention kernel, without torch: append new tokens to the ring, attend over sinks and window; and
-// the gradients of that. attention.cpp and gradients.cpp (the operators) and tests/csrc call it; attention_kernel.h implements it, compiled once for each
-// instruction set by attention_<set>.cpp.
+// the gradients of that. attention.cpp (the operators) and tests/csrc call it; attention_kernel.h implements it, compiled
+// once for each instruction set by attention_<set>.cpp.
 #pragma once
 
 #include <cstdint>

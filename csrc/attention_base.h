@@ -1,5 +1,6 @@
-// Base class of Decode (attention_decode.h), Chunk (attention_chunk.h) and Backward (attention_backward.h): addresses of a call's
-// data, rotation, visibility, writing of keys, values and outputs; and work distribution over threads.
+// Base class of Decode (attention_decode.h), Chunk (attention_chunk.h) and Backward (attention_backward.h), which include
+// it: addresses of a call's data, rotation, visibility, writing of keys, values and outputs; and work distribution over
+// threads.
 #pragma once
 
 #include <algorithm>

@@ -5,6 +5,8 @@ namespace sinkattn {
 
 void attend_baseline(const AttentionCall& call, Workers& workers) { baseline::attend(call, workers); }
 
-void differentiate_baseline(const AttentionGradients& call, Workers& workers) { baseline::differentiate(call, workers); }
+void differentiate_baseline(const AttentionGradients& call, Workers& workers) {
+  baseline::differentiate(call, workers);
+}
 
 }  // namespace sinkattn

@@ -55,13 +55,13 @@ def assert_gradients(got: list[Tensor], want: list[Tensor], tolerance: float = 1
         assert (x.grad - y.grad).norm() <= tolerance * y.grad.norm(), (x.grad, y.grad)
 
 
-@pytest.mark.parametrize("block", [3, 128])
+@pytest.mark.parametrize(
+    ("backward", "block"), [("fused", 64), ("products", 3), ("products", 128)], indirect=["backward"]
+)
 @pytest.mark.parametrize("calls", [(40,), (2, 1, 20, 7, 1), (5, 60, 3)], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_gradients_are_those_of_the_specification(name, calls, block, backward, monkeypatch):
-    """In every call, with what came before as a constant."""
-    if backward == "fused" and block == 3:
-        pytest.skip("blocks of queries of this size are those of the matrix products")
+def test_gradients_are_those_of_the_specification(name, calls, block, monkeypatch):
+    """In every call, with what came before as a constant. Blocks of queries are those of the matrix products."""
     monkeypatch.setattr(gradients, "QUERY_BLOCK", block)
     options = make_options(name)
     streams = make_qkv(sum(calls), dtype=torch.float64, **HEADS)
@@ -83,6 +83,7 @@ def test_gradients_are_those_of_the_specification(name, calls, block, backward, 
         first += tokens
 
 
+@pytest.mark.parametrize("backward", ["fused"], indirect=True)
 @pytest.mark.parametrize("past", [0, 2, 250])
 @pytest.mark.parametrize(
     ("layout", "tokens", "heads"),
@@ -95,10 +96,8 @@ def test_gradients_are_those_of_the_specification(name, calls, block, backward, 
     ],
     ids=str,
 )
-def test_gradients_of_long_calls(layout, tokens, heads, past, backward):
+def test_gradients_of_long_calls(layout, tokens, heads, past):
     """More queries, keys and heads than a block of the kernel has."""
-    if backward == "products":
-        pytest.skip("their blocks are tested above")
     num_sinks, window = layout
     rope, value_dim = make_rope(heads["head_dim"]), heads.get("value_dim", heads["head_dim"])
     streams = make_qkv(past + tokens, batch=1, dtype=torch.float64, **heads)
@@ -220,12 +219,12 @@ def test_the_comparison_notices_mistakes(wrong, backward, monkeypatch):
 
         monkeypatch.setattr(gradients, "_operator", mistaken)
     elif wrong == "sink rotation":
-        turned = gradients._Backward._turned
-        monkeypatch.setattr(gradients._Backward, "_turned", lambda self, x, index, sign=1: turned(self, x, 0, sign))
+        turned = gradients._Rotated._turned
+        monkeypatch.setattr(gradients._Rotated, "_turned", lambda self, x, index, sign=1: turned(self, x, 0, sign))
     elif wrong == "own keys":
-        others = gradients._Backward._others
+        others = gradients._Products._others
         monkeypatch.setattr(
-            gradients._Backward,
+            gradients._Products,
             "_others",
             lambda self, query, rows: replace(others(self, query, rows), new=slice(rows.stop, rows.stop)),
         )

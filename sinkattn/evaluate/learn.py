@@ -122,16 +122,17 @@ def minus_frozen(learner: Blocks, frozen: Blocks) -> Mean | None:
     return one.difference(other)
 
 
+def _losses_of(method: Cached, ids: Tensor) -> np.ndarray:
+    """Losses of all ids ``[tokens]`` but the first, which a method reads next."""
+    return method.feed(ids[:-1], ids[1:], torch.ones(len(ids) - 1, dtype=torch.bool)).losses.numpy()
+
+
 class _Reader(Cached):
     """Reads with the present weights of an enabled model, on a cache of its own, and learns nothing."""
 
     def __init__(self, model: PreTrainedModel, cache: SinkCache) -> None:
         self.model = model
         self.cache = cache
-
-    def losses(self, ids: Tensor) -> np.ndarray:
-        """Losses of all ids ``[tokens]`` but the first."""
-        return self.feed(ids[:-1], ids[1:], torch.ones(len(ids) - 1, dtype=torch.bool)).losses.numpy()
 
 
 class _Frozen:
@@ -149,7 +150,7 @@ class _Frozen:
         """As `OnlineLearner.step`."""
         ids = torch.cat((self._last, piece))
         self._last = piece[-1:]
-        return float(self._method.feed(ids[:-1], ids[1:], torch.ones(len(ids) - 1, dtype=torch.bool)).losses.mean())
+        return float(_losses_of(self._method, ids).mean())
 
 
 def run(
@@ -272,7 +273,7 @@ def _held_out_losses(model: PreTrainedModel, held_out: dict[str, Tensor]) -> dic
     losses = {}
     for name, ids in held_out.items():
         losses[name] = Blocks(0, len(ids) - 1)
-        losses[name].add(0, _Reader(model, SinkCache(model)).losses(ids))
+        losses[name].add(0, _losses_of(_Reader(model, SinkCache(model)), ids))
     return losses
 
 

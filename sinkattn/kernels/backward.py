@@ -37,6 +37,20 @@ def key_segment(SEGMENT: tl.constexpr, before, first_token, last_token, past, wi
 
 
 @triton.jit
+def segment_scores(
+    SEGMENT: tl.constexpr, query, keys, token, position, index, end, offset, window, alibi_slopes, scale, cap,
+    UPCAST: tl.constexpr
+):  # fmt: skip
+    """`scores_and_slopes` of queries ``[m]`` and keys ``[n]`` of a segment, rows ``index`` of it."""
+    distance = (position if SEGMENT < 2 else token)[:, None] - (index + offset)[None, :]
+    visible = (index < end)[None, :] & (distance >= 0)
+    if SEGMENT >= 2:
+        visible = visible & (distance < window)
+    products = matmul(query, tl.trans(keys), tl.zeros([query.shape[0], keys.shape[0]], tl.float32), UPCAST)
+    return scores_and_slopes(products, visible, distance, alibi_slopes, scale, cap)
+
+
+@triton.jit
 def scores_and_slopes(products, visible, distance, alibi_slopes, scale, cap):
     """Scores with log2(e) of dot products, -inf where not ``visible``; their derivative by the scaled products."""
     scores = products * scale
@@ -108,12 +122,9 @@ def query_gradients_kernel(
         for start in tl.range(begin, end, BLOCK_N):
             index = start + n
             k = load_block(keys + (first_key + index) * HEAD_DIM, index < end, HEAD_DIM, BLOCK_D)
-            distance = (position if SEGMENT < 2 else token)[:, None] - (index + offset)[None, :]
-            visible = (index < end)[None, :] & (distance >= 0)
-            if SEGMENT >= 2:
-                visible = visible & (distance < window)
-            products = matmul(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
-            scores, _ = scores_and_slopes(products, visible, distance, slopes, scale, cap)
+            scores, _ = segment_scores(
+                SEGMENT, q, k, token, position, index, end, offset, window, slopes, scale, cap, UPCAST
+            )
             new_max = tl.maximum(row_max, tl.max(scores, 1))
             row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(tl.exp2(scores - new_max[:, None]), 1)
             row_max = new_max
@@ -130,12 +141,9 @@ def query_gradients_kernel(
             index = start + n
             k = load_block(keys + (first_key + index) * HEAD_DIM, index < end, HEAD_DIM, BLOCK_D)
             v = load_block(values + (first_key + index) * VALUE_DIM, index < end, VALUE_DIM, BLOCK_V)
-            distance = (position if SEGMENT < 2 else token)[:, None] - (index + offset)[None, :]
-            visible = (index < end)[None, :] & (distance >= 0)
-            if SEGMENT >= 2:
-                visible = visible & (distance < window)
-            products = matmul(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
-            scores, derivative = scores_and_slopes(products, visible, distance, slopes, scale, cap)
+            scores, derivative = segment_scores(
+                SEGMENT, q, k, token, position, index, end, offset, window, slopes, scale, cap, UPCAST
+            )
             weights = tl.exp2(scores - log_sum[:, None])
             dweights = matmul(g, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
             dscores = weights * (dweights - row_delta[:, None]) * derivative

@@ -104,6 +104,8 @@ def launches(inputs: GradientInputs, result: Gradients) -> list[tuple[Launch, di
     tensors = {name: x for name, x in inputs._asdict().items() if isinstance(x, Tensor) or x is None}
     tensors |= {"window_dquery": result.window_query, "sink_dquery": result.sink_query, "log_sums": result.log_sums}
     tensors |= {"dkey": result.key, "dvalue": result.value}
+    # Gradients of keys and values are two sums for each key; with as many queries they would spill registers.
+    key_block_m = max(16, config.block_m // 2)
     blocks = triton.cdiv(rows, config.block_m), triton.cdiv(inputs.tokens, config.block_n)
     kernels = (query_gradients_kernel, key_gradients_kernel)
     return [
@@ -111,5 +113,5 @@ def launches(inputs: GradientInputs, result: Gradients) -> list[tuple[Launch, di
             Launch(kernel, (count * batch * kv_heads,), numbers | {"BLOCK_M": block_m}),
             {name: tensors[name] for name in kernel.arg_names if name in tensors},
         )
-        for kernel, count, block_m in zip(kernels, blocks, (config.block_m, max(16, config.block_m // 2)), strict=True)
+        for kernel, count, block_m in zip(kernels, blocks, (config.block_m, key_block_m), strict=True)
     ]

@@ -4,7 +4,7 @@ With scores s = scale q.k, weights p = softmax(s), output o = sum p v and the gr
 ds = p (g.v - g.o). A query is rotated twice, by R(t) for window keys and by R(c) for sink keys (see `sinkattn.rope`),
 so dq = R(t)^T dq_window + R(c)^T dq_sinks; a key once. Scores are computed again, by blocks of queries (FlashAttention,
 arXiv 2205.14135), so memory grows with the number of new tokens and of those in sight, not with their product.
-On CPUs csrc/attention_backward.h does that; `_Backward` elsewhere, in matrix products of PyTorch or in Triton kernels.
+On CPUs csrc/attention_backward.h does that; elsewhere matrix products of PyTorch or Triton kernels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import sinkattn.ops.library  # noqa: F401  (registers the operators)
 from sinkattn.attention_arguments import AttentionArguments
 from sinkattn.ops.ring import linearise
 from sinkattn.rope import rotate, table_dtype
@@ -59,7 +58,7 @@ def _(keys: Tensor, values: Tensor, query: Tensor, key: Tensor, value: Tensor, *
 
 
 class _Attention(torch.autograd.Function):
-    """The operator's forward, and the backward of a kernel or of `_Backward`."""
+    """The operator's forward, and a `_Backward`."""
 
     @staticmethod
     def forward(
@@ -88,43 +87,11 @@ class _Attention(torch.autograd.Function):
         saved = ctx.saved_tensors  # only once: with gradient checkpointing this runs the layer again
         query, key, value, sink_logits, *_ = saved
         arguments: Any = (*saved, *ctx.options, gradient)
-        if ctx.kernel == "cpu":
-            return None, None, None, *_run_operator(*arguments)
+        backward = {None: _Products, "cpu": _Operator, "triton": _Triton}[ctx.kernel](*arguments)
         with torch.autocast(gradient.device.type, enabled=False):
-            backward = _Backward(*arguments)
-            needed = backward.run_triton() if ctx.kernel == "triton" else backward.run()
+            needed = backward.run()
         dtypes = (query.dtype, key.dtype, value.dtype, None if sink_logits is None else sink_logits.dtype)
         return None, None, None, *(None if x is None else x.to(dtype) for x, dtype in zip(needed, dtypes, strict=True))
-
-
-def _run_operator(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink_logits: Tensor | None,
-    out: Tensor,
-    past_keys: Tensor | None,
-    past_values: Tensor | None,
-    seen: Tensor,
-    lengths: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    alibi_slopes: Tensor | None,
-    num_sinks: int,
-    window: int,
-    scale: float,
-    softcap: float | None,
-    interleaved: bool,
-    gradient: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value and sink logits."""
-    if past_keys is None or past_values is None:
-        past_keys, past_values = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (key, value))
-    *gradients, dlogits = _operator(
-        past_keys, past_values, query, key, value, out, gradient, seen, lengths, cos, sin, num_sinks, window, scale,
-        interleaved, sink_logits, softcap, alibi_slopes,
-    )  # fmt: skip
-    return *gradients, None if sink_logits is None else dlogits
 
 
 @dataclass
@@ -168,6 +135,30 @@ class _Backward:
     interleaved: bool
     gradient: Tensor
 
+    def run(self) -> tuple[Tensor | None, ...]:
+        """Gradients of query, key, value and sink logits."""
+        raise NotImplementedError
+
+
+class _Operator(_Backward):
+    """By the operator ``sink_attention_gradients``."""
+
+    def run(self) -> tuple[Tensor | None, ...]:
+        past_keys, past_values = self.past_keys, self.past_values
+        if past_keys is None or past_values is None:
+            past_keys, past_values = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (self.key, self.value))
+        *gradients, dlogits = _operator(
+            past_keys, past_values, self.query, self.key, self.value, self.out, self.gradient, self.seen, self.lengths,
+            self.cos, self.sin, self.num_sinks, self.window, self.scale, self.interleaved, self.sink_logits,
+            self.softcap, self.alibi_slopes,
+        )  # fmt: skip
+        return *gradients, None if self.sink_logits is None else dlogits
+
+
+@dataclass  # anew, as only now there is something to do after __init__
+class _Rotated(_Backward):
+    """With new keys as the ring holds them, and without what is in padding."""
+
     def __post_init__(self) -> None:
         self.dtype = table_dtype(self.query.dtype)
         self.kv_heads = self.key.shape[1]
@@ -179,12 +170,6 @@ class _Backward:
         # Keys as the ring holds them: rounded to its dtype.
         self.new_keys = self._turned(self.key.to(self.dtype), 0).to(self.key.dtype).to(self.dtype)
         self.new_values = self.value.to(self.dtype)
-        tokens = self.query.shape[2]
-        self.numbers = self.seen[:, None] + torch.arange(tokens, device=self.seen.device)
-        """Of the new tokens in their streams: ``[batch, tokens]``."""
-        # Can be read on a CPU only.
-        self.is_full = self.seen.is_cpu and bool((self.seen >= self.num_sinks + self.window).all())
-        """Whether the window of every stream was full before the call."""
 
     def _turned(self, x: Tensor, index: int, sign: int = 1) -> Tensor:
         """Rotated by the tables of this index: 0 for positions in the stream, 1 for those in the cache."""
@@ -193,12 +178,62 @@ class _Backward:
         cos, sin = (tables[index][:, None].to(self.dtype) for tables in (self.cos, self.sin))
         return rotate(x, cos, sign * sin, interleaved=self.interleaved)
 
+
+class _Triton(_Rotated):
+    """By the Triton kernels."""
+
+    def run(self) -> tuple[Tensor | None, ...]:
+        from sinkattn.kernels.gradients import GradientInputs, gradients  # imports triton, which CPU users may lack
+
+        dtype, tokens = self.query.dtype, self.query.shape[2]
+
+        def by_rows(x: Tensor) -> Tensor:
+            """``[batch, heads, tokens, dim]`` to ``[batch, KV heads, tokens * group, dim]``."""
+            return x.unflatten(1, (self.kv_heads, -1)).transpose(2, 3).flatten(2, 3)
+
+        def by_heads(x: Tensor) -> Tensor:
+            return x.unflatten(2, (tokens, -1)).transpose(2, 3).flatten(1, 2)
+
+        turned = [by_rows(self._turned(self.query.to(self.dtype), index).to(dtype)) for index in (0, 1)]
+        keys, values = self.new_keys.to(dtype), self.value
+        if self.past_keys is not None and self.past_values is not None:
+            keys, values = torch.cat((self.past_keys, keys), dim=2), torch.cat((self.past_values, values), dim=2)
+        delta = by_rows((self.gradient.to(self.dtype) * self.out.to(self.dtype)).sum(dim=-1, keepdim=True)).squeeze(3)
+        window_query, sink_query, keys, values, gradient, delta = (
+            x.contiguous() for x in (*turned, keys, values, by_rows(self.gradient), delta)
+        )
+        found = gradients(
+            GradientInputs(
+                window_query, sink_query, keys, values, gradient, delta, self.seen, self.lengths, self.sink_logits,
+                self.alibi_slopes, tokens, self.num_sinks, self.window, self.scale, self.softcap,
+            )
+        )  # fmt: skip
+        dlogits = None
+        if self.sink_logits is not None:
+            logits = self.sink_logits.view(self.kv_heads, -1).repeat(1, tokens)
+            weights = torch.exp(logits - found.log_sums * math.log(2))
+            dlogits = -by_heads((weights * delta)[..., None]).sum(dim=(0, 2, 3))
+        dquery = self._turned(by_heads(found.window_query), 0, -1) + self._turned(by_heads(found.sink_query), 1, -1)
+        return dquery, self._turned(found.key, 0, -1), found.value, dlogits
+
+
+class _Products(_Rotated):
+    """By matrix products of PyTorch, for blocks of queries."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        tokens = self.query.shape[2]
+        self.numbers = self.seen[:, None] + torch.arange(tokens, device=self.seen.device)
+        """Of the new tokens in their streams: ``[batch, tokens]``."""
+        # Can be read on a CPU only.
+        self.is_full = self.seen.is_cpu and bool((self.seen >= self.num_sinks + self.window).all())
+        """Whether the window of every stream was full before the call."""
+
     def _by_kv_head(self, x: Tensor) -> Tensor:
         """``[batch, KV heads, group, tokens, dim]``, in the dtype of sums."""
         return x.to(self.dtype).unflatten(1, (self.kv_heads, -1))
 
     def run(self) -> tuple[Tensor | None, ...]:
-        """Gradients of query, key, value and sink logits."""
         tokens = self.query.shape[2]
         scaled = self.query.to(self.dtype) * self.scale
         queries = [self._by_kv_head(self._turned(scaled, index)) for index in (1, 0)]
@@ -232,41 +267,6 @@ class _Backward:
         of_sinks, of_others = (x.flatten(1, 2) * self.scale for x in dqueries)
         dquery = self._turned(of_sinks, 1, -1) + self._turned(of_others, 0, -1)
         return dquery, self._turned(dkey, 0, -1), dvalue, dlogits
-
-    def run_triton(self) -> tuple[Tensor | None, ...]:
-        """The same, by the Triton kernels."""
-        from sinkattn.kernels.gradients import GradientInputs, gradients  # imports triton, which CPU users may lack
-
-        dtype, tokens = self.query.dtype, self.query.shape[2]
-
-        def by_rows(x: Tensor) -> Tensor:
-            """``[batch, heads, tokens, dim]`` to ``[batch, KV heads, tokens * group, dim]``."""
-            return x.unflatten(1, (self.kv_heads, -1)).transpose(2, 3).flatten(2, 3)
-
-        def by_heads(x: Tensor) -> Tensor:
-            return x.unflatten(2, (tokens, -1)).transpose(2, 3).flatten(1, 2)
-
-        turned = [by_rows(self._turned(self.query.to(self.dtype), index).to(dtype)) for index in (0, 1)]
-        keys, values = self.new_keys.to(dtype), self.value
-        if self.past_keys is not None and self.past_values is not None:
-            keys, values = torch.cat((self.past_keys, keys), dim=2), torch.cat((self.past_values, values), dim=2)
-        delta = by_rows((self.gradient.to(self.dtype) * self.out.to(self.dtype)).sum(dim=-1, keepdim=True)).squeeze(3)
-        window_query, sink_query, keys, values, gradient, delta = (
-            x.contiguous() for x in (*turned, keys, values, by_rows(self.gradient), delta)
-        )
-        found = gradients(
-            GradientInputs(
-                window_query, sink_query, keys, values, gradient, delta, self.seen, self.lengths, self.sink_logits,
-                self.alibi_slopes, tokens, self.num_sinks, self.window, self.scale, self.softcap,
-            )
-        )  # fmt: skip
-        dlogits = None
-        if self.sink_logits is not None:
-            logits = self.sink_logits.view(self.kv_heads, -1).repeat(1, tokens)
-            weights = torch.exp(logits - found.log_sums * math.log(2))
-            dlogits = -by_heads((weights * delta)[..., None]).sum(dim=(0, 2, 3))
-        dquery = self._turned(by_heads(found.window_query), 0, -1) + self._turned(by_heads(found.sink_query), 1, -1)
-        return dquery, self._turned(found.key, 0, -1), found.value, dlogits
 
     def _sinks(self, query: Tensor, rows: slice) -> _Part:
         """The sinks, of the past and among the new tokens."""

@@ -1,5 +1,5 @@
-// Tests the gradients of the CPU attention kernel, on every instruction set that this processor has, against plain loops
-// in fp64. All memory that must not be read holds NaN, and every buffer ends with its last element, so that the address
+// Tests the gradients of the CPU attention kernel, on every instruction set that this processor has, against plain
+// loops in fp64. All memory that must not be read holds NaN, and every buffer ends with its last element, so that the address
 // sanitizer detects accesses beyond it.
 #include <algorithm>
 #include <cmath>
@@ -79,11 +79,10 @@ class Test {
       current_case = std::string(c_.name) + ", " + kType<scalar_t>.name + ", " + sinkattn::kInstructionSets[set].name;
       const Results one = gradients(set, 1), four = gradients(set, 4);
       for (int n = 0; n < 4; ++n) CHECK(error(n, one) <= 1);
-      CHECK(one.dquery.data.size() * sizeof(scalar_t) > 0 && same(one, four));
+      CHECK(same(one, four));
     }
     // The tolerance must reveal a window that is one token too long.
     if (std::is_same_v<scalar_t, float> && c_.tokens > 2) {
-      const std::vector<Vectors> right = expected_;
       for (int64_t row = 0; row < batch_; ++row) expect(row, 1);
       const Results got = gradients(sinkattn::kNumInstructionSets - 1, 1);
       bool longer = false;
@@ -91,7 +90,6 @@ class Test {
         longer |= c_.seen[row] + c_.lengths[row] > c_.layout.num_sinks + c_.layout.window;
       }
       if (longer) CHECK(std::max(error(0, got), error(2, got)) > 10);
-      expected_ = right;
     }
   }
 

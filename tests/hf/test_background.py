@@ -50,8 +50,8 @@ def make_learner():
         try:
             learner.close()
         except RuntimeError as error:
-            # The test has seen to it.
-            assert "has failed" in str(error)  # noqa: PT017
+            if "has failed" not in str(error):  # what the test has seen to
+                raise
 
 
 def weights_of(model) -> list[Tensor]:

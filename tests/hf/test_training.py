@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 import sinkattn
 from sinkattn import reference
 from sinkattn.hf.model_patch import get_patch
+from sinkattn.hf.swap import ring_patch
 
 S, W = 2, 14
 # RoPE of transformers is in fp32, ours in fp64.
@@ -313,6 +314,21 @@ def test_checkpointed_backward_after_the_cache_has_changed(change):
     assert_same(*results, 1e-12)
 
 
+def test_rings_are_copied_for_layers_that_run_again_unless_they_are_empty(monkeypatch):
+    """Bytes that a forward holds until its backward: none of the rings of a new stream, else one copy of each."""
+    model, ids, made, new_forward = checkpointed(), random_ids(1, 20), [], ring_patch.RunningForward
+    monkeypatch.setattr(ring_patch, "RunningForward", lambda *args: made.append(new_forward(*args)) or made[-1])
+    cache = sinkattn.SinkCache(model)
+    for part in ids.split(10, dim=1):
+        model(part, cache=cache)
+    empty, held = (
+        [x.untyped_storage().nbytes() for ring in each.rings_before.values() for x in ring[:2]] for each in made
+    )
+    rings = [x.nbytes for layer in cache.layers for x in (layer.ring.keys, layer.ring.values)]
+    assert empty == [8] * len(rings)
+    assert held == rings
+
+
 def test_disable_before_a_checkpointed_backward_is_refused():
     for options in ({"use_reentrant": False}, {"use_reentrant": True}):
         model, ids = checkpointed(**options), random_ids(1, 20)
@@ -327,14 +343,15 @@ def test_selective_checkpointing():
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
     ids, results = random_ids(2, 30), []
-    matmul = torch.ops.aten.mm.default
-    policies = {matmul: CheckpointPolicy.MUST_SAVE}
+
+    def policy(context, operator, *args, **kwargs):
+        return (
+            CheckpointPolicy.MUST_SAVE if operator is torch.ops.aten.mm.default else CheckpointPolicy.PREFER_RECOMPUTE
+        )
+
     for selective in (False, True):
         model = sinkattn.enable(build("llama", torch.float64), S, 10).train()
         if selective:
-            policy = lambda context, operator, *args, **kwargs: policies.get(  # noqa: E731
-                operator, CheckpointPolicy.PREFER_RECOMPUTE
-            )
             make = partial(create_selective_checkpoint_contexts, policy)
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": make})
         cache = sinkattn.SinkCache(model)

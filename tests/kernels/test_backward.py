@@ -109,8 +109,8 @@ def test_the_comparison_notices_a_wrong_rotation_of_sinks(monkeypatch):
     torch.manual_seed(0)
     rope, streams = make_rope(), make_qkv(110, **HEADS)
     want = gradients_with(False, streams, 70, (3, 25, 0), torch.float64, rope=rope)
-    turned = gradients._Backward._turned
-    monkeypatch.setattr(gradients._Backward, "_turned", lambda self, x, index, sign=1: turned(self, x, 0, sign))
+    turned = gradients._Rotated._turned
+    monkeypatch.setattr(gradients._Rotated, "_turned", lambda self, x, index, sign=1: turned(self, x, 0, sign))
     got = gradients_with(True, streams, 70, (3, 25, 0), torch.float32, rope=rope)
     assert (got[0] - want[0]).norm() > 1e-2 * want[0].norm()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sinkattn import ops
@@ -50,6 +50,13 @@ class RingTensors(NamedTuple):
     """None: allocated by the call."""
 
 
+def _unseen_by_modes() -> AbstractContextManager[Any]:
+    """Hides copies of rings from selective checkpointing, which expects the same operators in both runs of a layer."""
+    from torch.utils._python_dispatch import _disable_current_modes  # private, and only needed for gradients
+
+    return _disable_current_modes()
+
+
 @dataclass
 class RunningForward:
     """State of one forward of an enabled model."""
@@ -73,7 +80,7 @@ class RunningForward:
         """The ring of a layer that gets these keys and values."""
         if self.is_rerun:
             assert self.rings_before is not None
-            with _disable_current_modes():  # selective checkpointing expects the operators of the first run
+            with _unseen_by_modes():
                 keys, values, seen = (
                     x.clone(memory_format=torch.contiguous_format) for x in self.rings_before[index][:3]
                 )
@@ -83,7 +90,7 @@ class RunningForward:
             layer.lazy_initialization(key, value)
         ring = RingTensors(layer.ring.keys, layer.ring.values, layer.ring.seen, layer.ring.arrivals)
         if self.rings_before is not None:
-            with _disable_current_modes():
+            with _unseen_by_modes():
                 # An empty ring takes no memory here.
                 is_empty = ring.seen.is_cpu and not ring.seen.any()
                 keys, values, seen = (x.new_zeros(()).expand(x.shape) if is_empty else x.clone() for x in ring[:3])
