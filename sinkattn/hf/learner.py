@@ -415,6 +415,7 @@ def _save_adapters(model: Any, path: Path) -> None:
     """Save them as peft does."""
     from peft import get_peft_model_state_dict
 
-    adapters = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    # No embeddings are among them; by default peft would look for the model's configuration on the hub to see that.
+    adapters = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     save_file({f"base_model.model.{name}": x.contiguous() for name, x in adapters.items()}, path / ADAPTER_FILE)
     model.peft_config[ADAPTER].save_pretrained(path)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -261,7 +262,10 @@ def test_adapters_by_default(family, tmp_path):
     assert learner.step(ids) < frozen.step(ids) - 0.1
     now = {name.replace(".base_layer", ""): x for name, x in model.state_dict().items()}
     assert all(torch.equal(now[name], x) for name, x in base.items())
-    learner.save(tmp_path)
+    model.peft_config["online"].base_model_name_or_path = "no/such-model"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner.save(tmp_path)
     assert {each.name for each in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     with pytest.raises(ValueError, match="for a PeftModel, which has adapters of its own"):
         OnlineLearner(sinkattn.enable(peft.get_peft_model(build("llama"), peft.LoraConfig()), S, W))
