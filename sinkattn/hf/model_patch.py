@@ -65,6 +65,10 @@ class ModelPatch:
             if owner is module and name == "forward":
                 return _restore(*self._attributes.pop(index))
 
+    def layout_with(self, num_sinks: int) -> RingLayout:
+        """Layout of a cache with another number of sinks; raises ValueError for one that the model does not take."""
+        raise NotImplementedError
+
     def cache_layers(self, state: Any) -> list[Any]:
         """Layers of a new cache."""
         raise NotImplementedError

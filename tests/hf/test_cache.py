@@ -273,3 +273,33 @@ def test_a_call_that_is_refused_loses_nothing(family, tokens, monkeypatch):
         cache.crop(-2)
         untouched.crop(-2)
     assert torch.equal(feed(model, cache, new), feed(model, untouched, new))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_a_stream_may_have_sinks_of_its_own(family):
+    model, ids = enabled(family, S, W, headroom=2), random_ids(1, 120)
+    got = feed(model, cache := sinkattn.SinkCache(model, num_sinks=11), ids)
+    assert (cache.layout.num_sinks, cache.layout.window) == (11, W)
+    want = feed(other := enabled(family, 11, W, headroom=2), sinkattn.SinkCache(other), ids)
+    assert torch.equal(got, want)
+    assert not torch.allclose(got, feed(model, sinkattn.SinkCache(model), ids), atol=1e-4)
+    most = 512 - W
+    sinkattn.SinkCache(model, num_sinks=most)
+    for refused in (-1, most + 1):
+        with pytest.raises(ValueError, match=f"num_sinks: expected 0 to {most}, as the model sees at most 512 tokens"):
+            sinkattn.SinkCache(model, num_sinks=refused)
+
+
+def test_sinks_of_a_stream_stay_within_the_window_of_all_layers():
+    model, most = enabled("mistral", 2, 60), 4
+    sinkattn.SinkCache(model, num_sinks=most)
+    with pytest.raises(ValueError, match=f"num_sinks: expected 0 to {most}, as the model sees at most 64 tokens"):
+        sinkattn.SinkCache(model, num_sinks=most + 1)
+
+
+def test_a_window_of_the_models_own_gets_no_sinks():
+    window = families.NATIVE_WINDOW  # the same layout by chance, but the window of some layers is the model's own
+    model, ids = enabled("gemma2", 0, window), random_ids(1, 60)
+    got = feed(model, sinkattn.SinkCache(model, num_sinks=3), ids)
+    want = feed(other := enabled("gemma2", 3, window), sinkattn.SinkCache(other), ids)
+    assert torch.equal(got, want)

@@ -75,6 +75,17 @@ def test_every_caller_shares_one_graph():
     assert num_graphs() == 2  # three streams
 
 
+def test_a_stream_with_sinks_of_its_own_has_a_graph_of_its_own():
+    plain, model = enabled_pair("llama")
+    for num_sinks in (S, 5, S):
+        want, got = (
+            each.generate(random_ids(1, 5), cache=sinkattn.SinkCache(each, num_sinks=num_sinks), max_new_tokens=NEW)
+            for each in (plain, model)
+        )
+        assert torch.equal(got, want)
+    assert num_graphs() == 2
+
+
 @torch._dynamo.config.patch(recompile_limit=2)
 def test_beyond_the_limit_of_graphs_the_plain_step_runs():
     plain, model = enabled_pair("llama")

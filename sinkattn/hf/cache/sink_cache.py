@@ -27,9 +27,12 @@ class SinkCache(Cache):
     Args:
         model: a model that `sinkattn.enable` has prepared.
         max_batch_size: refuse larger batches. Memory is allocated in the first forward, for its batch size.
+        num_sinks: first tokens of these streams that are never evicted, such as those of a system prompt; default: that
+            of `sinkattn.enable`. The window stays the same.
 
     Raises:
-        ValueError: if the model is not enabled, or max_batch_size is below 1.
+        ValueError: if the model is not enabled, max_batch_size is below 1, or num_sinks is negative or, with the
+            window, beyond what the model takes.
     """
 
     layers: list[Any]
@@ -40,13 +43,15 @@ class SinkCache(Cache):
         patch = None if model is None else get_patch(model)  # None when copied or unpickled
         return super().__new__(cls if patch is None else patch.cache_class)
 
-    def __init__(self, model: PreTrainedModel, max_batch_size: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, max_batch_size: int | None = None, *, num_sinks: int | None = None
+    ) -> None:
         patch = require_patch(model)
         if max_batch_size is not None and max_batch_size < 1:
             raise ValueError(f"max_batch_size: expected 1 or more, got {max_batch_size}")
         self.patch_id: str = patch.id
         self._max_batch_size = max_batch_size
-        layout = patch.layout
+        layout = patch.layout if num_sinks is None else patch.layout_with(num_sinks)
         self.state = SharedCacheState(layout, IdHistory(layout.num_sinks + layout.window + layout.headroom))
         super().__init__(layers=patch.cache_layers(self.state))
 
@@ -66,6 +71,11 @@ class SinkCache(Cache):
     def layout(self) -> RingLayout:
         """Ring layout of all layers except those that keep a sliding window of their own."""
         return self.state.layout
+
+    @property
+    def max_seq_length(self) -> int:
+        """The most tokens that precede a token in what it sees."""
+        return self.layout.num_sinks + self.layout.window - 1
 
     @property
     def widest_window(self) -> int:

@@ -35,8 +35,10 @@ class LaneInput(NamedTuple):
 class ReencodeCache(SinkCache):
     """`SinkCache` of a model that streams by re-encoding: lanes, each with ids and one context."""
 
-    def __init__(self, model: PreTrainedModel, max_batch_size: int | None = None) -> None:
-        super().__init__(model, max_batch_size)
+    def __init__(
+        self, model: PreTrainedModel, max_batch_size: int | None = None, *, num_sinks: int | None = None
+    ) -> None:
+        super().__init__(model, max_batch_size, num_sinks=num_sinks)
         self._drop_lanes()
 
     def _drop_lanes(self) -> None:

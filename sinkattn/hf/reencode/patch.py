@@ -33,7 +33,7 @@ class ReencodePatch(StreamPatch):
 
     def cache_layers(self, state: SharedCacheState) -> list[SinkLayer]:
         """One layer, which reports the tokens seen; the lanes of the cache hold keys and values."""
-        return [SinkLayer(state, self.layout)]
+        return [SinkLayer(state, state.layout)]
 
     def describe_steps(self, cache: Any) -> str:
         """How the decode steps of a cache run, and why."""

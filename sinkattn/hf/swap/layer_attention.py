@@ -97,10 +97,11 @@ class RunningForward:
             self.rings_before[index] = RingTensors(keys, values, seen, None)
         return ring
 
-    def rotary_tables(self, group: LayerGroup, rope: Rope, seen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotary_tables(
+        self, group: LayerGroup, layout: ops.RingLayout, rope: Rope, seen: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """Cosines and sines of a group, whose rotation is ``rope``; computed once per forward."""
         if group.index not in self.tables:
-            layout = group.layout
             self.tables[group.index] = rope.stream_tables(
                 seen, self.num_tokens, num_sinks=layout.num_sinks, window=layout.window, dtype=table_dtype(dtype)
             )
@@ -139,6 +140,7 @@ def attend_over_ring(
         # Some models drop queries whose outputs are not needed (Gemma 4, in a prompt).
         query = functional.pad(query, (0, 0, num_missing, 0))
     ring = forward.ring_tensors(info.index, key, value)
+    layout = forward.cache.layers[info.index].layout
     # Under autocast rotated queries and keys are in fp32, and a stream may enter or leave autocast between calls.
     dtype = value.dtype
     query, key, value = (x.to(ring.values.dtype) for x in (query, key, value))
@@ -151,7 +153,7 @@ def attend_over_ring(
         if offset:
             # The kernels rotate the first elements of a head. Scores do not depend on the order of elements.
             query, key = (torch.cat((x[..., offset:], x[..., :offset]), dim=-1) for x in (query, key))
-        cos, sin = forward.rotary_tables(group, rope, ring.seen, key.dtype)
+        cos, sin = forward.rotary_tables(group, layout, rope, ring.seen, key.dtype)
     if info.temperature is not None:
         query = _scale_queries(query, info.temperature, forward.positions)
     order = None if padding is None else padding.order
@@ -168,8 +170,8 @@ def attend_over_ring(
             ring.seen,
             cos,
             sin,
-            num_sinks=group.layout.num_sinks,
-            window=group.layout.window,
+            num_sinks=layout.num_sinks,
+            window=layout.window,
             scale=scale,
             interleaved=is_interleaved,
             lengths=None if padding is None else padding.num_new,

@@ -108,7 +108,7 @@ class RingPatch(StreamPatch):
         layers, layout = self.probe_result.layers, self.layout
         # Beside other layers, those with a sliding window keep it. If all have one, they get the layout asked for.
         is_mixed = any(layer.mask.kind != "window" for layer in layers.values())
-        groups: dict[tuple[Rotation | None, ops.RingLayout], LayerGroup] = {}
+        groups: dict[tuple[Rotation | None, ops.RingLayout, bool], LayerGroup] = {}
         by_module: dict[nn.Module, LayerGroup] = {}
         for module, layer in layers.items():
             kind, size = layer.mask
@@ -121,7 +121,8 @@ class RingPatch(StreamPatch):
                     f"window must not exceed it, got {layout.num_sinks + layout.window}"
                 )
             group = LayerGroup(len(groups), layer.rotation, own_layout)
-            by_module[module] = groups.setdefault((layer.rotation, own_layout), group)
+            # A cache may have another number of sinks, except in windows of the model's own.
+            by_module[module] = groups.setdefault((layer.rotation, own_layout, own_layout is layout), group)
         return by_module
 
     def cache_layers(self, state: SharedCacheState) -> list[Any]:
@@ -130,11 +131,23 @@ class RingPatch(StreamPatch):
         for module, group in self.groups.items():
             index = self.probe_result.layers[module].index
             native = layers[index]
+            layout = state.layout if group.layout is self.layout else group.layout
             if isinstance(native, LinearAttentionCacheLayerMixin):
-                layers[index] = StatefulSinkLayer(state, group.layout, native.number_of_states)
+                layers[index] = StatefulSinkLayer(state, layout, native.number_of_states)
             else:
-                layers[index] = SinkLayer(state, group.layout)
+                layers[index] = SinkLayer(state, layout)
         return layers
+
+    def max_visible(self) -> int | None:
+        """The most tokens, sinks and window, that a token may see; None without a limit."""
+        # Layers that get the layout asked for see no more than the model's own windows.
+        sizes = {
+            layer.mask.size
+            for module, layer in self.probe_result.layers.items()
+            if layer.mask.kind != "full" and self.groups[module].layout is self.layout
+        }
+        sizes |= {size for size in (super().max_visible(),) if size is not None}
+        return min(sizes, default=None)
 
     def install(self) -> None:
         """Patch the model."""
@@ -216,7 +229,7 @@ class RingPatch(StreamPatch):
 
     def _run_step(self, running: RunningForward, kwargs: dict[str, Any]) -> Any:
         previous, self._traced = self._traced, running
-        running.cache.state.compiled_seq_length = self.layout.num_sinks + self.layout.window - 1
+        running.cache.state.compiled_seq_length = running.cache.max_seq_length
         try:
             return self._decoder_forward(**kwargs)
         finally:
@@ -247,7 +260,7 @@ class RingPatch(StreamPatch):
 
         # Rotary modules return the identity now. Anything else that depends on position_ids gets the cache-relative
         # position.
-        positions = positions.clamp(max=self.layout.num_sinks + self.layout.window - 1)
+        positions = positions.clamp(max=cache.max_seq_length)
         provided = {self.cache_argument: cache, "attention_mask": None, "position_ids": positions}
         kwargs |= {name: value for name, value in provided.items() if name in self.parameters}
         cache.begin_forward(batch, num_tokens, kwargs.get("input_ids"))

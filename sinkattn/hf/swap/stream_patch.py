@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from sinkattn.hf.cache.sink_cache import SinkCache, check_cache
 from sinkattn.hf.generation.generate import generate
 from sinkattn.hf.inputs import has_only_ids
+from sinkattn.hf.model_config import trained_length
 from sinkattn.hf.model_patch import ModelPatch
 from sinkattn.hf.versions import CACHE_NAMES, forward_cache, take_cache
 from sinkattn.ops import RingLayout
@@ -32,6 +33,18 @@ class StreamPatch(ModelPatch):
         self.parameters = list(inspect.signature(decoder.forward).parameters)
         self.cache_argument = forward_cache(decoder)
         self.model_cache_argument = forward_cache(model)
+
+    def layout_with(self, num_sinks: int) -> RingLayout:
+        """Layout of a cache with another number of sinks; raises ValueError for one that the model does not take."""
+        most = self.max_visible()
+        if num_sinks < 0 or (most is not None and num_sinks + self.layout.window > most):
+            limit = "" if most is None else f" to {most - self.layout.window}, as the model sees at most {most} tokens"
+            raise ValueError(f"num_sinks: expected 0{limit or ' or more'}, got {num_sinks}")
+        return RingLayout(num_sinks, self.layout.window, self.layout.headroom)
+
+    def max_visible(self) -> int | None:
+        """The most tokens, sinks and window, that a token may see; None without a limit."""
+        return trained_length(self.model)
 
     def install(self) -> None:
         """Patch the model."""
