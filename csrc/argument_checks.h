@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "require.h"
 #include "ring.h"
@@ -55,17 +56,49 @@ inline void check_seen_and_lengths(const int64_t* seen, const int64_t* lengths, 
   }
 }
 
+// Which row of the cache, and how many sinks, each row of a call has: addresses of optional int64 tensors.
+struct RowOptions {
+  const int64_t* rows;
+  const int64_t* row_sinks;
+};
+
+inline RowOptions row_options(
+    const std::optional<Tensor>& rows, const std::optional<Tensor>& row_sinks, int64_t batch, const Tensor& keys) {
+  require(
+      rows || batch == keys.size(0), "key: expected the batch of the cache (", keys.size(0), ") without rows, got ",
+      batch);
+  return {
+      rows ? int64_data(*rows, batch, keys, "rows") : nullptr,
+      row_sinks ? int64_data(*row_sinks, batch, keys, "row_sinks") : nullptr};
+}
+
+// Checks the contents of both on the CPU.
+inline void check_row_options(const RowOptions& options, int64_t batch, int64_t cache_rows, int64_t num_sinks) {
+  std::vector<bool> taken(options.rows ? cache_rows : 0);
+  for (int64_t i = 0; options.rows && i < batch; ++i) {
+    const int64_t row = options.rows[i];
+    require(row >= 0 && row < cache_rows, "rows: expected 0 to ", cache_rows - 1, ", got ", row, " in row ", i);
+    require(!taken[row], "rows: expected different rows, got ", row, " twice");
+    taken[row] = true;
+  }
+  for (int64_t i = 0; options.row_sinks && i < batch; ++i) {
+    const int64_t sinks = options.row_sinks[i];
+    require(
+        sinks >= 0 && sinks <= num_sinks, "row_sinks: expected 0 to ", num_sinks, ", got ", sinks, " in row ", i);
+  }
+}
+
 inline void check_new_tokens(const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value) {
   check_cache(keys, values);
   check_device(key, keys, "key");
   check_device(value, keys, "value");
   require(
       key.dim() == 4 && value.dim() == 4, "key, value: expected 4 dimensions, got ", key.dim(), " and ", value.dim());
-  const int64_t batch = keys.size(0), tokens = key.size(2);
+  const int64_t batch = key.size(0), tokens = key.size(2);
   require(
-      key.size(0) == batch && key.size(1) == keys.size(1) && key.size(3) == keys.size(3) && value.size(0) == batch &&
+      key.size(1) == keys.size(1) && key.size(3) == keys.size(3) && value.size(0) == batch &&
           value.size(1) == keys.size(1) && value.size(2) == tokens && value.size(3) == values.size(3),
-      "key, value: expected the batch, kv_heads and head_dim of the cache and the same number of tokens");
+      "key, value: expected the kv_heads and head_dim of the cache, and the same batch and number of tokens");
   require(
       key.scalar_type() == keys.scalar_type() && value.scalar_type() == keys.scalar_type(),
       "key, value: expected the dtype of the cache");
@@ -116,7 +149,7 @@ inline void check_append(
 inline void check_query(const Tensor& query, const Tensor& key, const Tensor& keys) {
   check_device(query, keys, "query");
   require(
-      query.dim() == 4 && query.size(0) == keys.size(0) && query.size(2) == key.size(2) &&
+      query.dim() == 4 && query.size(0) == key.size(0) && query.size(2) == key.size(2) &&
           query.size(3) == keys.size(3) && keys.size(1) > 0 && query.size(1) > 0 && query.size(1) % keys.size(1) == 0,
       "query: expected the batch, tokens and head_dim of key, and heads a multiple of kv_heads");
   require(query.scalar_type() == keys.scalar_type(), "query: expected the dtype of the cache");

@@ -36,6 +36,14 @@ CacheType cache_type(const Tensor& keys) {
   return {};
 }
 
+void check_begins(const int64_t* begins, const int64_t* seen, int64_t batch) {
+  for (int64_t row = 0; begins && row < batch; ++row) {
+    require(
+        begins[row] >= 0 && begins[row] <= seen[row], "begins: expected 0 to the tokens seen, ", seen[row], ", got ",
+        begins[row], " in row ", row);
+  }
+}
+
 // What the two operators share, without memory of keys, values and output; after checks of sizes.
 AttentionCall make_call(
     const Tensor& keys, const Tensor& values, const Tensor& query, const Tensor& key, const Tensor& value,
@@ -47,7 +55,7 @@ AttentionCall make_call(
   check_tables(cos, sin, key, keys, 1);
   AttentionCall call{};
   call.type = cache_type(keys);
-  call.batch = keys.size(0);
+  call.batch = key.size(0);
   call.heads = query.size(1);
   call.kv_heads = keys.size(1);
   call.tokens = query.size(2);
@@ -75,12 +83,19 @@ Tensor sink_attention_(
     const Tensor& seen, const std::optional<Tensor>& lengths, const std::optional<Tensor>& cos,
     const std::optional<Tensor>& sin, int64_t num_sinks, int64_t window, double scale, bool interleaved,
     const std::optional<Tensor>& sink_logits, std::optional<double> softcap,
-    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& /* arrivals: used only on GPUs */) {
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& /* arrivals: used only on GPUs */,
+    const std::optional<Tensor>& rows, const std::optional<Tensor>& row_sinks, const std::optional<Tensor>& begins) {
   check_new_tokens(keys, values, key, value, num_sinks);
   check_layout(keys, values, num_sinks, window);
   AttentionCall call = make_call(
       keys, values, query, key, value, seen, lengths, cos, sin, scale, interleaved, sink_logits, softcap, alibi_slopes);
   call.layout = RingLayout{num_sinks, window, keys.size(2) - num_sinks - window};
+  const RowOptions options = row_options(rows, row_sinks, call.batch, keys);
+  check_row_options(options, call.batch, keys.size(0), num_sinks);
+  call.rows = options.rows;
+  call.row_sinks = options.row_sinks;
+  call.begins = begins ? int64_data(*begins, call.batch, keys, "begins") : nullptr;
+  check_begins(call.begins, call.seen, call.batch);
   call.keys = keys.mutable_data_ptr();
   call.values = values.mutable_data_ptr();
   // [batch, tokens, heads, value_dim] in memory, so that models can merge the heads without a copy.
@@ -110,6 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sink_attention_gradients(
     bool interleaved, const std::optional<Tensor>& sink_logits, std::optional<double> softcap,
     const std::optional<Tensor>& alibi_slopes) {
   check_new_tokens(keys, values, key, value);
+  require(key.size(0) == keys.size(0), "key: expected the batch of keys (", keys.size(0), "), got ", key.size(0));
   require(
       num_sinks >= 0 && num_sinks <= kMaxTokens && window >= 1 && window <= kMaxTokens,
       "num_sinks, window: expected 0 to 2^61 and 1 to 2^61");

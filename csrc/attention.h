@@ -28,8 +28,8 @@ struct AttentionCall {
   CacheType type;
   RingLayout layout;
   int64_t batch, heads, kv_heads, tokens, head_dim, value_dim;
-  void* keys;              // [batch, kv_heads, slots, head_dim], contiguous
-  void* values;            // [batch, kv_heads, slots, value_dim], contiguous
+  void* keys;              // [cache rows, kv_heads, slots, head_dim], contiguous
+  void* values;            // [cache rows, kv_heads, slots, value_dim], contiguous
   StridedView query;       // [batch, heads, tokens, head_dim], before rotation
   StridedView key, value;  // [batch, kv_heads, tokens, head_dim or value_dim], before rotation
   const int64_t* seen;     // [batch] tokens appended before this call
@@ -42,6 +42,9 @@ struct AttentionCall {
   const void* sink_logits;   // [heads] or null
   const void* alibi_slopes;  // [heads] or null
   void* out;                 // [batch, tokens, heads, value_dim], contiguous
+  const int64_t* rows = nullptr;       // [batch] cache row of each row, all different; null: row i
+  const int64_t* row_sinks = nullptr;  // [batch] sinks of each row, up to layout.num_sinks; null: layout.num_sinks
+  const int64_t* begins = nullptr;     // [batch] first token that a window of each row may hold, up to seen; null: 0
 };
 
 // Arguments of the gradients of one call. What the ring held before the call is a constant.

@@ -250,7 +250,7 @@ class Backward : AttentionBase<scalar_t> {
     for (int r = 0; r < kQueries; ++r) {
       visible[r] = {0, 0};
       if (q + r < queries.count) {
-        visible[r] = this->visible_interval(queries.token + (q + r) / group_size_, block, is_sink);
+        visible[r] = this->visible_interval(layout_, queries.token + (q + r) / group_size_, block, is_sink);
       }
       any |= visible[r].count > 0;
     }
@@ -280,7 +280,8 @@ class Backward : AttentionBase<scalar_t> {
         }
         if (scratch.slopes) write_slopes(panel_of(scratch.slopes, panel) + (q + r) * kKeys, scores, count);
         const int64_t head = queries.head + (q + r) % group_size_;
-        this->adjust_scores(scores, count, head, queries.token + (q + r) / group_size_, token, segment.is_sink);
+        this->adjust_scores(
+            layout_, scores, count, head, queries.token + (q + r) / group_size_, token, segment.is_sink);
         std::fill(scores, scores + here.first, kMinusInfinity<acc_t>);
         std::fill(scores + here.first + here.count, scores + kKeys, kMinusInfinity<acc_t>);
         acc_t& max = scratch.max[q + r];

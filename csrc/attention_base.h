@@ -79,11 +79,16 @@ class AttentionBase {
   int64_t kv_head_of(int64_t kv_row) const { return kv_row % call_.kv_heads; }
   int64_t tokens_of(int64_t row) const { return call_.lengths ? call_.lengths[row] : call_.tokens; }
 
+  RingLayout layout_of(int64_t row) const {
+    return layout_.of_row(
+        call_.row_sinks ? call_.row_sinks[row] : layout_.num_sinks, call_.begins ? call_.begins[row] : 0);
+  }
+
   scalar_t* keys_of(int64_t kv_row) const {
-    return static_cast<scalar_t*>(call_.keys) + kv_row * layout_.slots() * call_.head_dim;
+    return static_cast<scalar_t*>(call_.keys) + cache_row_of(kv_row) * layout_.slots() * call_.head_dim;
   }
   scalar_t* values_of(int64_t kv_row) const {
-    return static_cast<scalar_t*>(call_.values) + kv_row * layout_.slots() * call_.value_dim;
+    return static_cast<scalar_t*>(call_.values) + cache_row_of(kv_row) * layout_.slots() * call_.value_dim;
   }
 
   // Bytes of `count` keys and values of every KV row.
@@ -132,16 +137,18 @@ class AttentionBase {
   struct Interval {
     int64_t first, count;
   };
-  Interval visible_interval(int64_t token, const Run& run, bool is_sink) const {
-    const int64_t begin = std::max(run.token, is_sink ? 0 : layout_.window_begin(token));
+  static Interval visible_interval(const RingLayout& layout, int64_t token, const Run& run, bool is_sink) {
+    const int64_t begin = std::max(run.token, is_sink ? 0 : layout.window_begin(token));
     const int64_t end = std::min(run.token + run.count, token + 1);
     return {begin - run.token, std::max<int64_t>(0, end - begin)};
   }
 
   // Applies softcap and ALiBi to the scores of a query of `token` with `count` consecutive keys from `key_token` on.
-  void adjust_scores(acc_t* scores, int count, int64_t head, int64_t token, int64_t key_token, bool is_sink) const {
+  void adjust_scores(
+      const RingLayout& layout, acc_t* scores, int count, int64_t head, int64_t token, int64_t key_token,
+      bool is_sink) const {
     if (call_.softcap == 0 && !call_.alibi_slopes) return;
-    const int64_t position = is_sink ? layout_.position(token) : token;
+    const int64_t position = is_sink ? layout.position(token) : token;
     apply_softcap_and_alibi(
         scores, count, static_cast<acc_t>(call_.softcap), head_value(call_.alibi_slopes, head, 0),
         position - key_token);
@@ -190,7 +197,7 @@ class AttentionBase {
   }
 
   const AttentionCall& call_;
-  const RingLayout layout_;
+  const RingLayout layout_;  // of a row with all sinks
   Workers& workers_;
   const int64_t num_kv_rows_;
   const int64_t group_size_;    // query heads per KV head
@@ -200,6 +207,11 @@ class AttentionBase {
   acc_t query_scale_;           // multiplied into the query, the former into the scores
 
  private:
+  // The KV row of the cache that a KV row of the call is in.
+  int64_t cache_row_of(int64_t kv_row) const {
+    return call_.rows ? call_.rows[row_of(kv_row)] * call_.kv_heads + kv_head_of(kv_row) : kv_row;
+  }
+
   scalar_t* out_of(int64_t row, int64_t token, int64_t head) const {
     return static_cast<scalar_t*>(call_.out) + ((row * call_.tokens + token) * call_.heads + head) * call_.value_dim;
   }

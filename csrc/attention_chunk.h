@@ -27,8 +27,8 @@ template <typename scalar_t>
 class Chunk : AttentionBase<scalar_t> {
   using Base = AttentionBase<scalar_t>;
   using typename Base::acc_t, typename Base::Interval;
-  using Base::call_, Base::layout_, Base::workers_, Base::num_kv_rows_, Base::group_size_, Base::query_stride_,
-      Base::acc_stride_, Base::score_scale_;
+  using Base::call_, Base::workers_, Base::num_kv_rows_, Base::group_size_, Base::query_stride_, Base::acc_stride_,
+      Base::score_scale_;
   using Microkernel = ChunkMicrokernel<scalar_t>;
   using packed_t = typename Microkernel::packed_t;
 
@@ -102,18 +102,19 @@ class Chunk : AttentionBase<scalar_t> {
 
   void fill_buffer(int64_t kv_row) const {
     const int64_t row = this->row_of(kv_row), seen = call_.seen[row] + chunk_start_, count = chunk_tokens_of(row);
+    const int64_t num_sinks = this->layout_of(row).num_sinks;
     for (int64_t i = 0; i < count; ++i) {
       this->write_key(new_keys_of(kv_row) + i * call_.head_dim, kv_row, chunk_start_ + i);
       this->write_value(new_values_of(kv_row) + i * call_.value_dim, kv_row, chunk_start_ + i);
     }
     // Sinks evict nothing, so they are written at once: queries read them from the cache.
-    if (seen < layout_.num_sinks) write_slots(kv_row, {0, seen, std::min(count, layout_.num_sinks - seen)});
+    if (seen < num_sinks) write_slots(kv_row, {0, seen, std::min(count, num_sinks - seen)});
   }
 
   void flush_buffer(int64_t kv_row) const {
     const int64_t row = this->row_of(kv_row);
     Run runs[RingLayout::kMaxRuns];
-    const int n = layout_.write_runs(call_.seen[row] + chunk_start_, chunk_tokens_of(row), runs);
+    const int n = this->layout_of(row).write_runs(call_.seen[row] + chunk_start_, chunk_tokens_of(row), runs);
     for (int r = 0; r < n; ++r) write_slots(kv_row, runs[r]);
   }
 
@@ -148,18 +149,19 @@ class Chunk : AttentionBase<scalar_t> {
     std::fill(scratch.state, scratch.state + padded, SoftmaxState<acc_t>{kMinusInfinity<acc_t>, 0});
     std::fill(scratch.acc, scratch.acc + padded * acc_stride_, acc_t{0});
 
-    const Queries queries{seen + first, num_queries, this->kv_head_of(kv_row) * group_size_};
-    const int64_t stop = seen + end, sinks = std::min(stop, layout_.num_sinks);
+    const RingLayout layout = this->layout_of(row);
+    const Queries queries{layout, seen + first, num_queries, this->kv_head_of(kv_row) * group_size_};
+    const int64_t stop = seen + end, sinks = std::min(stop, layout.num_sinks);
     attend_run(queries, {0, 0, sinks}, true, this->keys_of(kv_row), this->values_of(kv_row), stop, scratch);
     Run runs[RingLayout::kMaxRuns];
-    const int n = layout_.held_runs(seen, runs);
+    const int n = layout.held_runs(seen, runs);
     for (int r = 0; r < n; ++r) {
-      if (runs[r].slot < layout_.num_sinks) continue;
+      if (runs[r].slot < layout.num_sinks) continue;
       attend_run(
           queries, runs[r], false, this->keys_of(kv_row) + runs[r].slot * call_.head_dim,
           this->values_of(kv_row) + runs[r].slot * call_.value_dim, stop, scratch);
     }
-    const int64_t skip = std::clamp<int64_t>(layout_.num_sinks - seen, 0, end);
+    const int64_t skip = std::clamp<int64_t>(layout.num_sinks - seen, 0, end);
     attend_run(
         queries, {seen + skip, 0, end - skip}, false, new_keys_of(kv_row) + skip * call_.head_dim,
         new_values_of(kv_row) + skip * call_.value_dim, stop, scratch);
@@ -176,6 +178,7 @@ class Chunk : AttentionBase<scalar_t> {
   }
 
   struct Queries {
+    RingLayout layout;  // of their row
     int64_t token;  // of query 0, counted from the start of the stream
     int64_t count;
     int64_t head;  // of query 0
@@ -185,7 +188,7 @@ class Chunk : AttentionBase<scalar_t> {
   void attend_run(
       const Queries& queries, const Run& run, bool is_sink, const scalar_t* keys, const scalar_t* values, int64_t stop,
       const Scratch& scratch) const {
-    const int64_t begin = std::max(run.token, is_sink ? 0 : layout_.window_begin(queries.token));
+    const int64_t begin = std::max(run.token, is_sink ? 0 : queries.layout.window_begin(queries.token));
     const int64_t end = std::min(run.token + run.count, stop);
     for (int64_t token = begin; token < end; token += Microkernel::kKeys) {
       const int count = static_cast<int>(std::min<int64_t>(Microkernel::kKeys, end - token));
@@ -208,7 +211,7 @@ class Chunk : AttentionBase<scalar_t> {
     for (int r = 0; r < Microkernel::kQueries; ++r) {
       visible[r] = {0, 0};
       if (q + r < queries.count) {
-        visible[r] = this->visible_interval(queries.token + (q + r) / group_size_, block, is_sink);
+        visible[r] = this->visible_interval(queries.layout, queries.token + (q + r) / group_size_, block, is_sink);
       }
       any |= visible[r].count > 0;
       all &= visible[r].count == block.count;
@@ -228,7 +231,7 @@ class Chunk : AttentionBase<scalar_t> {
         continue;
       }
       const int64_t head = queries.head + (q + r) % group_size_, token = queries.token + (q + r) / group_size_;
-      this->adjust_scores(scores, count, head, token, block.token, is_sink);
+      this->adjust_scores(queries.layout, scores, count, head, token, block.token, is_sink);
       std::fill(scores, scores + here.first, kMinusInfinity<acc_t>);
       std::fill(scores + here.first + here.count, scores + count, kMinusInfinity<acc_t>);
       factor[r] = update_softmax(scratch.state[q + r], scores, count);

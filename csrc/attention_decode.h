@@ -31,9 +31,7 @@ class Decode : AttentionBase<scalar_t> {
   // Requires call.tokens <= headroom + 1: then appending first overwrites no key that a query sees.
   Decode(const AttentionCall& call, Workers& workers)
       : Base(call, workers),
-        num_splits_(std::clamp<int64_t>(
-            (layout_.slots() + kSplitSlots - 1) / kSplitSlots, 1, std::max<int64_t>(1, kMaxItems / num_kv_rows_))),
-        split_slots_(round_up((layout_.slots() + num_splits_ - 1) / num_splits_, 16)),
+        num_splits_(num_splits(layout_.slots())),
         num_queries_(call.tokens * group_size_) {}
 
   void run() {
@@ -59,10 +57,11 @@ class Decode : AttentionBase<scalar_t> {
       scratch.sink_query = worker_arena.take<acc_t>(group_size_ * query_stride_);
       scratch.unrotated = worker_arena.take<acc_t>(query_stride_);
       scratch.scores = worker_arena.take<acc_t>(kDecodeQueries<acc_t> * kDecodeBlock);
-      const int64_t kv_row = item / num_splits_, first = item % num_splits_ * split_slots_;
-      const SlotRange slots{first, std::min(first + split_slots_, layout_.slots())};
-      append(kv_row, slots);
-      attend(kv_row, slots, scratch, at(partial, item * num_queries_));
+      const int64_t kv_row = item / num_splits_;
+      const RingLayout layout = this->layout_of(this->row_of(kv_row));
+      const SlotRange split = split_of(layout, item % num_splits_);
+      append(kv_row, layout, split);
+      attend(kv_row, layout, split, scratch, at(partial, item * num_queries_));
       // Acquire and release: the last item reads what the others wrote.
       if (splits_done[kv_row].fetch_add(1, std::memory_order_acq_rel) == num_splits_ - 1) {
         combine_splits(kv_row, at(partial, kv_row * num_splits_ * num_queries_));
@@ -88,17 +87,31 @@ class Decode : AttentionBase<scalar_t> {
     return {partial.state + query, partial.acc + query * acc_stride_};
   }
 
-  static SlotRange intersect(const SlotRange& slots, const Run& run) {
-    return {std::max(run.slot, slots.begin), std::min(run.slot + run.count, slots.end)};
+  int64_t num_splits(int64_t slots) const {
+    return std::clamp<int64_t>(
+        (slots + kSplitSlots - 1) / kSplitSlots, 1, std::max<int64_t>(1, kMaxItems / num_kv_rows_));
+  }
+
+  // A split of a row; empty from num_splits(slots of the row) on. Unused slots do not count: they would change results.
+  SlotRange split_of(const RingLayout& layout, int64_t split) const {
+    const int64_t slots = layout.slots() - layout.unused, count = num_splits(slots);
+    const int64_t size = round_up((slots + count - 1) / count, 16);
+    return {split * size, std::min((split + 1) * size, slots)};
+  }
+
+  // Slots of the cache that belong to a run and to a split.
+  static SlotRange intersect(const RingLayout& layout, const SlotRange& split, const Run& run) {
+    const int64_t unused = run.slot < layout.num_sinks ? 0 : layout.unused;
+    return {std::max(run.slot, split.begin + unused), std::min(run.slot + run.count, split.end + unused)};
   }
 
   // Writes the new tokens whose slots lie in this split. No other item writes or reads these slots.
-  void append(int64_t kv_row, const SlotRange& slots) const {
+  void append(int64_t kv_row, const RingLayout& layout, const SlotRange& split) const {
     const int64_t row = this->row_of(kv_row);
     Run runs[RingLayout::kMaxRuns];
-    const int n = layout_.write_runs(call_.seen[row], this->tokens_of(row), runs);
+    const int n = layout.write_runs(call_.seen[row], this->tokens_of(row), runs);
     for (int r = 0; r < n; ++r) {
-      const SlotRange here = intersect(slots, runs[r]);
+      const SlotRange here = intersect(layout, split, runs[r]);
       for (int64_t slot = here.begin; slot < here.end; ++slot) {
         const int64_t token = runs[r].token + slot - runs[r].slot;
         this->write_key(this->keys_of(kv_row) + slot * call_.head_dim, kv_row, token);
@@ -107,10 +120,12 @@ class Decode : AttentionBase<scalar_t> {
     }
   }
 
-  void attend(int64_t kv_row, const SlotRange& slots, const Scratch& scratch, const Partial& partial) const {
+  void attend(
+      int64_t kv_row, const RingLayout& layout, const SlotRange& split, const Scratch& scratch,
+      const Partial& partial) const {
     const int64_t row = this->row_of(kv_row), count = this->tokens_of(row), seen = call_.seen[row];
     Run runs[RingLayout::kMaxRuns];
-    const int n = layout_.held_runs(seen + count, runs);
+    const int n = layout.held_runs(seen + count, runs);
     for (int64_t i = 0; i < count; ++i) {
       const Partial token_partial = at(partial, i * group_size_);
       for (int64_t g = 0; g < group_size_; ++g) {
@@ -121,17 +136,17 @@ class Decode : AttentionBase<scalar_t> {
       std::fill(token_partial.state, token_partial.state + group_size_, SoftmaxState<acc_t>{kMinusInfinity<acc_t>, 0});
       std::fill(token_partial.acc, token_partial.acc + group_size_ * acc_stride_, acc_t{0});
       for (int r = 0; r < n; ++r) {
-        const SlotRange here = intersect(slots, runs[r]);
+        const SlotRange here = intersect(layout, split, runs[r]);
         if (here.begin >= here.end) continue;
-        const bool is_sink = runs[r].slot < layout_.num_sinks;
+        const bool is_sink = runs[r].slot < layout.num_sinks;
         const Run run{runs[r].token + here.begin - runs[r].slot, here.begin, here.end - here.begin};
-        const Interval visible = this->visible_interval(seen + i, run, is_sink);
+        const Interval visible = this->visible_interval(layout, seen + i, run, is_sink);
         for (int64_t j = 0; j < visible.count; j += kDecodeBlock) {
           const int64_t first = visible.first + j;
           const Run block{run.token + first, run.slot + first, std::min<int64_t>(kDecodeBlock, visible.count - j)};
           attend_block(
-              kv_row, seen + i, block, is_sink, is_sink ? scratch.sink_query : scratch.window_query, scratch.scores,
-              token_partial);
+              kv_row, layout, seen + i, block, is_sink, is_sink ? scratch.sink_query : scratch.window_query,
+              scratch.scores, token_partial);
         }
       }
     }
@@ -139,8 +154,8 @@ class Decode : AttentionBase<scalar_t> {
 
   // All heads of the group use a block while its keys are in the L1 cache.
   void attend_block(
-      int64_t kv_row, int64_t token, const Run& block, bool is_sink, const acc_t* query, acc_t* scores,
-      const Partial& partial) const {
+      int64_t kv_row, const RingLayout& layout, int64_t token, const Run& block, bool is_sink, const acc_t* query,
+      acc_t* scores, const Partial& partial) const {
     constexpr int max_queries = kDecodeQueries<acc_t>;
     for (int64_t g = 0; g < group_size_; g += max_queries) {
       const acc_t* group_query = query + g * query_stride_;
@@ -148,17 +163,18 @@ class Decode : AttentionBase<scalar_t> {
       const int64_t head = this->kv_head_of(kv_row) * group_size_ + g;
       switch (std::min<int64_t>(max_queries, group_size_ - g)) {
         case 1:
-          attend_queries<1>(kv_row, head, token, block, is_sink, group_query, scores, group_partial);
+          attend_queries<1>(kv_row, layout, head, token, block, is_sink, group_query, scores, group_partial);
           break;
         case 2:
-          attend_queries<2>(kv_row, head, token, block, is_sink, group_query, scores, group_partial);
+          attend_queries<2>(kv_row, layout, head, token, block, is_sink, group_query, scores, group_partial);
           break;
         case 3:
           attend_queries<std::min(max_queries, 3)>(
-              kv_row, head, token, block, is_sink, group_query, scores, group_partial);
+              kv_row, layout, head, token, block, is_sink, group_query, scores, group_partial);
           break;
         case 4:
-          attend_queries<max_queries>(kv_row, head, token, block, is_sink, group_query, scores, group_partial);
+          attend_queries<max_queries>(
+              kv_row, layout, head, token, block, is_sink, group_query, scores, group_partial);
           break;
       }
     }
@@ -166,8 +182,8 @@ class Decode : AttentionBase<scalar_t> {
 
   template <int kQueries>
   void attend_queries(
-      int64_t kv_row, int64_t head, int64_t token, const Run& block, bool is_sink, const acc_t* query, acc_t* scores,
-      const Partial& partial) const {
+      int64_t kv_row, const RingLayout& layout, int64_t head, int64_t token, const Run& block, bool is_sink,
+      const acc_t* query, acc_t* scores, const Partial& partial) const {
     const int count = static_cast<int>(block.count);
     const scalar_t* keys = this->keys_of(kv_row) + block.slot * call_.head_dim;
     const scalar_t* values = this->values_of(kv_row) + block.slot * call_.value_dim;
@@ -176,7 +192,7 @@ class Decode : AttentionBase<scalar_t> {
     acc_t factor[kQueries];
     for (int r = 0; r < kQueries; ++r) {
       acc_t* query_scores = scores + r * kDecodeBlock;
-      this->adjust_scores(query_scores, count, head + r, token, block.token, is_sink);
+      this->adjust_scores(layout, query_scores, count, head + r, token, block.token, is_sink);
       factor[r] = update_softmax(partial.state[r], query_scores, count);
     }
     decode_add_values<kQueries>(
@@ -204,8 +220,7 @@ class Decode : AttentionBase<scalar_t> {
     this->write_zeros(kv_row, count, call_.tokens);
   }
 
-  const int64_t num_splits_;   // KV splits of each KV row
-  const int64_t split_slots_;  // slots of a split
+  const int64_t num_splits_;   // KV splits of each KV row; rows with fewer sinks may need fewer
   const int64_t num_queries_;  // of each KV row: tokens x heads of the group
 };
 

@@ -2,13 +2,15 @@
 // attention.cpp (CPU) and sinkattn/ops/attention.py (CUDA, Triton) for attention, linear.cpp (CPU) for linear layers.
 //
 // Shapes:
-//   keys, values               [batch, kv_heads, slots, head_dim]
+//   keys, values               [batch, kv_heads, slots, head_dim]; with `rows`, of any number of rows
 //   key, value                 [batch, kv_heads, tokens, head_dim]
 //   query, attention output    [batch, heads, tokens, head_dim]
 //   cos, sin                   [batch, tokens, pairs], for sink_attention_ [2, batch, tokens, pairs]
 //   seen, peak, lengths,
 //     counts, source           [batch] int64
-//   rows                       [any number] int64
+//   rows of append_ and sink_attention_, row_sinks,
+//     begins                   [batch] int64
+//   rows of reset_             [any number] int64
 //   sink_logits, alibi_slopes  [heads]
 //   keys, values of sink_attention_gradients  [batch, kv_heads, num_sinks + window, head_dim], what linearise returned
 //     before the call, or no tokens; out, gradient: of the call's output; returns the gradients of query, key, value
@@ -21,7 +23,7 @@
 STABLE_TORCH_LIBRARY(sinkattn, m) {
   m.def(
       "append_(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor seen, Tensor? lengths, "
-      "Tensor? cos, Tensor? sin, int num_sinks, bool interleaved) -> ()");
+      "Tensor? cos, Tensor? sin, int num_sinks, bool interleaved, Tensor? rows, Tensor? row_sinks) -> ()");
   m.def("rollback_(Tensor(a!) seen, Tensor(b!) peak, Tensor counts, int headroom) -> ()");
   m.def("reorder_(Tensor(a!) keys, Tensor(b!) values, Tensor source) -> ()");
   m.def("reset_(Tensor(a!) keys, Tensor(b!) values, Tensor rows) -> ()");
@@ -29,7 +31,8 @@ STABLE_TORCH_LIBRARY(sinkattn, m) {
   m.def(
       "sink_attention_(Tensor(a!) keys, Tensor(b!) values, Tensor query, Tensor key, Tensor value, Tensor seen, "
       "Tensor? lengths, Tensor? cos, Tensor? sin, int num_sinks, int window, float scale, bool interleaved, "
-      "Tensor? sink_logits, float? softcap, Tensor? alibi_slopes, Tensor(c!)? arrivals) -> Tensor");
+      "Tensor? sink_logits, float? softcap, Tensor? alibi_slopes, Tensor(c!)? arrivals, Tensor? rows, "
+      "Tensor? row_sinks, Tensor? begins) -> Tensor");
   m.def(
       "sink_attention_gradients(Tensor keys, Tensor values, Tensor query, Tensor key, Tensor value, Tensor out, "
       "Tensor gradient, Tensor seen, Tensor? lengths, Tensor? cos, Tensor? sin, int num_sinks, int window, "

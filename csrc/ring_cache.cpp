@@ -32,7 +32,7 @@ template <typename scalar_t>
 void append_rows(
     const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, const int64_t* seen,
     const int64_t* lengths, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-    const RingLayout& layout, bool interleaved) {
+    const RingLayout& layout, bool interleaved, const RowOptions& options) {
   using acc_t = typename Accumulate<scalar_t>::type;
   const int64_t kv_heads = keys.size(1), slots = keys.size(2), tokens = key.size(2);
   const int64_t key_dim = keys.size(3), value_dim = values.size(3);
@@ -46,15 +46,17 @@ void append_rows(
 
   const int64_t max_written = std::min(tokens, slots);
   torch::stable::parallel_for(
-      0, keys.size(0) * kv_heads, grain_size(max_written * (key_dim + value_dim)), [&](int64_t begin, int64_t end) {
+      0, key.size(0) * kv_heads, grain_size(max_written * (key_dim + value_dim)), [&](int64_t begin, int64_t end) {
         for (int64_t kv_row = begin; kv_row < end; ++kv_row) {
           const int64_t row = kv_row / kv_heads, head = kv_row % kv_heads;
           Run runs[RingLayout::kMaxRuns];
-          const int n = layout.write_runs(seen[row], lengths ? lengths[row] : tokens, runs);
+          const int64_t sinks = options.row_sinks ? options.row_sinks[row] : layout.num_sinks;
+          const int64_t cache_row = (options.rows ? options.rows[row] : row) * kv_heads + head;
+          const int n = layout.of_row(sinks, 0).write_runs(seen[row], lengths ? lengths[row] : tokens, runs);
           for (int r = 0; r < n; ++r) {
             for (int64_t i = 0; i < runs[r].count; ++i) {
               const int64_t token = runs[r].token + i;
-              const int64_t target = kv_row * slots + runs[r].slot + i;
+              const int64_t target = cache_row * slots + runs[r].slot + i;
               rotate_vector<scalar_t>(
                   keys_data + target * key_dim,
                   key_data + row * key.stride(0) + head * key.stride(1) + token * key.stride(2), key.stride(3),
@@ -74,16 +76,18 @@ void append_rows(
 void append_(
     const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, const Tensor& seen,
     const std::optional<Tensor>& lengths, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-    int64_t num_sinks, bool interleaved) {
+    int64_t num_sinks, bool interleaved, const std::optional<Tensor>& rows, const std::optional<Tensor>& row_sinks) {
   check_append(keys, values, key, value, cos, sin, num_sinks);
-  const int64_t batch = keys.size(0), tokens = key.size(2);
+  const int64_t batch = key.size(0), tokens = key.size(2);
+  const RowOptions options = row_options(rows, row_sinks, batch, keys);
+  check_row_options(options, batch, keys.size(0), num_sinks);
   const int64_t* seen_data = int64_data(seen, batch, keys, "seen");
   const int64_t* length_data = lengths ? int64_data(*lengths, batch, keys, "lengths") : nullptr;
   check_seen_and_lengths(seen_data, length_data, batch, tokens);
   const RingLayout layout{num_sinks, keys.size(2) - num_sinks, 0};
   THO_DISPATCH_V2(
       keys.scalar_type(), "append_", AT_WRAP([&] {
-        append_rows<scalar_t>(keys, values, key, value, seen_data, length_data, cos, sin, layout, interleaved);
+        append_rows<scalar_t>(keys, values, key, value, seen_data, length_data, cos, sin, layout, interleaved, options);
       }),
       AT_FLOATING_TYPES, ScalarType::Half, ScalarType::BFloat16);
 }

@@ -86,9 +86,10 @@ void launch_append(const AppendCall<scalar_t>& call, cudaStream_t stream) {
 void append_(
     const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, const Tensor& seen,
     const std::optional<Tensor>& lengths, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-    int64_t num_sinks, bool interleaved) {
+    int64_t num_sinks, bool interleaved, const std::optional<Tensor>& rows, const std::optional<Tensor>& row_sinks) {
   check_append(keys, values, key, value, cos, sin, num_sinks);
-  const int64_t batch = keys.size(0);
+  const int64_t batch = key.size(0);
+  const RowOptions options = row_options(rows, row_sinks, batch, keys);
   const int64_t* seen_data = int64_data(seen, batch, keys, "seen");
   const int64_t* length_data = lengths ? int64_data(*lengths, batch, keys, "lengths") : nullptr;
   const DeviceGuard guard(keys.get_device_index());
@@ -100,7 +101,7 @@ void append_(
                 static_cast<scalar_t*>(keys.mutable_data_ptr()), static_cast<scalar_t*>(values.mutable_data_ptr()),
                 token_view<scalar_t>(key), token_view<scalar_t>(value), seen_data, length_data,
                 rotary_tables<typename Accumulate<scalar_t>::type>(cos, sin), batch, keys.size(1), key.size(2),
-                keys.size(3), values.size(3), layout, interleaved},
+                keys.size(3), values.size(3), layout, interleaved, keys.size(0), options.rows, options.row_sinks},
             current_stream(keys));
       }),
       AT_FLOATING_TYPES, ScalarType::Half, ScalarType::BFloat16);

@@ -4,7 +4,8 @@
 // Blocks have kThreads threads. Loops stride over the grid, so a grid of any size gives the same result.
 //
 // Kernels cannot raise. Contents that the CPU operators refuse are made harmless here: `lengths` are clamped to
-// 0..tokens, `seen` to 0..2^61, and row numbers out of range in `source` or `rows` are skipped.
+// 0..tokens, `seen` to 0..2^61, `row_sinks` to 0..num_sinks, and row numbers out of range in `source` or `rows` are
+// skipped.
 #pragma once
 
 #include <cstdint>
@@ -94,6 +95,9 @@ struct AppendCall {
   int64_t batch, kv_heads, tokens, key_dim, value_dim;
   RingLayout layout;
   bool interleaved;
+  int64_t cache_rows;
+  const int64_t* rows;       // cache row of each row; null: row i
+  const int64_t* row_sinks;  // sinks of each row; null: those of the layout
 
   // Most tokens of a KV row that are written.
   SINKATTN_HOST_DEVICE int64_t max_written() const { return tokens < layout.slots() ? tokens : layout.slots(); }
@@ -174,11 +178,15 @@ __global__ void append_kernel(AppendCall<scalar_t> call, int key_lanes, int valu
   for (int64_t item = int64_t{blockIdx.x} * vectors_per_block + group; item < num_items; item += step) {
     const int64_t kv_row = item / max_written;
     const int64_t row = kv_row / call.kv_heads, head = kv_row % call.kv_heads;
+    const int64_t cache_row = call.rows ? call.rows[row] : row;
+    if (cache_row < 0 || cache_row >= call.cache_rows) continue;
+    const int64_t most = call.layout.num_sinks;
+    const RingLayout layout = call.layout.of_row(call.row_sinks ? clamp(call.row_sinks[row], 0, most) : most, 0);
     const int64_t before = clamp(call.seen[row], 0, kMaxTokens);
     const int64_t count = call.lengths ? clamp(call.lengths[row], 0, call.tokens) : call.tokens;
-    const int64_t token = call.layout.written_token(before, count, item % max_written);
+    const int64_t token = layout.written_token(before, count, item % max_written);
     if (token == count) continue;  // this row writes fewer tokens
-    const int64_t target = kv_row * call.layout.slots() + call.layout.slot(before + token);
+    const int64_t target = (cache_row * call.kv_heads + head) * layout.slots() + layout.slot(before + token);
     if (is_key) {
       scalar_t* to = call.keys + target * call.key_dim;
       const scalar_t* from = call.key.at(row, head, token);

@@ -30,3 +30,6 @@ class AttentionArguments(NamedTuple):
     softcap: float | None
     alibi_slopes: Tensor | None
     arrivals: Tensor | None
+    rows: Tensor | None
+    row_sinks: Tensor | None
+    begins: Tensor | None

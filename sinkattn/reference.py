@@ -2,7 +2,8 @@
 
 The query of token t sees ``visible(t)``: the first ``num_sinks`` tokens and the ``window`` most recent ones, itself
 included. The position of a key is its rank among them; the query has the last position. The output for token t depends
-on nothing else, and not on how the stream is cut into calls.
+on nothing else, and not on how the stream is cut into calls. A row may have fewer sinks than there is room for
+(``row_sinks``), and tokens before ``begins`` are no longer seen, but for sinks.
 
 `streaming_attention` implements this literally, without a cache: it gathers and rotates every key for every query.
 `sink_attention` runs over a ring: each key is rotated once, at its stream position, and each query twice. Both agree
@@ -36,14 +37,18 @@ class Ring(Protocol):
     layout: Layout
 
 
-def visible(token: int, num_sinks: int, window: int) -> list[int]:
-    """Tokens that the query of ``token`` sees, oldest first; the index in the list is the rotary position."""
-    return [*range(min(num_sinks, token + 1)), *range(max(num_sinks, token - window + 1), token + 1)]
+def visible(token: int, num_sinks: int, window: int, begin: int = 0) -> list[int]:
+    """Tokens that the query of ``token`` sees, oldest first; the index in the list is the rotary position.
+
+    begin: first token that the window may hold, at most ``token``.
+    """
+    return [*range(min(num_sinks, token + 1)), *range(max(num_sinks, token - window + 1, begin), token + 1)]
 
 
-def slot_of(token: int, num_sinks: int, ring: int) -> int:
-    """Slot of a token in a cache of ``num_sinks + ring`` slots."""
-    return token if token < num_sinks else num_sinks + (token - num_sinks) % ring
+def slot_of(token: int, num_sinks: int, ring: int, ring_slot: int | None = None) -> int:
+    """Slot of a token in a cache with ``ring`` slots from ``ring_slot`` on, which follow the sinks if it is None."""
+    ring_slot = num_sinks if ring_slot is None else ring_slot
+    return token if token < num_sinks else ring_slot + (token - num_sinks) % ring
 
 
 def attention_weights(
@@ -87,8 +92,8 @@ def attend(
     return (weights[:, None].to(values.dtype) @ values)[:, 0]
 
 
-def _token_counts(lengths: Tensor | None, batch: int, tokens: int) -> list[int]:
-    return [tokens] * batch if lengths is None else lengths.tolist()
+def _per_row(given: Tensor | None, batch: int, otherwise: int) -> list[int]:
+    return [otherwise] * batch if given is None else given.tolist()
 
 
 def streaming_attention(
@@ -104,20 +109,25 @@ def streaming_attention(
     sink_logits: Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    row_sinks: Tensor | None = None,
+    begins: Tensor | None = None,
 ) -> Tensor:
     """Attention over whole streams from their first token; gathers and rotates every key for every query.
 
     query ``[batch, heads, tokens, head_dim]``, key and value ``[batch, kv_heads, tokens, head_dim]``, not rotated;
-    lengths ``[batch]``: tokens of each stream; the output of the others, padding, is zero. Returns the shape of query
-    (with the head_dim of value).
+    lengths ``[batch]``: tokens of each stream; the output of the others, padding, is zero. row_sinks ``[batch]``: sinks
+    of each stream, instead of ``num_sinks``; begins ``[batch, tokens]``: first token that the window of each query may
+    hold. Returns the shape of query (with the head_dim of value).
     """
     batch, heads, tokens, head_dim = query.shape
     groups = heads // key.shape[1]
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     out = query.new_zeros(batch, heads, tokens, value.shape[-1])
-    for row, count in enumerate(_token_counts(lengths, batch, tokens)):
+    sinks = _per_row(row_sinks, batch, num_sinks)
+    for row, count in enumerate(_per_row(lengths, batch, tokens)):
         for token in range(count):
-            gathered = torch.tensor(visible(token, num_sinks, window), device=query.device)
+            begin = 0 if begins is None else int(begins[row, token])
+            gathered = torch.tensor(visible(token, sinks[row], window, begin), device=query.device)
             positions = torch.arange(len(gathered), device=query.device)
             q, k, v = query[row, :, token], key[row][:, gathered], value[row][:, gathered]
             if rope is not None:
@@ -155,6 +165,9 @@ def sink_attention_(
     sink_logits: Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    rows: Tensor | None = None,
+    row_sinks: Tensor | None = None,
+    begins: Tensor | None = None,
 ) -> Tensor:
     """Append to the ring and attend, token by token; writes keys and values, does not change ``seen``.
 
@@ -166,7 +179,10 @@ def sink_attention_(
     groups = heads // keys.shape[1]
     ring = keys.shape[2] - num_sinks
     out = query.new_zeros(batch, heads, tokens, values.shape[-1])
-    for row, count in enumerate(_token_counts(lengths, batch, tokens)):
+    cache_rows = range(batch) if rows is None else rows.tolist()
+    all_sinks, all_begins = _per_row(row_sinks, batch, num_sinks), _per_row(begins, batch, 0)
+    for row, count in enumerate(_per_row(lengths, batch, tokens)):
+        row_keys, row_values, of_row = keys[cache_rows[row]], values[cache_rows[row]], all_sinks[row]
         for i in range(count):
             token = int(seen[row]) + i
             new_key, q_window, q_sink = key[row, :, i], query[row, :, i], query[row, :, i]
@@ -175,15 +191,15 @@ def sink_attention_(
                     rotate(x, cos[0, row, i], sin[0, row, i], interleaved=interleaved) for x in (new_key, q_window)
                 )
                 q_sink = rotate(q_sink, cos[1, row, i], sin[1, row, i], interleaved=interleaved)
-            slot = slot_of(token, num_sinks, ring)
-            keys[row, :, slot] = new_key
-            values[row, :, slot] = value[row, :, i]
+            slot = slot_of(token, of_row, ring, num_sinks)
+            row_keys[:, slot] = new_key
+            row_values[:, slot] = value[row, :, i]
 
-            tokens_seen = visible(token, num_sinks, window)
-            slots = torch.tensor([slot_of(t, num_sinks, ring) for t in tokens_seen], device=keys.device)
-            sinks = min(num_sinks, token + 1)
-            k = keys[row][:, slots].repeat_interleave(groups, dim=0)
-            v = values[row][:, slots].repeat_interleave(groups, dim=0)
+            tokens_seen = visible(token, of_row, window, all_begins[row])
+            slots = torch.tensor([slot_of(t, of_row, ring, num_sinks) for t in tokens_seen], device=keys.device)
+            sinks = min(of_row, token + 1)
+            k = row_keys[:, slots].repeat_interleave(groups, dim=0)
+            v = row_values[:, slots].repeat_interleave(groups, dim=0)
             out[row, :, i] = attend(
                 [(q_sink, k[:, :sinks]), (q_window, k[:, sinks:])],
                 v,
@@ -208,14 +224,24 @@ def sink_attention(
     sink_logits: Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    rows: Tensor | None = None,
+    row_sinks: Tensor | None = None,
+    begins: Tensor | None = None,
 ) -> Tensor:
     """Specification of `sinkattn.sink_attention`, on a ring of any dtype and device. Advances ``ring.seen``."""
     tokens = query.shape[2]
+    seen = ring.seen if rows is None else ring.seen[rows]
     layout = ring.layout
     cos, sin = (None, None)
     if rope is not None:
         cos, sin = rope.stream_tables(
-            ring.seen, tokens, num_sinks=layout.num_sinks, window=layout.window, dtype=table_dtype(query.dtype)
+            seen,
+            tokens,
+            num_sinks=layout.num_sinks,
+            window=layout.window,
+            dtype=table_dtype(query.dtype),
+            row_sinks=row_sinks,
+            begins=begins,
         )
     out = sink_attention_(
         ring.keys,
@@ -223,7 +249,7 @@ def sink_attention(
         query,
         key,
         value,
-        ring.seen,
+        seen,
         cos,
         sin,
         num_sinks=layout.num_sinks,
@@ -234,6 +260,10 @@ def sink_attention(
         sink_logits=sink_logits,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
+        rows=rows,
+        row_sinks=row_sinks,
+        begins=begins,
     )
-    ring.seen += tokens if lengths is None else lengths
+    seen = seen + (tokens if lengths is None else lengths)
+    ring.seen[slice(None) if rows is None else rows] = seen
     return out

@@ -100,7 +100,7 @@ class RingKVCache:
         """
         if key.ndim != 4:
             raise ValueError(f"key: expected [batch, kv_heads, tokens, head_dim], got {list(key.shape)}")
-        cos, sin = _tables(self, rope, key.shape[2])
+        cos, sin = _tables(self, rope, self.seen, key.shape[2])
         ops.append_(
             self.keys,
             self.values,
@@ -115,10 +115,14 @@ class RingKVCache:
         )
         self.advance(key.shape[2] if lengths is None else lengths.clamp(0, key.shape[2]))
 
-    def advance(self, tokens: int | Tensor) -> None:
-        """Add to ``seen``, unless another ring owns the counters."""
-        if self._owns_seen:
+    def advance(self, tokens: int | Tensor, rows: Tensor | None = None) -> None:
+        """Add to ``seen``, of all rows or of ``rows`` (int64, all different), unless another ring owns the counters."""
+        if not self._owns_seen:
+            return
+        if rows is None:
             self.seen += tokens
+        else:
+            self.seen[rows] += tokens
 
     def note_uncounted(self, tokens: int) -> None:
         """Record that up to ``tokens`` tokens beyond ``seen`` were written: they may have overwritten older ones."""
@@ -187,11 +191,13 @@ class RingKVCache:
         )
 
 
-def _tables(ring: RingKVCache, rope: Rope | None, tokens: int) -> tuple[Tensor | None, Tensor | None]:
+def _tables(
+    ring: RingKVCache, rope: Rope | None, seen: Tensor, tokens: int, **options: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     if rope is None:
         return None, None
     layout, dtype = ring.layout, table_dtype(ring.keys.dtype)
-    return rope.stream_tables(ring.seen, tokens, num_sinks=layout.num_sinks, window=layout.window, dtype=dtype)
+    return rope.stream_tables(seen, tokens, num_sinks=layout.num_sinks, window=layout.window, dtype=dtype, **options)
 
 
 def sink_attention(
@@ -206,6 +212,9 @@ def sink_attention(
     sink_logits: Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    rows: Tensor | None = None,
+    row_sinks: Tensor | None = None,
+    begins: Tensor | None = None,
     backend: ops.Backend = "auto",
 ) -> Tensor:
     """Append new tokens to ``ring``, attend, advance ``ring.seen``.
@@ -216,13 +225,18 @@ def sink_attention(
     Args:
         query: ``[batch, heads, tokens, head_dim]``, not yet rotated; heads a multiple of kv_heads.
         key, value: ``[batch, kv_heads, tokens, head_dim]``, not yet rotated; any strides.
-        ring: the cache of these streams.
+        ring: the cache of these streams, and with ``rows`` of others, which stay as they are.
         rope: rotary embedding; None for none.
         scale: factor on the scores; default ``1 / sqrt(head_dim)``.
         lengths: int64 ``[batch]`` new tokens of each row, followed by padding; all ``tokens`` if None.
         sink_logits: ``[heads]`` learned extra logit per head (gpt-oss).
         softcap: ``softcap * tanh(scores / softcap)`` (Gemma 2).
         alibi_slopes: ``[heads]`` ALiBi slopes, on cache-relative distances.
+        rows: int64 ``[batch]`` the ring's row of each row of the call, all different; row i if None.
+        row_sinks: int64 ``[batch]`` sink tokens of each row, up to the ring's ``num_sinks``; so many if None. It
+            must be the same in all calls of a stream.
+        begins: int64 ``[batch]`` first token of each row that a window may hold, up to ``ring.seen``; 0 if None. Tokens
+            before it are not seen, but for sinks.
         backend: "auto", "cpu", "triton" or "reference"; the environment variable SINKATTN_BACKEND overrides.
 
     Returns:
@@ -231,19 +245,28 @@ def sink_attention(
 
     Raises:
         ValueError, TypeError: shape, dtype or device of an argument; nothing was changed.
-        RuntimeError: a backend that cannot run here, or ``alibi_slopes`` that require gradients; nothing was changed.
+        RuntimeError: rows, row_sinks, begins or lengths out of range; a backend that cannot run here; gradients for
+            ``alibi_slopes``, or of a call with rows, row_sinks or begins. Nothing was changed.
     """
     if query.ndim != 4:
         raise ValueError(f"query: expected [batch, heads, tokens, head_dim], got {list(query.shape)}")
-    tokens = query.shape[2]
-    cos, sin = _tables(ring, rope, tokens)
+    batch, _, tokens, _ = query.shape
+    seen, arrivals = ring.seen, ring.arrivals
+    options = {"row_sinks": row_sinks, "begins": begins}
+    for name, x in {"rows": rows, **options}.items():
+        if x is not None:
+            ops.check_tensor(name, x, (batch,), torch.int64, seen.device)
+    if rows is not None:
+        # The operator refuses rows out of range, with a message that says more.
+        seen, arrivals = seen[rows.clamp(0, len(seen) - 1)], arrivals[:batch]
+    cos, sin = _tables(ring, rope, seen, tokens, **options)
     out = ops.sink_attention_(
         ring.keys,
         ring.values,
         query,
         key,
         value,
-        ring.seen,
+        seen,
         cos,
         sin,
         num_sinks=ring.layout.num_sinks,
@@ -254,9 +277,11 @@ def sink_attention(
         sink_logits=sink_logits,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
-        arrivals=ring.arrivals,
+        arrivals=arrivals,
+        rows=rows,
+        **options,
         backend=backend,
     )
     # GPU kernels clamp `lengths` instead of validating them, so clamp here too.
-    ring.advance(tokens if lengths is None else lengths.clamp(0, tokens))
+    ring.advance(tokens if lengths is None else lengths.clamp(0, tokens), rows)
     return out

@@ -99,16 +99,28 @@ class Rope:
         return self._copies[device]
 
     def stream_tables(
-        self, seen: Tensor, tokens: int, *, num_sinks: int, window: int, dtype: torch.dtype = torch.float32
+        self,
+        seen: Tensor,
+        tokens: int,
+        *,
+        num_sinks: int,
+        window: int,
+        dtype: torch.dtype = torch.float32,
+        row_sinks: Tensor | None = None,
+        begins: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Tables for the next ``tokens`` tokens of every stream: cos, sin ``[2, batch, tokens, pairs]``.
 
         Index 0 is for the stream position t of each token: it rotates the key, once, and the query for its scores with
-        window keys. Index 1 is for ``min(t, num_sinks + window - 1)``: it rotates the query for its scores with sinks.
-        ``seen``: int64 ``[batch]`` tokens appended before.
+        window keys. Index 1 is for the number of tokens that t sees before itself, ``min(t, num_sinks + window - 1)``:
+        it rotates the query for its scores with sinks.
+        ``seen``: int64 ``[batch]`` tokens appended before. ``row_sinks``, ``begins``: as for `ops.sink_attention_`.
         """
         stream = seen.unsqueeze(-1) + torch.arange(tokens, device=seen.device)
-        cache = stream.clamp(max=num_sinks + window - 1)
+        sinks = num_sinks if row_sinks is None else row_sinks.unsqueeze(-1)
+        cache = stream.clamp(max=sinks + window - 1)
+        if begins is not None:
+            cache = torch.minimum(cache, stream - begins.unsqueeze(-1) + sinks)
         return self.tables(torch.stack((stream, cache)), dtype)
 
 

@@ -167,23 +167,23 @@ def op_calls():
     seen, peak = torch.tensor([3, 9]), torch.tensor([3, 10])
     _, key, value = make_qkv(3)
     cos, sin = make_rope().tables(seen[:, None] + torch.arange(3))
-    lengths = torch.tensor([2, 3])
+    lengths, rows, sinks = torch.tensor([2, 3]), torch.tensor([1, 0]), torch.tensor([2, 1])
     query, (both_cos, both_sin) = randn(2, 4, 3, 16), make_rope().stream_tables(seen, 3, num_sinks=2, window=4)
     slopes, arrivals = torch.linspace(0.1, 0.4, 4), torch.zeros(2, 2, dtype=torch.int32)
     input, weight, bias = randn(2, 1, 24), torch.rand(10, 24), torch.rand(10)
     attend = (keys, values, query, key, value, seen)
     past, none = (ops.linearise(keys, values, seen, num_sinks=2, window=4), (keys[:, :, :0], values[:, :, :0]))
     return {
-        "append": ("append_", (keys, values, key, value, seen, None, None, None, 2, False)),
-        "append-ragged-rotated": ("append_", (keys, values, key, value, seen, lengths, cos, sin, 2, True)),
+        "append": ("append_", (keys, values, key, value, seen, None, None, None, 2, False, None, None)),
+        "append-ragged-rotated": ("append_", (keys, values, key, value, seen, lengths, cos, sin, 2, True, rows, sinks)),
         "rollback": ("rollback_", (seen, peak, torch.tensor([1, 0]), 2)),
         "reorder": ("reorder_", (keys, values, torch.tensor([1, 0]))),
         "reset": ("reset_", (keys, values, torch.tensor([1]))),
         "linearise": ("linearise", (keys, values, seen, 2, 4)),
-        "attend": ("sink_attention_", (*attend, None, None, None, 2, 3, 0.25, False, None, None, None, None)),
+        "attend": ("sink_attention_", (*attend, None, None, None, 2, 3, 0.25, False, *[None] * 7)),
         "attend-ragged-rotated": (
             "sink_attention_",
-            (*attend, lengths, both_cos, both_sin, 2, 5, 0.25, True, slopes, 3.0, slopes, arrivals),
+            (*attend, lengths, both_cos, both_sin, 2, 5, 0.25, True, slopes, 3.0, slopes, arrivals, rows, sinks, seen),
         ),
         "gradients": (
             "sink_attention_gradients",
@@ -390,6 +390,16 @@ LENGTHS = [
     ("lengths", tensor(3, 4), RuntimeError, r"lengths: expected 0 to 3, got 4 in row 1"),
     ("lengths", tensor(-1, 0), RuntimeError, r"lengths: expected 0 to 3, got -1 in row 0"),
 ]
+ROWS = [
+    ("rows", tensor(0, 2), RuntimeError, r"rows: expected 0 to 1, got 2 in row 1"),
+    ("rows", tensor(1, 1), RuntimeError, r"rows: expected different rows, got \[1, 1\]"),
+    ("row_sinks", tensor(0, 3), RuntimeError, r"row_sinks: expected 0 to 2, got 3 in row 1"),
+    ("row_sinks", tensor(-1, 0), RuntimeError, r"row_sinks: expected 0 to 2, got -1 in row 0"),
+]
+BEGINS = [
+    ("begins", tensor(4, 0), RuntimeError, r"begins: expected 0 to the tokens seen, 3, got 4 in row 0"),
+    ("begins", tensor(0, -1), RuntimeError, r"begins: expected 0 to the tokens seen, 9, got -1 in row 1"),
+]
 NEW_TOKENS = [
     ("key", lambda x: x[0], ValueError, r"key: expected \[batch, kv_heads, tokens, head_dim\], got \[2, 3, 16\]"),
     ("key", lambda x: x[:, :1], ValueError, r"key: expected shape \[2, 2, 3, 16\], got \[2, 1, 3, 16\]"),
@@ -405,6 +415,10 @@ NEW_TOKENS = [
     ("lengths", lambda x: x.to("meta"), TypeError, r"lengths: expected device cpu, got meta"),
     ("lengths", lambda x: x.int(), TypeError, r"lengths: expected dtype torch.int64, got torch.int32"),
     *LENGTHS,
+    *ROWS,
+    ("rows", tensor(0), ValueError, r"rows: expected shape \[2\], got \[1\]"),
+    ("rows", lambda _: torch.tensor([0, 1]).int(), TypeError, r"rows: expected dtype torch.int64, got torch.int32"),
+    ("row_sinks", tensor(0), ValueError, r"row_sinks: expected shape \[2\], got \[1\]"),
     ("num_sinks", lambda _: 7, (ValueError, RuntimeError), r"num_sinks: expected"),
     ("keys values", lambda x: x.mT.contiguous().mT, RuntimeError, r"keys, values: expected contiguous tensors"),
     ("sin", lambda _: None, (ValueError, RuntimeError), r"cos, sin: expected both or none"),
@@ -422,12 +436,14 @@ def test_appending_alone_has_no_gradients(name):
     assert_refused("append_", name, lambda x: x.clone().requires_grad_(), RuntimeError, "computes no gradients")
 
 
-@pytest.mark.parametrize("case", LENGTHS, ids=["too-many", "negative"])
-def test_reference_backend_refuses_bad_lengths_too(case):
+@pytest.mark.parametrize("case", [*LENGTHS, *ROWS, *BEGINS], ids=lambda case: case[0])
+def test_reference_backend_refuses_bad_numbers_too(case):
     assert_refused("sink_attention_", *case, backend="reference")
 
 
 ATTENTION = [
+    *BEGINS,
+    ("begins", tensor(0), ValueError, r"begins: expected shape \[2\], got \[1\]"),
     ("query", lambda x: x[0], ValueError, r"query: expected \[batch, heads, tokens, head_dim\], got \[4, 3, 16\]"),
     ("query", lambda x: x[:, :, :2], ValueError, r"query: expected shape \[2, 4, 3, 16\], got \[2, 4, 2, 16\]"),
     ("query", lambda x: x[:, :3], ValueError, r"query: expected heads to be a multiple of kv_heads \(2\), got 3"),

@@ -61,6 +61,26 @@ def test_stream_tables_hold_both_rotations():
     assert torch.equal(sin, expected[1])
 
 
+@pytest.mark.parametrize(
+    ("options", "cache"),
+    [
+        ({"row_sinks": [4, 0, 1]}, [[0, 1, 2, 3], [4, 4, 4, 4], [5, 5, 5, 5]]),
+        ({"begins": [0, 4, 10**9 - 2]}, [[0, 1, 2, 3], [3, 4, 5, 6], [4, 5, 6, 6]]),
+        ({"row_sinks": [4, 0, 1], "begins": [0, 4, 10**9 - 2]}, [[0, 1, 2, 3], [1, 2, 3, 4], [3, 4, 5, 5]]),
+    ],
+    ids=["row_sinks", "begins", "both"],
+)
+def test_stream_tables_of_rows_of_their_own(options, cache):
+    rope, seen = make_rope(8), torch.tensor([0, 5, 10**9])
+    options = {name: torch.tensor(x) for name, x in options.items()}
+    tables = rope.stream_tables(seen, 4, num_sinks=2, window=5, dtype=torch.float64, **options)
+    stream = seen[:, None] + torch.arange(4)
+    for got, expected in zip(
+        tables, rope.tables(torch.stack((stream, torch.tensor(cache))), torch.float64), strict=True
+    ):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 @pytest.mark.parametrize("rotary_dim", [12, 8, 2], ids=["full", "partial", "one-pair"])
 def test_rotation_is_a_complex_product(interleaved, rotary_dim):

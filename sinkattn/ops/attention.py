@@ -18,6 +18,7 @@ from sinkattn.ops.backends import Backend, select_backend, triton_obstacle
 from sinkattn.ops.checks import (
     check_attention,
     check_no_gradients,
+    check_no_row_options,
     check_same_device,
     check_score_options,
     check_triton,
@@ -51,12 +52,15 @@ def sink_attention_(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     arrivals: Tensor | None = None,
+    rows: Tensor | None = None,
+    row_sinks: Tensor | None = None,
+    begins: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Append new tokens to the ring and attend; a token's output depends only on the tokens it sees.
 
     Args:
-        keys, values, key, value, seen, lengths, interleaved: as for `append_`.
+        keys, values, key, value, seen, lengths, interleaved, rows, row_sinks: as for `append_`.
         query: ``[batch, heads, tokens, head_dim]``, not yet rotated; heads a multiple of kv_heads.
         cos, sin: ``[2, batch, tokens, pairs]`` from `Rope.stream_tables`, or None for no rotary embedding.
         num_sinks, window: the layout; the slots beyond them are headroom.
@@ -66,6 +70,8 @@ def sink_attention_(
         alibi_slopes: ``[heads]`` bias of minus slope times cache-relative distance (arXiv 2108.12409).
         arrivals: int32 ``[batch, kv_heads]`` completion counters of the KV splits on a GPU, zero on entry and exit.
             Calls that may overlap must not share them. None allocates them for this call.
+        begins: int64 ``[batch]`` first token of each row that a window may hold, up to ``seen``; 0 when None. Sinks are
+            always seen.
         backend: see `select_backend`.
 
     Returns:
@@ -74,7 +80,8 @@ def sink_attention_(
 
     Raises:
         ValueError, TypeError: shape, dtype or device of an argument.
-        RuntimeError: a backend that cannot run here, or ``alibi_slopes`` that require gradients.
+        RuntimeError: lengths, rows, row_sinks or begins out of range; a backend that cannot run here; gradients for
+            ``alibi_slopes``, or of a call with rows, row_sinks or begins.
     """
     check_no_gradients(alibi_slopes)
     chosen = select_backend(keys.device, backend, keys.dtype)
@@ -86,8 +93,11 @@ def sink_attention_(
             alibi_slopes = alibi_slopes.to(keys.device, table_dtype(keys.dtype)).contiguous()
     call = AttentionArguments(
         keys, values, query, key, value, seen, lengths, cos, sin, num_sinks, window, scale, interleaved,
-        sink_logits, softcap, alibi_slopes, arrivals,
+        sink_logits, softcap, alibi_slopes, arrivals, rows, row_sinks, begins,
     )  # fmt: skip
+    is_recorded = needs_gradients(call)
+    if is_recorded:
+        check_no_row_options(call)
     if chosen == "reference":
         check_attention(call)
         check_score_options(query, scale, softcap, sink_logits, alibi_slopes)
@@ -96,7 +106,7 @@ def sink_attention_(
         # For CPU tensors the operator dispatches to the C++ kernel, so Triton's interpreter is called directly.
         attend = _attend_with_triton if chosen == "triton" and keys.is_cpu else _operator
     try:
-        if needs_gradients(call):
+        if is_recorded:
             return attend_with_gradients(attend, call, _backward_kernel(chosen))
         return attend(*call)
     except RuntimeError:
@@ -136,7 +146,8 @@ def _attend_with_triton(*arguments: Any) -> Tensor:
         raise RuntimeError(f"backend: 'triton' cannot run: {obstacle}")
     from sinkattn.kernels.attention import attend, call_shape  # imports triton, which CPU-only users may lack
 
-    if shape is None or (call.lengths is not None and call.lengths.is_cpu):
+    numbers = (call.lengths, call.rows, call.row_sinks, call.begins)
+    if shape is None or any(x is not None and x.is_cpu for x in numbers):
         check_attention(call)
         check_score_options(call.query, call.scale, call.softcap, call.sink_logits, call.alibi_slopes)
         check_triton(call)
@@ -151,7 +162,7 @@ def _attend_with_triton(*arguments: Any) -> Tensor:
         cos, sin = (None if tables is None else tables[0] for tables in (call.cos, call.sin))
         torch.ops.sinkattn.append_(
             call.keys, call.values, call.key, call.value, call.seen, call.lengths, cos, sin, call.num_sinks,
-            call.interleaved,
+            call.interleaved, call.rows, call.row_sinks,
         )  # fmt: skip
     return out.transpose(1, 2)
 

@@ -25,23 +25,47 @@ def check_tensor(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtyp
         raise TypeError(f"{name}: expected device {device}, got {x.device}")
 
 
+def _check_numbers(name: str, x: Tensor, most: int) -> None:
+    """Check that no row has less than 0 or more than ``most``, of numbers on the CPU.
+
+    On a GPU reading them would synchronise; the kernels clamp there.
+    """
+    if x.is_cpu:
+        for row, number in enumerate(x.tolist()):
+            if not 0 <= number <= most:
+                raise RuntimeError(f"{name}: expected 0 to {most}, got {number} in row {row}")
+
+
 def check_new_tokens(
-    keys: Tensor, values: Tensor, key: Tensor, value: Tensor, seen: Tensor, lengths: Tensor | None
+    keys: Tensor,
+    values: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    lengths: Tensor | None,
+    *,
+    num_sinks: int,
+    rows: Tensor | None,
+    row_sinks: Tensor | None,
 ) -> None:
     """Check new tokens against the cache that they are appended to (shapes: `sinkattn.ops.append_`)."""
     if key.ndim != 4:
         raise ValueError(f"key: expected [batch, kv_heads, tokens, head_dim], got {list(key.shape)}")
-    batch, kv_heads, _, head_dim = keys.shape
-    tokens = key.shape[2]
+    cache_rows, kv_heads, _, head_dim = keys.shape
+    batch, tokens = key.shape[0] if rows is not None else cache_rows, key.shape[2]
     check_tensor("key", key, (batch, kv_heads, tokens, head_dim), keys.dtype, keys.device)
     check_tensor("value", value, (batch, kv_heads, tokens, values.shape[3]), keys.dtype, keys.device)
     check_tensor("seen", seen, (batch,), torch.int64, keys.device)
-    if lengths is not None:
-        check_tensor("lengths", lengths, (batch,), torch.int64, keys.device)
-        if lengths.is_cpu:  # on a GPU reading them would synchronise; the kernels clamp there
-            for row, count in enumerate(lengths.tolist()):
-                if not 0 <= count <= tokens:
-                    raise RuntimeError(f"lengths: expected 0 to {tokens}, got {count} in row {row}")
+    for name, x, most in (
+        ("lengths", lengths, tokens),
+        ("rows", rows, cache_rows - 1),
+        ("row_sinks", row_sinks, num_sinks),
+    ):
+        if x is not None:
+            check_tensor(name, x, (batch,), torch.int64, keys.device)
+            _check_numbers(name, x, most)
+    if rows is not None and rows.is_cpu and len(set(numbers := rows.tolist())) < batch:
+        raise RuntimeError(f"rows: expected different rows, got {numbers}")
 
 
 def check_attention(call: AttentionArguments) -> None:
@@ -49,14 +73,30 @@ def check_attention(call: AttentionArguments) -> None:
     keys, query, cos, sin = call.keys, call.query, call.cos, call.sin
     if query.ndim != 4:
         raise ValueError(f"query: expected [batch, heads, tokens, head_dim], got {list(query.shape)}")
-    check_new_tokens(keys, call.values, call.key, call.value, call.seen, call.lengths)
+    check_new_tokens(
+        keys,
+        call.values,
+        call.key,
+        call.value,
+        call.seen,
+        call.lengths,
+        num_sinks=call.num_sinks,
+        rows=call.rows,
+        row_sinks=call.row_sinks,
+    )
+    if call.begins is not None:
+        check_tensor("begins", call.begins, tuple(call.seen.shape), torch.int64, keys.device)
+        if call.begins.is_cpu:
+            for row, (begin, seen) in enumerate(zip(call.begins.tolist(), call.seen.tolist(), strict=True)):
+                if not 0 <= begin <= seen:
+                    raise RuntimeError(f"begins: expected 0 to the tokens seen, {seen}, got {begin} in row {row}")
     slots = keys.shape[2]
     if not 0 <= call.num_sinks < slots:
         raise ValueError(f"num_sinks: expected 0 to {slots - 1}, got {call.num_sinks}")
     if not 1 <= call.window <= slots - call.num_sinks:
         raise ValueError(f"window: expected 1 to {slots - call.num_sinks}, got {call.window}")
     batch, heads, tokens, head_dim = query.shape
-    check_tensor("query", query, (keys.shape[0], heads, call.key.shape[2], keys.shape[3]), keys.dtype, keys.device)
+    check_tensor("query", query, (call.key.shape[0], heads, call.key.shape[2], keys.shape[3]), keys.dtype, keys.device)
     if heads % keys.shape[1] or not heads:
         raise ValueError(f"query: expected heads to be a multiple of kv_heads ({keys.shape[1]}), got {heads}")
     if (cos is None) != (sin is None):
@@ -88,6 +128,9 @@ def check_triton(call: AttentionArguments) -> None:
     """Check what only the Triton kernels need of a call that `check_attention` has passed: dtypes and contiguity."""
     keys, values = call.keys, call.values
     check_tensor("values", values, (*keys.shape[:3], values.shape[3]), keys.dtype, keys.device)
+    for name in ("rows", "row_sinks", "begins"):
+        if getattr(call, name) is not None:
+            raise RuntimeError(f"{name}: expected None for the triton backend, got a tensor")
     if keys.dtype not in TRITON_DTYPES:
         raise TypeError(f"keys: expected one of {TRITON_DTYPES} for the triton backend, got {keys.dtype}")
     for name, x in (("keys", keys), ("values", values)):
@@ -99,8 +142,9 @@ def check_triton(call: AttentionArguments) -> None:
         if (x := getattr(call, name)) is not None:
             check_tensor(name, x, tuple(x.shape), torch.float32, keys.device)
     if call.arrivals is not None:
-        check_tensor("arrivals", call.arrivals, tuple(keys.shape[:2]), torch.int32, keys.device)
-    for name in ("keys", "values", "seen", "lengths", "arrivals", "sink_logits", "alibi_slopes"):
+        check_tensor("arrivals", call.arrivals, tuple(call.key.shape[:2]), torch.int32, keys.device)
+    int64_names = ("seen", "lengths", "rows", "row_sinks", "begins")
+    for name in ("keys", "values", *int64_names, "arrivals", "sink_logits", "alibi_slopes"):
         if (x := getattr(call, name)) is not None and not x.is_contiguous():
             raise ValueError(f"{name}: expected contiguous memory, got strides {x.stride()}")
 
@@ -111,6 +155,16 @@ def check_no_gradients(*inputs: Tensor | None) -> None:
         raise RuntimeError(
             "sinkattn computes no gradients for this input: detach it, or call this under torch.no_grad()"
         )
+
+
+def check_no_row_options(call: AttentionArguments) -> None:
+    """Refuse, in a call that autograd records, the options of each row that its backward does not know."""
+    for name in ("rows", "row_sinks", "begins"):
+        if getattr(call, name) is not None:
+            raise RuntimeError(
+                f"{name}: expected None in a call that autograd records, got a tensor: there are no gradients with it; "
+                "call this under torch.no_grad()"
+            )
 
 
 def check_same_device(keys: Tensor, **others: Tensor | None) -> None:

@@ -21,25 +21,33 @@ def append_(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     interleaved: bool = False,
+    rows: Tensor | None = None,
+    row_sinks: Tensor | None = None,
 ) -> None:
     """Write new tokens into their slots, each key rotated once; does not change ``seen``.
 
     Args:
-        keys, values: ``[batch, kv_heads, slots, head_dim]`` the cache, contiguous; written in place.
+        keys, values: ``[batch, kv_heads, slots, head_dim]`` the cache, contiguous; written in place. With ``rows`` it
+            may have more rows than the call.
         key, value: ``[batch, kv_heads, tokens, head_dim]`` any strides, dtype of the cache, key not yet rotated.
         seen: int64 ``[batch]`` tokens appended before.
-        num_sinks: sink tokens; the other slots are the ring.
+        num_sinks: slots for sink tokens; the others are the ring.
         lengths: int64 ``[batch]`` new tokens of each row, the others are padding; all ``tokens`` when None.
         cos, sin: ``[batch, tokens, pairs]`` rotary tables for the new tokens; None writes the key as it is.
         interleaved: the two elements of a pair are neighbours.
+        rows: int64 ``[batch]`` the cache row of each row of the call, all different; row i when None.
+        row_sinks: int64 ``[batch]`` sink tokens of each row, up to ``num_sinks``; so many when None. Slots that a row
+            does not use stay as they are.
 
     Raises:
         ValueError, TypeError: shape, dtype or device of an argument.
-        RuntimeError: lengths out of range, or an input that requires gradients.
+        RuntimeError: lengths, rows or row_sinks out of range, or an input that requires gradients.
     """
-    check_new_tokens(keys, values, key, value, seen, lengths)
+    check_new_tokens(keys, values, key, value, seen, lengths, num_sinks=num_sinks, rows=rows, row_sinks=row_sinks)
     check_no_gradients(key, value)
-    torch.ops.sinkattn.append_(keys, values, key, value, seen, lengths, cos, sin, num_sinks, interleaved)
+    torch.ops.sinkattn.append_(
+        keys, values, key, value, seen, lengths, cos, sin, num_sinks, interleaved, rows, row_sinks
+    )
 
 
 @torch.library.register_fake("sinkattn::append_")
@@ -54,8 +62,11 @@ def _(
     sin: Tensor | None,
     num_sinks: int,
     interleaved: bool,
+    rows: Tensor | None,
+    row_sinks: Tensor | None,
 ) -> None:
-    check_same_device(keys, values=values, key=key, value=value, seen=seen, lengths=lengths, cos=cos, sin=sin)
+    others = {"values": values, "key": key, "value": value, "seen": seen, "lengths": lengths, "cos": cos, "sin": sin}
+    check_same_device(keys, **others, rows=rows, row_sinks=row_sinks)
 
 
 def rollback_(seen: Tensor, peak: Tensor, counts: Tensor, *, headroom: int) -> None:

@@ -70,9 +70,18 @@ struct Case {
   std::vector<int64_t> seen;  // of each row, before the first call
   std::vector<Call> calls;
   int options = 0;
+  std::vector<int64_t> rows = {};       // cache row of each row, in a cache of one row more; empty: the same row
+  std::vector<int64_t> row_sinks = {};  // of each row; empty: those of the layout
+  std::vector<Call> begins = {};        // of each row, in each call; empty: 0
 
   bool has(Option option) const { return options & option; }
   int64_t batch() const { return static_cast<int64_t>(seen.size()); }
+  int64_t cache_rows() const { return batch() + !rows.empty(); }
+  int64_t cache_row(int64_t row) const { return rows.empty() ? row : rows[row]; }
+  sinkattn::RingLayout layout_of(int64_t row, int64_t call) const {
+    return layout.of_row(
+        row_sinks.empty() ? layout.num_sinks : row_sinks[row], begins.empty() ? 0 : begins[call][row]);
+  }
   double scale() const { return 3.7 / std::sqrt(head_dim); }  // gives scores of about 1
   double softcap() const { return has(kSoftcap) ? 1.5 : 0; }
 };
@@ -171,7 +180,7 @@ class ReferenceStreams {
 
   // Expected output of a call of `tokens` tokens after `seen`; each row has `lengths` new tokens, the rest is padding.
   Expected attend(
-      const std::vector<int64_t>& seen, const std::vector<int64_t>& lengths, int64_t tokens,
+      int64_t call, const std::vector<int64_t>& seen, const std::vector<int64_t>& lengths, int64_t tokens,
       const Defect& defect = {0, 0}) {
     Expected expected;
     expected.out.resize(c_.batch() * tokens * c_.heads * c_.value_dim);  // zeros, exact for padding
@@ -179,7 +188,7 @@ class ReferenceStreams {
     for (int64_t row = 0; row < c_.batch(); ++row) {
       for (int64_t i = 0; i < lengths[row]; ++i) {
         const int64_t at = (row * tokens + i) * c_.heads * c_.value_dim;
-        attend_token(&expected.out[at], &expected.tolerance[at], row, seen[row] + i, defect);
+        attend_token(&expected.out[at], &expected.tolerance[at], row, c_.layout_of(row, call), seen[row] + i, defect);
       }
     }
     return expected;
@@ -203,11 +212,13 @@ class ReferenceStreams {
   }
 
   // All heads of one token.
-  void attend_token(double* out, double* tolerance, int64_t row, int64_t token, const Defect& defect) {
-    const int64_t sinks = c_.layout.num_sinks, window = c_.layout.window + defect.window;
+  void attend_token(
+      double* out, double* tolerance, int64_t row, const sinkattn::RingLayout& layout, int64_t token,
+      const Defect& defect) {
+    const int64_t sinks = layout.num_sinks, window = layout.window + defect.window;
     std::vector<int64_t> visible;
     for (int64_t u = 0; u < std::min(sinks, token + 1); ++u) visible.push_back(u);
-    for (int64_t u = std::max(sinks, token - window + 1); u <= token; ++u) visible.push_back(u);
+    for (int64_t u = std::max({sinks, token - window + 1, layout.begin}); u <= token; ++u) visible.push_back(u);
     const int64_t count = static_cast<int64_t>(visible.size()), group = c_.heads / c_.kv_heads;
     const auto position = [&](int64_t rank) { return rank + (visible[rank] < sinks ? defect.sinks : 0); };
     std::vector<double> keys(count * c_.head_dim), query(c_.head_dim), weights(count);

@@ -101,13 +101,15 @@ class Test {
   // Inputs of one call, for any instruction set.
   struct PreparedCall {
     std::vector<int64_t> seen, lengths;
+    const int64_t* begins;
     int64_t tokens;
     bool ragged;
     Buffer<scalar_t> query, key, value;
     Buffer<Acc<scalar_t>> cos, sin;
   };
 
-  PreparedCall prepare_call(const std::vector<int64_t>& seen, const Call& call) {
+  PreparedCall prepare_call(int64_t n, const std::vector<int64_t>& seen) {
+    const Call& call = c_.calls[n];
     const bool ragged = call.size() > 1, gaps = c_.has(kGaps);
     const std::vector<int64_t> lengths = ragged ? call : Call(c_.batch(), call[0]);
     const int64_t tokens = std::max<int64_t>(1, *std::max_element(lengths.begin(), lengths.end()));
@@ -123,19 +125,19 @@ class Test {
       return Buffer<Acc<scalar_t>>(
           2, c_.batch(), tokens, c_.pairs, gaps, [&](int64_t relative, int64_t row, int64_t i, int64_t pair) {
             if (i >= lengths[row]) return kNaN;
-            const int64_t token = seen[row] + i, last = c_.layout.num_sinks + c_.layout.window - 1;
-            return (streams_.rotary_table(relative ? std::min(token, last) : token).*table)[pair];
+            const int64_t token = seen[row] + i;
+            return (streams_.rotary_table(relative ? c_.layout_of(row, n).position(token) : token).*table)[pair];
           });
     };
-    return {seen, lengths, tokens, ragged, inputs(kQuery), inputs(kKey), inputs(kValue), tables(&RotaryTable::cos),
-            tables(&RotaryTable::sin)};
+    return {seen, lengths, c_.begins.empty() ? nullptr : c_.begins[n].data(), tokens, ragged, inputs(kQuery),
+            inputs(kKey), inputs(kValue), tables(&RotaryTable::cos), tables(&RotaryTable::sin)};
   }
 
   void prepare() {
     std::vector<int64_t> seen = c_.seen;
-    for (const Call& call : c_.calls) {
-      const PreparedCall& now = prepared_.emplace_back(prepare_call(seen, call));
-      expected_.push_back(streams_.attend(seen, now.lengths, now.tokens));
+    for (size_t n = 0; n < c_.calls.size(); ++n) {
+      const PreparedCall& now = prepared_.emplace_back(prepare_call(n, seen));
+      expected_.push_back(streams_.attend(n, seen, now.lengths, now.tokens));
       for (int64_t row = 0; row < c_.batch(); ++row) seen[row] += now.lengths[row];
     }
     keys_ = round_to<scalar_t>(cached(kKey, c_.seen, 0).out);
@@ -151,7 +153,8 @@ class Test {
     const auto error_of = [&](const Defect& defect) {
       double max_error = 0;
       for (size_t n = 0; n < prepared_.size(); ++n) {
-        const Expected wrong = streams_.attend(prepared_[n].seen, prepared_[n].lengths, prepared_[n].tokens, defect);
+        const PreparedCall& now = prepared_[n];
+        const Expected wrong = streams_.attend(n, now.seen, now.lengths, now.tokens, defect);
         for (size_t i = 0; i < wrong.out.size(); ++i) {
           max_error = std::max(max_error, error(expected_[n].out[i], expected_[n].tolerance[i], wrong.out[i]));
         }
@@ -166,19 +169,20 @@ class Test {
   // Expected cache after `end` tokens, [row, kv_head, slot, element]; NaN where nothing was written, or where a token
   // from before the first call is outside the window of that call.
   Expected cached(Kind kind, const std::vector<int64_t>& end, double tolerance) {
-    const int64_t sinks = c_.layout.num_sinks, slots = c_.layout.slots(), dim = streams_.dim(kind);
-    std::vector<double> cache(c_.batch() * c_.kv_heads * slots * dim, kNaN);
+    const int64_t slots = c_.layout.slots(), dim = streams_.dim(kind);
+    std::vector<double> cache(c_.cache_rows() * c_.kv_heads * slots * dim, kNaN);
     for (int64_t row = 0; row < c_.batch(); ++row) {
+      const sinkattn::RingLayout layout = c_.layout_of(row, 0);
       const auto write = [&](int64_t token) {
         for (int64_t head = 0; head < c_.kv_heads; ++head) {
-          double* to = &cache[((row * c_.kv_heads + head) * slots + c_.layout.slot(token)) * dim];
+          double* to = &cache[((c_.cache_row(row) * c_.kv_heads + head) * slots + layout.slot(token)) * dim];
           const double* from = streams_.at(kind, row, head, token);
           if (kind == kKey) streams_.rotate(to, from, token);
           else std::copy(from, from + dim, to);
         }
       };
-      for (int64_t token = 0; token < std::min(sinks, end[row]); ++token) write(token);
-      const int64_t first = std::max(sinks, c_.seen[row] - c_.layout.window + 1);
+      for (int64_t token = 0; token < std::min(layout.num_sinks, end[row]); ++token) write(token);
+      const int64_t first = std::max({layout.num_sinks, c_.seen[row] - layout.window + 1, layout.begin});
       for (int64_t token = first; token < end[row]; ++token) write(token);
     }
     return {cache, std::vector<double>(cache.size(), tolerance)};
@@ -202,7 +206,8 @@ class Test {
            keys.data(), values.data(), now.query.view, now.key.view, now.value.view, now.seen.data(),
            now.ragged ? now.lengths.data() : nullptr, now.cos.view, now.sin.view, c_.pairs, c_.has(kInterleaved),
            c_.scale(), c_.softcap(), c_.has(kSinkLogits) ? logits.data() : nullptr,
-           c_.has(kAlibi) ? slopes.data() : nullptr, out.data()},
+           c_.has(kAlibi) ? slopes.data() : nullptr, out.data(), c_.rows.empty() ? nullptr : c_.rows.data(),
+           c_.row_sinks.empty() ? nullptr : c_.row_sinks.data(), now.begins},
           threads);
       results.push_back(std::move(out));
     }
@@ -244,6 +249,12 @@ int main() {
       {"many rows and heads", {2, 20, 0}, 200, 100, 16, 16, 8, {0, 90}, {{1}, {1}, {9}}, kGaps},
       {"all options", {4, 260, 6}, 6, 2, 16, 16, 0, {0, late}, {{1}, {7}, {40}, {1}, {6}},
        kSoftcap | kAlibi | kSinkLogits},
+      {"rows of a cache, decoding", {4, 9, 2}, 4, 2, 16, 16, 8, {0, 30, late}, {{1, 1, 1}, {2, 3, 1}, {1}, {1}}, kAlibi,
+       {3, 0, 1}, {2, 4, 0}, {{0, 25, 0}, {0, 28, late}, {1, 28, late}, {4, 34, late + 3}}},
+      {"rows of a cache, in chunks", {4, 9, 2}, 4, 2, 16, 16, 8, {0, 30, late}, {{20, 3, 9}, {30}, {5, 0, 17}}, kAlibi,
+       {2, 3, 0}, {1, 4, 0}, {{0, 25, late}, {18, 29, late}, {48, 40, late + 39}}},
+      {"fewer sinks than a split has slots", {600, 40, 0}, 2, 1, 8, 8, 4, {30, late}, {{1}, {20}, {1}}, 0, {},
+       {3, 600}},
       {"NaN and infinity, decoding", {3, 7, 2}, 4, 2, 16, 16, 8, {4, late}, decode_steps, kNonFinite},
       {"NaN and infinity, in a chunk", {3, 7, 2}, 4, 2, 16, 16, 8, {4, late}, {{50}}, kNonFinite},
       {"all bit patterns, decoding", {0, 1, 0}, 256, 256, 1, 256, 0, {0}, {{1}}, kAllBitPatterns},

@@ -177,20 +177,28 @@ class AppendTest {
  public:
   using acc_t = typename sinkattn::Accumulate<scalar_t>::type;
 
-  AppendTest(const Shape& shape, const Placement& placement, const RingLayout& layout, int64_t tokens, bool ragged)
+  AppendTest(
+      const Shape& shape, const Placement& placement, const RingLayout& layout, int64_t tokens, bool ragged,
+      bool of_rows)
       : shape_(shape),
         placement_(placement),
         layout_(layout),
         tokens_(tokens),
         seen_(all_seen(layout)),
         batch_(seen_.size()),
+        cache_rows_(batch_ + of_rows),
         key_(placement.key, batch_, kHeads, tokens, shape.key_dim),
         value_(placement.value, batch_, kHeads, tokens, shape.value_dim),
         cos_(placement.table, batch_, 1, tokens, std::max<int64_t>(1, shape.pairs)),
         sin_(placement.table, batch_, 1, tokens, std::max<int64_t>(1, shape.pairs)),
-        keys_(batch_ * kHeads * layout.slots() * shape.key_dim, placement.keys_shift),
-        values_(batch_ * kHeads * layout.slots() * shape.value_dim, placement.values_shift) {
+        keys_(cache_rows_ * kHeads * layout.slots() * shape.key_dim, placement.keys_shift),
+        values_(cache_rows_ * kHeads * layout.slots() * shape.value_dim, placement.values_shift) {
     for (int64_t row = 0; row < batch_ && ragged; ++row) lengths_.push_back(random_below(tokens + 3) - 1);
+    for (int64_t row = 0; row < batch_ && of_rows; ++row) {
+      rows_.push_back(batch_ - row);
+      row_sinks_.push_back(random_below(layout.num_sinks + 3) - 1);
+    }
+    if (of_rows) rows_[0] = -1, rows_[1] = cache_rows_;  // out of range: skipped
   }
 
   void run() {
@@ -223,7 +231,8 @@ class AppendTest {
     }
     return {
         keys.data(), values.data(), key_.view, value_.view, seen_.data(), lengths_.empty() ? nullptr : lengths_.data(),
-        tables, batch_, kHeads, tokens_, shape_.key_dim, shape_.value_dim, layout_, shape_.interleaved};
+        tables, batch_, kHeads, tokens_, shape_.key_dim, shape_.value_dim, layout_, shape_.interleaved, cache_rows_,
+        rows_.empty() ? nullptr : rows_.data(), row_sinks_.empty() ? nullptr : row_sinks_.data()};
   }
 
   // The expected cache: keys and values.
@@ -232,9 +241,14 @@ class AppendTest {
     for (int64_t row = 0; row < batch_; ++row) {
       const int64_t seen = std::clamp<int64_t>(seen_[row], 0, int64_t{1} << 61);
       const int64_t count = lengths_.empty() ? tokens_ : std::clamp<int64_t>(lengths_[row], 0, tokens_);
+      const int64_t cache_row = rows_.empty() ? row : rows_[row], most = layout_.num_sinks;
+      if (cache_row < 0 || cache_row >= cache_rows_) continue;
+      const int64_t sinks = row_sinks_.empty() ? most : std::clamp<int64_t>(row_sinks_[row], 0, most);
       for (int64_t head = 0; head < kHeads; ++head) {
         for (int64_t i = 0; i < count; ++i) {
-          const int64_t target = (row * kHeads + head) * layout_.slots() + layout_.slot(seen + i);
+          const int64_t token = seen + i;
+          const int64_t slot = token < sinks ? token : most + (token - sinks) % layout_.ring();
+          const int64_t target = (cache_row * kHeads + head) * layout_.slots() + slot;
           scalar_t* key = all.first.data() + target * shape_.key_dim;
           for (int64_t d = 0; d < shape_.key_dim; ++d) key[d] = key_.at(row, head, i, d);
           for (int64_t pair = 0; pair < shape_.pairs; ++pair) {
@@ -276,8 +290,8 @@ class AppendTest {
   const RingLayout layout_;
   const int64_t tokens_;
   const std::vector<int64_t> seen_;
-  std::vector<int64_t> lengths_;
-  const int64_t batch_;
+  std::vector<int64_t> lengths_, rows_, row_sinks_;
+  const int64_t batch_, cache_rows_;
   Input<scalar_t> key_, value_;
   Input<acc_t> cos_, sin_;
   Buffer<scalar_t> keys_, values_;
@@ -297,7 +311,7 @@ void check_append() {
   for (const Shape& shape : kShapes) {
     for (const Placement& placement : kPlacements) {
       const auto& [layout, tokens] = kCalls[run_number % 5];
-      AppendTest<scalar_t>(shape, placement, layout, tokens, random_below(2)).run();
+      AppendTest<scalar_t>(shape, placement, layout, tokens, random_below(2), random_below(2)).run();
     }
   }
   CHECK(AppendTest<scalar_t>::num_vectorized > 30);

@@ -1,4 +1,5 @@
 // Tests ring.h and row_moves.h against plain arrays, token by token, on every small layout.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <vector>
@@ -16,26 +17,27 @@ constexpr int64_t kEmpty = -1;
 
 // Reference implementation: the token in each slot, and a cursor that moves around the ring.
 struct Replay {
-  int64_t num_sinks;
+  int64_t num_sinks, ring_slot;
   std::vector<int64_t> occupant;
   int64_t next_token = 0;
   int64_t cursor = 0;
 
-  explicit Replay(const RingLayout& layout) : num_sinks(layout.num_sinks), occupant(layout.slots(), kEmpty) {}
+  explicit Replay(const RingLayout& layout)
+      : num_sinks(layout.num_sinks), ring_slot(num_sinks + layout.unused), occupant(layout.slots(), kEmpty) {}
 
   // A stream that has filled its ring `wraps` times: every slot holds a token, the cursor is at the start of the ring.
   Replay(const RingLayout& layout, int64_t wraps) : Replay(layout) {
     const int64_t ring = layout.ring();
     next_token = num_sinks + wraps * ring;
     for (int64_t s = 0; s < num_sinks; ++s) occupant[s] = s;
-    for (int64_t r = 0; r < ring; ++r) occupant[num_sinks + r] = next_token - ring + r;
+    for (int64_t r = 0; r < ring; ++r) occupant[ring_slot + r] = next_token - ring + r;
   }
 
   // Writes the next token and returns its slot.
   int64_t write() {
     int64_t slot = next_token;
     if (next_token >= num_sinks) {
-      slot = num_sinks + cursor;
+      slot = ring_slot + cursor;
       ++cursor;
       if (slot + 1 == static_cast<int64_t>(occupant.size())) cursor = 0;
     }
@@ -53,7 +55,8 @@ void check_tokens(const RingLayout& layout, Replay replay, int64_t count) {
     int64_t visible = 0, window_begin = token + 1;
     for (int64_t s = 0; s < layout.slots(); ++s) {
       const int64_t held = replay.occupant[s];
-      const bool sees = held != kEmpty && (held < layout.num_sinks || token - held < layout.window);
+      const bool in_window = held >= layout.begin && token - held < layout.window;
+      const bool sees = held != kEmpty && (held < layout.num_sinks || in_window);
       CHECK(layout.visible(token, s) == sees);
       if (sees) ++visible;
       if (held >= layout.num_sinks) {
@@ -96,7 +99,7 @@ void check_write_runs(const RingLayout& layout, const Replay& before, int64_t co
 
 void check_layout(const RingLayout& layout) {
   CHECK(layout.ring() == layout.window + layout.headroom);
-  CHECK(layout.slots() == layout.num_sinks + layout.ring());
+  CHECK(layout.slots() == layout.num_sinks + layout.unused + layout.ring());
   const int64_t span = 2 * layout.slots() + 3;
 
   std::vector<Replay> starts{Replay(layout)};
@@ -105,6 +108,10 @@ void check_layout(const RingLayout& layout) {
   }
   for (Replay& start : starts) {
     check_tokens(layout, start, span);
+    for (int64_t back = 0; back <= 2; ++back) {
+      const RingLayout evicted = layout.of_row(layout.num_sinks, std::max<int64_t>(0, start.next_token - back));
+      check_tokens(evicted, start, span);
+    }
     for (int64_t seen = 0; seen < span; ++seen) {
       for (int64_t count = 0; count < span; ++count) check_write_runs(layout, start, count);
       start.write();
@@ -148,7 +155,11 @@ void check_row_moves(const std::vector<int64_t>& source) {
 int main() {
   for (int64_t num_sinks = 0; num_sinks <= 3; ++num_sinks) {
     for (int64_t window = 1; window <= 4; ++window) {
-      for (int64_t headroom = 0; headroom <= 3; ++headroom) check_layout({num_sinks, window, headroom});
+      for (int64_t headroom = 0; headroom <= 3; ++headroom) {
+        const RingLayout layout{num_sinks, window, headroom};
+        check_layout(layout);
+        if (num_sinks > 1) check_layout(layout.of_row(num_sinks - 2, 0));
+      }
     }
   }
   for (int64_t count = 0; count <= 5; ++count) {
