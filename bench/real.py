@@ -68,6 +68,10 @@ def steps(model: str, text: Path, full: bool) -> list[Step]:
     def agreement(tokens: int) -> list[str]:
         return ["real_agreement.py", *of, *on, "--cache", "4+252", "--tokens", str(tokens)]
 
+    def learning(tokens: int) -> list[str]:
+        sizes = ["--tokens", str(tokens), "--cache", "4+252", "--variants", "lora", "all"]
+        return ["eval", "learn", *of, "--dtype", "float32", *on, *sizes]
+
     chat = ["--chat", *of, "--cache", "0+1024", "4+1020"]
     lines = ["eval", "streameval", "--no-recompute", *chat]
     answers = ["eval", "stream-qa", "--chat", *of, "--questions", str(QUESTIONS), "--cache", "0+512", "4+508"]
@@ -84,6 +88,7 @@ def steps(model: str, text: Path, full: bool) -> list[Step]:
             Step("streameval", 10, [*lines, "--distances", "5", "20", "40", "100", "200", *usual]),
             Step("stream-qa", 1, answers),
             Step("chat", 8, [*talk(100), *half]),
+            Step("learn", 12, learning(30_000)),
         ]
     short = ["--sizes", "128", "256", "--lengths", "500", "1000", "2000", "--rounds", "5"]
     return [
@@ -95,6 +100,7 @@ def steps(model: str, text: Path, full: bool) -> list[Step]:
         Step("streameval", 1, [*lines, "--distances", "5", "150", "--count", "20"]),
         Step("stream-qa", 1, answers),
         Step("chat", 2, talk(10)),
+        Step("learn", 2, learning(4_096)),
     ]
 
 
