@@ -1,8 +1,7 @@
 """Endless streams for transformers models: a ring-buffer KV cache with attention sinks.
 
 `enable` makes a loaded transformers model stream. `RingKVCache` and `sink_attention` are the cache and the attention
-without transformers, which is imported only on first use of `enable`, `disable`, `SinkCache` or
-`UnsupportedModelError`.
+without transformers, which is imported only on first use of `enable`, `SinkCache` or what else is of `sinkattn.hf`.
 """
 
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ __all__ = [
     "RingKVCache",
     "RingLayout",
     "Rope",
+    "SamplingParams",
     "SinkCache",
     "UnsupportedModelError",
     "build_info",
@@ -30,11 +30,19 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from sinkattn.hf import BackgroundLearner, OnlineLearner, SinkCache, UnsupportedModelError, disable, enable
+    from sinkattn.hf import (
+        BackgroundLearner,
+        OnlineLearner,
+        SamplingParams,
+        SinkCache,
+        UnsupportedModelError,
+        disable,
+        enable,
+    )
 else:
     # Type checkers must not see this function: they would accept any name.
     def __getattr__(name: str) -> object:
-        if name in ("BackgroundLearner", "OnlineLearner", "SinkCache", "UnsupportedModelError", "disable", "enable"):
+        if name in __all__:
             from sinkattn import hf
 
             return getattr(hf, name)

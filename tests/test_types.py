@@ -33,6 +33,7 @@ RIGHT = [
     "sinkattn.enable(model, 4, window=1020, backend='cpu')",
     "cache = sinkattn.SinkCache(model, max_batch_size=2); forks: int = cache.tokens_seen",
     "tokens: Iterator[int] = sinkattn.hf.stream_tokens(model, [1, 2], top_k=3)",
+    "k: int = sinkattn.SamplingParams(temperature=0.8, logit_bias={3: -1.0}, grammar='start: /a+/').top_k",
     "slot: int = sinkattn.RingLayout(4, 60).slot(7)",
     "ring = sinkattn.RingKVCache(1, 2, 8, window=16); out: torch.Tensor = sinkattn.sink_attention(ids, ids, ids, ring)",
 ]
@@ -43,6 +44,7 @@ WRONG = {
     "sinkattn.Enable(model)": "attr-defined",
     "sinkattn.SinkCache(model).tokens_seen = '4'": "misc",
     "sinkattn.hf.stream_tokens(model, [1, 2], temperature='0')": "arg-type",
+    "sinkattn.SamplingParams(min_p='0')": "arg-type",
     "sinkattn.RingLayout(4, 60).slot('7')": "arg-type",
     "sinkattn.RingKVCache(1, 2, 8, 'all')": "arg-type",
     "sinkattn.Rope(ids, style='both')": "arg-type",

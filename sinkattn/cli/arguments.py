@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sinkattn.evaluate.text import Text, TokenStream
+    from sinkattn.hf import SamplingParams
 
     Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -74,31 +77,57 @@ def add_num_sinks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-sinks", type=count, default=4, metavar="N", help="first tokens kept (default: 4)")
 
 
+# Without a penalty a small model says one sentence for ever: docs/evaluation.md, "Endless text and chat".
+SAMPLING = {
+    "temperature": 0.8,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.05,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
+
 def add_sampling(parser: argparse.ArgumentParser, seed: int | None) -> None:
     """Add how tokens are sampled; ``seed`` is the default, None for another text each time."""
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (default: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the top probability p (default: all)")
-    parser.add_argument(
-        "--min-p",
-        type=float,
-        default=0.05,
-        help="sample from tokens at least this likely, compared with the likeliest; 0 for all (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.1,
-        help="divides the logits of tokens in the cache; 1 for none (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=seed, help="makes sampling repeatable (default: %(default)s)")
-
-
-def sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `add_sampling` as those of `stream_tokens`."""
-    return {
-        name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    group = parser.add_argument_group("sampling", "The model's generation configuration goes before these defaults.")
+    texts = {
+        "temperature": "0 is greedy",
+        "top_k": "sample from the k likeliest tokens; 0 for all",
+        "top_p": "sample from the likeliest tokens that together reach this probability; 1 for all",
+        "min_p": "sample from tokens at least this likely, compared with the likeliest; 0 for all",
+        "repetition_penalty": "divides the logits of tokens in the cache if positive, else multiplies; 1 for none",
+        "presence_penalty": "subtracted from the logits of tokens in the cache",
+        "frequency_penalty": "subtracted from the logit of a token for each time that it is in the cache",
     }
+    for name, text in texts.items():
+        default = SAMPLING[name]
+        option, metavar = "--" + name.replace("_", "-"), name[-1].upper() if name.startswith(("top", "min")) else "X"
+        group.add_argument(option, type=type(default), metavar=metavar, help=f"{text} (default: {default})")
+    group.add_argument("--seed", type=int, default=seed, help="makes sampling repeatable (default: %(default)s)")
+
+
+def sampling(args: argparse.Namespace, model: PreTrainedModel, **others: Any) -> SamplingParams:
+    """The arguments of `add_sampling`, and ``others`` of `SamplingParams`, with the defaults for a model."""
+    from sinkattn.hf import SamplingParams
+    from sinkattn.hf.sampling.params import set_values
+
+    names = [each.name for each in fields(SamplingParams)]
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    with as_user_error(ValueError):
+        return SamplingParams(**{**SAMPLING, **set_values(model.generation_config), **given, **others})
+
+
+def json_schema(text: str) -> dict[str, Any]:
+    """Parse the name of a file with a JSON schema: returns the schema."""
+    try:
+        schema = json.loads(Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"cannot read a JSON schema from {text}: {error}") from error
+    if not isinstance(schema, dict):
+        raise argparse.ArgumentTypeError(f"expected an object as JSON schema in {text}, got {type(schema).__name__}")
+    return schema
 
 
 def count(text: str) -> int:

@@ -17,6 +17,7 @@ from sinkattn.cli.arguments import (
     add_sampling,
     announce_compilation,
     describe_model,
+    json_schema,
     load_model,
     model_lines,
     open_stdin,
@@ -40,6 +41,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="default: read from stdin")
     parser.add_argument("--max-new-tokens", type=positive, help="default: no limit")
     add_sampling(parser, seed=None)
+    parser.add_argument("--json-schema", type=json_schema, metavar="FILE", help="say JSON of this schema, then end")
     parser.add_argument("--stop-at-eos", action="store_true", help="stop at the model's end token")
     parser.add_argument(
         "--chat",
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     prompt_ids = tokenizer(prompt, add_special_tokens=not args.chat, verbose=False).input_ids
     if not prompt_ids:
         raise UserError("prompt: is empty, and this model has no start token")
-    with as_user_error(ValueError, RuntimeError):
+    with as_user_error(ValueError, RuntimeError, ImportError):
         announce_compilation(args)
         sinkattn.enable(model, args.num_sinks, window_of(model, args), compile=args.compile)
         cache = SinkCache(model)
@@ -81,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
             cache,
             max_new_tokens=args.max_new_tokens,
             stop_ids=stop_ids,
-            **sampling(args),
+            sampling=sampling(args, model, grammar=args.json_schema),
+            tokenizer=tokenizer,
         )
         counter = _Counter(tokens)
         pieces = stream_text(tokenizer, counter, prompt_ids)

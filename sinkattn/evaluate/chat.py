@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from sinkattn.evaluate.chat_template import ChatTemplate
 from sinkattn.evaluate.exact_match import QUARTERS
 from sinkattn.evaluate.methods import Streamed
+from sinkattn.hf import SamplingParams
 from sinkattn.hf.stream import end_ids, stream_tokens
 
 # Length in tokens of what counts as repeated.
@@ -85,7 +86,7 @@ def converse(
     tokenizer: PreTrainedTokenizerBase,
     questions: Iterable[str],
     max_reply: int,
-    sampling: dict[str, Any],
+    sampling: SamplingParams,
 ) -> Iterator[Round]:
     """Ask questions in one new stream, feeding only new tokens, and yield each round with its sampled reply.
 
@@ -94,7 +95,7 @@ def converse(
         tokenizer: one with a chat template.
         questions: what the user says in each round.
         max_reply: tokens after which a reply is cut off and its turn closed.
-        sampling: further arguments of `stream_tokens`; ``seed`` is that of the first round.
+        sampling: how replies are sampled; its seed is that of the first round, and each round has the next one.
 
     Raises:
         ValueError: for a chat template that cannot be continued turn by turn, or a model without an end token.
@@ -124,7 +125,7 @@ def converse(
             streamed.cache,
             max_new_tokens=max_reply,
             stop_ids=stop_ids,
-            **{**sampling, "seed": sampling["seed"] + number},
+            sampling=replace(sampling, seed=None if sampling.seed is None else sampling.seed + number),
         )
         for token in tokens:
             reply.append(token)

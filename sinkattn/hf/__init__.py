@@ -4,12 +4,14 @@ from sinkattn.hf.api import decode_steps, disable, enable
 from sinkattn.hf.background import BackgroundLearner
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.learner import OnlineLearner
+from sinkattn.hf.sampling.params import SamplingParams
 from sinkattn.hf.stream import stream_text, stream_tokens
 from sinkattn.hf.unsupported import UnsupportedModelError
 
 __all__ = [
     "BackgroundLearner",
     "OnlineLearner",
+    "SamplingParams",
     "SinkCache",
     "UnsupportedModelError",
     "decode_steps",

@@ -12,7 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkattn.hf.cache.sink_cache import SinkCache
-from sinkattn.hf.sampling import IdsInSight, Sampler
+from sinkattn.hf.sampling.batch_sampler import BatchSampler
+from sinkattn.hf.sampling.in_sight import IdsInSight
+from sinkattn.hf.sampling.params import SamplingParams
+from sinkattn.hf.sampling.stream_sampler import StreamSampler
 from sinkattn.hf.versions import forward_cache
 
 # Tokens held back until a character is complete. A character has up to four bytes, but each token may end in the middle
@@ -34,6 +37,8 @@ def stream_tokens(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     seed: int | None = None,
+    sampling: SamplingParams | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     stop_ids: Collection[int] = (),
     prefill_chunk: int = 512,
 ) -> Iterator[int]:
@@ -47,19 +52,18 @@ def stream_tokens(
         prompt_ids: ``[tokens]`` or ``[1, tokens]``, at least one token; fed in chunks.
         cache: the stream to continue; default: a new one.
         max_new_tokens: number of tokens to generate; None for no limit.
-        temperature: divides the logits before sampling; 0 for greedy decoding.
-        top_k: sample only from the k most likely tokens; 0 for all.
-        top_p: sample only from the most likely tokens that together reach this probability.
-        min_p: sample only from tokens with at least this fraction of the probability of the most likely one.
-        repetition_penalty: of tokens in sight (sinks and window, the prompt among them, and what ``cache`` has seen)
-            the logits are divided by this if positive, else multiplied; 1 for none. ``stop_ids`` are exempt, so that a
-            long chat does not lose its ends of turns.
-        seed: for sampling; None uses torch's global generator.
+        temperature: this and the following up to ``seed`` are those of `SamplingParams`; the default is greedy
+            decoding.
+        sampling: instead of these six, with everything else that `SamplingParams` has. With ``logprobs`` the tokens
+            are of `ScoredToken`, a subclass of int. With a grammar the stream ends when the text is complete, and at
+            the end tokens of the model.
+        tokenizer: needed for a grammar.
         stop_ids: tokens that end the stream; they are not yielded.
         prefill_chunk: prompt tokens per forward.
 
     Raises:
         ValueError: for an invalid argument, or a model that is not enabled.
+        ImportError: for a grammar without llguidance.
     """
     prompt = torch.as_tensor(prompt_ids, dtype=torch.int64, device=model.device)
     if prompt.ndim == 1:
@@ -71,46 +75,53 @@ def stream_tokens(
     if max_new_tokens is not None and max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: expected 0 or more, got {max_new_tokens}")
     cache = SinkCache(model) if cache is None else cache
-    sampler = Sampler(
+    options = SamplingParams(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
-        exempt_ids=stop_ids,
         seed=seed,
-        device=model.device,
     )
-    return _tokens(model, prompt, cache, sampler, max_new_tokens, frozenset(stop_ids), prefill_chunk)
+    if sampling is not None and options != SamplingParams():
+        raise ValueError("sampling: expected no other sampling argument beside it")
+    params = options if sampling is None else sampling
+    stop_ids = {*stop_ids, *(end_ids(model) if params.grammar is not None else ())}
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    stream = StreamSampler(params, vocabulary=vocabulary, end_ids=stop_ids, tokenizer=tokenizer)
+    return _tokens(model, prompt, cache, stream, max_new_tokens, prefill_chunk)
 
 
 def _tokens(
     model: PreTrainedModel,
     prompt: Tensor,
     cache: SinkCache,
-    sampler: Sampler,
+    stream: StreamSampler,
     max_new_tokens: int | None,
-    stop_ids: Collection[int],
     prefill_chunk: int,
 ) -> Iterator[int]:
     options: dict[str, Any] = {forward_cache(model): cache, "use_cache": True, **keep_last_logits(model)}
     pending: Sequence[Tensor] = prompt.split(prefill_chunk, dim=1)
     del prompt
-    in_sight = IdsInSight(cache, model.device)
+    in_sight = IdsInSight(cache, model.device) if stream.params.needs_ids else None
+    sampler = BatchSampler()
     count = 0
     while max_new_tokens is None or count < max_new_tokens:
         # Not inference_mode: the caller may continue with this cache under no_grad.
         with torch.no_grad():
             for chunk in pending:
                 logits = model(input_ids=chunk, **options).logits[:, -1]
-                in_sight.append(chunk)
-            chosen = sampler.choose(logits, in_sight.ids)
-        pending = (chosen,)
-        token = int(chosen)
-        if token in stop_ids:
+                if in_sight is not None:
+                    in_sight.append(chunk)
+            chosen = sampler.choose(logits, [stream], None if in_sight is None else in_sight.ids)
+        pending = (chosen.ids.unsqueeze(1),)
+        [token] = chosen.read()
+        if token in stream.end_ids:
             return
         count += 1
         yield token
+        if stream.grammar is not None and stream.grammar.is_complete:
+            return
 
 
 def end_ids(model: PreTrainedModel) -> list[int]:

@@ -1,5 +1,6 @@
 """The command line: what it prints, its exit codes, and one clear line for what a user can put right."""
 
+import argparse
 import json
 import os
 import signal
@@ -11,11 +12,12 @@ from pathlib import Path
 import pytest
 from families import build
 from gguf_files import write_gguf
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 import sinkattn
 from sinkattn import cli
 from sinkattn.cli import errors, info
+from sinkattn.cli.arguments import add_sampling, sampling
 from sinkattn.hf.load import load
 from sinkattn.hf.stream import stream_text, stream_tokens
 
@@ -192,9 +194,44 @@ def test_generate_prints_the_text(capsys):
     assert summary.startswith("20 tokens, ")
     assert summary.endswith("KV cache 512.0 KiB (4 sinks + window of 252)")
     sampling = ["--temperature", "0.9", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.02", "--seed", "3"]
-    assert cli.main([*common, *sampling, "--repetition-penalty", "1.3"]) == 0
+    penalties = ["--repetition-penalty", "1.3", "--presence-penalty", "0.3", "--frequency-penalty", "0.2"]
+    assert cli.main([*common, *sampling, *penalties]) == 0
     options = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3, "seed": 3}
-    assert capsys.readouterr().out == expected_text("import ", 20, **options)
+    params = sinkattn.SamplingParams(**options, presence_penalty=0.3, frequency_penalty=0.2)
+    text = capsys.readouterr().out
+    assert text == expected_text("import ", 20, sampling=params)
+    assert text != expected_text("import ", 20, **options)
+    assert cli.main([*common, "--top-p", "0"]) == 2
+    assert "top_p: expected more than 0 and at most 1, got 0" in capsys.readouterr().err
+
+
+def test_generate_says_json(capsys):
+    pytest.importorskip("llguidance")
+    schema = {"type": "array", "items": {"type": "integer", "maximum": 99}, "minItems": 3, "maxItems": 3}
+    Path("schema.json").write_text(json.dumps(schema))
+    Path("list.json").write_text("[1]")
+    common = ["generate", "--device", "cpu", "--prompt", "x = ", "--seed", "0", "--json-schema"]
+    assert cli.main([*common, "schema.json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 3
+    for name, message in (
+        ("list.json", "expected an object as JSON schema in list.json, got list"),
+        ("missing.json", "cannot read a JSON schema from missing.json: "),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*common, name])
+        assert message in capsys.readouterr().err
+
+
+def test_generation_configurations_go_before_defaults():
+    parser = argparse.ArgumentParser()
+    add_sampling(parser, seed=None)
+    model, given = build("llama"), parser.parse_args(["--top-k", "7", "--seed", "3"])
+    own = {"temperature": 0.8, "min_p": 0.05, "repetition_penalty": 1.1}
+    assert sampling(given, model) == sinkattn.SamplingParams(**own, top_k=7, seed=3)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, top_k=20)
+    own |= {"temperature": 0.6, "top_p": 0.9}
+    assert sampling(given, model) == sinkattn.SamplingParams(**own, top_k=7, seed=3)
+    assert sampling(parser.parse_args(["--temperature", "0"]), model).is_greedy
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from sinkattn.evaluate.chat import converse, everyday_questions, repeated_share,
 from sinkattn.evaluate.methods import CacheSize, Streamed
 from sinkattn.hf.load import load
 
-GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0}
+GREEDY = sinkattn.SamplingParams()
 SIZE = CacheSize(4, 28)
 
 
@@ -48,7 +48,7 @@ def test_a_special_token_within_a_reply_is_noticed(chatty):
     model, tokenizer = chatty
     with torch.no_grad():  # the template's token becomes as likely as the most common one
         model.lm_head.weight[tokenizer.bos_token_id] = model.lm_head.weight[model.generation_config.eos_token_id]
-    sampling = {**GREEDY, "temperature": 1.0}
+    sampling = sinkattn.SamplingParams(temperature=1.0, seed=0)
     rounds = list(converse(Streamed(model, SIZE), tokenizer, ["import os"] * 12, 12, sampling))
     assert 0 < summary(rounds, 12)["well_formed"] < 12
     for each in rounds:

@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         from sinkattn.evaluate.items import read_questions
         from sinkattn.evaluate.methods import Streamed
 
+        params = sampling(args, session.model)
         questions = everyday_questions() if args.questions is None else read_questions(args.questions)
         caches = session.caches(())
         length = question_tokens(session.tokenizer, questions)
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
                     streamed = Streamed(session.model, cache, compile=args.compile)
                     bar = progress.add(streamed.name, number)
                     asked = islice(cycle(questions), number)
-                    for each in converse(streamed, session.tokenizer, asked, args.max_reply, sampling(args)):
+                    for each in converse(streamed, session.tokenizer, asked, args.max_reply, params):
                         rounds = chats.setdefault(streamed, [])
                         rounds.append(each)
                         bar(len(rounds), f"{sum(each.ended for each in rounds)} replies ended by themselves")
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             "questions": None if args.questions is None else args.questions.name,
             "rounds": number,
             "max_reply": args.max_reply,
-            "sampling": sampling(args),
+            "sampling": {**vars(params)},
         }
         report = as_dict(settings, chats)
         session.finish(report, table(report), draw)
