@@ -2,6 +2,8 @@
 
 `enable` makes a loaded transformers model stream. `RingKVCache` and `sink_attention` are the cache and the attention
 without transformers, which is imported only on first use of `enable`, `SinkCache` or what else is of `sinkattn.hf`.
+without transformers, which is imported only on first use of one of the names that need it,
+such as `enable` or `SinkCache`.
 """
 
 from typing import TYPE_CHECKING
@@ -25,6 +27,7 @@ __all__ = [
     "build_info",
     "disable",
     "enable",
+    "load_stream",
     "reference",
     "sink_attention",
 ]
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         disable,
         enable,
+        load_stream,
     )
 else:
     # Type checkers must not see this function: they would accept any name.

@@ -167,6 +167,16 @@ class RingKVCache:
             if self._owns_seen:
                 self.seen, self._peak = self.seen[index], self._peak[index]
 
+    @property
+    def peak(self) -> Tensor:
+        """The furthest point that each row has reached: int64 ``[batch]``; may be less where ``seen`` is that point."""
+        return self._peak
+
+    def replace(self, keys: Tensor, values: Tensor, seen: Tensor, peak: Tensor) -> None:
+        """Hold these tensors from now on, of any number of rows; rings that share counters are given the same ones."""
+        self.keys, self.values, self.seen, self._peak = keys, values, seen, peak
+        self.arrivals = self.arrivals.new_zeros(keys.shape[:2])
+
     def share_seen(self, other: RingKVCache) -> None:
         """Read the token counters of another ring, which advances them."""
         self._owns_seen = False

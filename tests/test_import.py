@@ -23,11 +23,12 @@ LAYERS = [
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 # The same within `sinkattn.hf`.
 HF_LAYERS = [
-    {"versions", "dry_run"},
+    {"versions", "dry_run", "plain_tensors"},
     {"unsupported"},
     {"model_config"},
     {"probe"},
     {"adapters", "model_patch"},
+    {"fingerprint"},
     {"cache"},
     {"inputs", "sampling"},
     {"generation"},

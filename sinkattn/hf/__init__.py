@@ -2,6 +2,7 @@
 
 from sinkattn.hf.api import decode_steps, disable, enable
 from sinkattn.hf.background import BackgroundLearner
+from sinkattn.hf.cache.load_stream import load_stream
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.learner import OnlineLearner
 from sinkattn.hf.sampling.params import SamplingParams
@@ -17,6 +18,7 @@ __all__ = [
     "decode_steps",
     "disable",
     "enable",
+    "load_stream",
     "stream_text",
     "stream_tokens",
 ]

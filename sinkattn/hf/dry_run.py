@@ -12,20 +12,28 @@ from transformers import PreTrainedModel
 
 
 @contextmanager
-def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Disable dropout, gradients, autocast and compilation; restore each module's training mode at the end."""
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Set evaluation mode; restore each module's training mode at the end."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:
+        module.training = False
     try:
-        with (
-            torch.no_grad(),
-            torch.autocast(model.device.type, enabled=False),
-            torch.compiler.set_stance("force_eager"),  # compiling does not pay off for a few runs
-        ):
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Disable dropout, gradients, autocast and compilation; restore each module's training mode at the end."""
+    with (
+        without_dropout(model),
+        torch.no_grad(),
+        torch.autocast(model.device.type, enabled=False),
+        torch.compiler.set_stance("force_eager"),  # compiling does not pay off for a few runs
+    ):
+        yield
 
 
 # Types of module attributes that are saved and restored.

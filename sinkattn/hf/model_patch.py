@@ -7,11 +7,15 @@ import uuid
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from sinkattn.ops import RingLayout
+
+# Those that exist, by their address, in order of creation.
+_patches: WeakValueDictionary[int, ModelPatch] = WeakValueDictionary()
 
 
 class ModelPatch:
@@ -32,6 +36,12 @@ class ModelPatch:
         self._attributes: list[tuple[nn.Module, str, Any, Any]] = []
         """Module, name, value and previous value of each attribute that was set; None if it was not set before."""
         self._hooks: list[Any] = []
+        _patches[id(self)] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copied or saved model."""
+        self.__dict__ |= state
+        _patches[id(self)] = self
 
     def install(self) -> None:
         """Patch the model."""
@@ -102,6 +112,17 @@ def require_patch(model: nn.Module) -> ModelPatch:
     patch = get_patch(model)
     if patch is None:
         raise ValueError("model: expected a model prepared by sinkattn.enable(model), got one that is not enabled")
+    return patch
+
+
+def find_patch(patch_id: str) -> ModelPatch:
+    """Patch of an enabled model by its id; of copies of a model, that of the first.
+
+    Raises RuntimeError if the model is not enabled any more.
+    """
+    patches = (patch for patch in list(_patches.values()) if patch.id == patch_id and get_patch(patch.model) is patch)
+    if (patch := next(patches, None)) is None:
+        raise RuntimeError("cache: expected its model to be enabled still, got one that was disabled or is gone")
     return patch
 
 

@@ -1,5 +1,7 @@
 """Models that most tests of `sinkattn.hf` run on: a few of `families`, some of them in a variation."""
 
+import io
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -11,7 +13,18 @@ from families import SIZES, VOCABULARY, build_model, random_ids
 
 import sinkattn
 
-__all__ = ["ABSOLUTE", "ROTARY", "SIZES", "VOCABULARY", "build", "build_model", "enabled", "interrupted", "random_ids"]
+__all__ = [
+    "ABSOLUTE",
+    "ROTARY",
+    "SIZES",
+    "VOCABULARY",
+    "build",
+    "build_model",
+    "enabled",
+    "interrupted",
+    "random_ids",
+    "tensors_of",
+]
 
 ROTARY = ("llama", "llama-yarn", "llama-llama3", "mistral", "qwen2", "qwen3", "gpt_neox")
 # Positions are added to the embeddings: these stream by re-encoding.
@@ -32,6 +45,20 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **over
 def enabled(family: str, num_sinks: int, window: int, headroom: int = 0):
     """An enabled model that tests share, because `enable` takes long: do not change it, nor leave hooks in it."""
     return sinkattn.enable(build(family), num_sinks, window, headroom)
+
+
+def tensors_of(cache) -> list[torch.Tensor]:
+    """All tensors reachable from a cache."""
+    found = []
+
+    class Finder(pickle.Pickler):
+        def persistent_id(self, x):
+            if isinstance(x, torch.Tensor):
+                found.append(x)
+            return "tensor" if isinstance(x, torch.Tensor) else None
+
+    Finder(io.BytesIO()).dump(cache)
+    return found
 
 
 @contextmanager

@@ -2,11 +2,10 @@
 
 import copy
 import io
-import pickle
 
 import pytest
 import torch
-from hf_models import ABSOLUTE, build, interrupted, random_ids
+from hf_models import ABSOLUTE, build, interrupted, random_ids, tensors_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from measures import rms_error
@@ -393,28 +392,14 @@ def test_forks_and_pickles_of_several_lanes(gpt2):
             assert rms_error(got[row][0], want[row][n:]) < 2e-6
 
 
-def tensors(cache) -> list[torch.Tensor]:
-    """All tensors reachable from a cache."""
-    found = []
-
-    class Finder(pickle.Pickler):
-        def persistent_id(self, x):
-            if isinstance(x, torch.Tensor):
-                found.append(x)
-            return "tensor" if isinstance(x, torch.Tensor) else None
-
-    Finder(io.BytesIO()).dump(cache)
-    return found
-
-
 @pytest.mark.parametrize("lengths", [LENGTHS, (25, 25, 25, 25)], ids=["lanes", "one lane"])
 def test_nothing_is_left_after_a_reset(gpt2, lengths):
     model, want, _ = gpt2
     cache = sinkattn.SinkCache(model)
     feed_rows(model, cache, some_rows(lengths))
-    assert tensors(cache)
+    assert tensors_of(cache)
     cache.reset()
-    assert tensors(cache) == []
+    assert tensors_of(cache) == []
     assert (cache.nbytes, cache.seen, cache.get_seq_length(), cache.has_padding) == (0, None, 0, False)
     got = feed_rows(model, cache, some_rows())
     for row, alone in enumerate(want):
@@ -445,7 +430,7 @@ def test_memory_of_padded_rows_is_constant(gpt2):
         feed(model, cache, random_ids(3, 1, seed=i))
         assert states < cache.nbytes <= states + len(rows) * max_ids(cache.layout) * 8
     assert cache.seen.tolist() == [130, 142, 127]
-    assert len(tensors(cache)) <= 3 * (1 + 2 * layers) + 6  # ids, keys and values of each lane; the history
+    assert len(tensors_of(cache)) <= 3 * (1 + 2 * layers) + 6  # ids, keys and values of each lane; the history
 
 
 @torch.no_grad()

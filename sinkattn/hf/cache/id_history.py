@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from sinkattn.hf.cache.stream_file import SavedStreams
 
 # Tokens at the start of each stream whose ids are never dropped.
 MAX_PREFIX_IDS = 64
@@ -11,6 +15,7 @@ MAX_PREFIX_IDS = 64
 # Recorded for a token that came as an embedding, and for padding without an id of its own.
 UNKNOWN_ID = torch.iinfo(torch.int64).min
 UNKNOWN_PADDING_ID = UNKNOWN_ID + 1
+INT32_MIN = torch.iinfo(torch.int32).min
 
 
 class IdHistory:
@@ -205,6 +210,43 @@ class IdHistory:
             self.prefix_ids, self.recent_ids = self.prefix_ids[index], self.recent_ids[index]
             if self.column_ids is not None and self._peak_tokens is not None:
                 self.column_ids, self._peak_tokens = self.column_ids[index], self._peak_tokens[index]
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What `SinkCache.save` saves of the history, rows first."""
+        tensors = {
+            "prefix_ids": self.prefix_ids,
+            "recent_ids": self.recent_ids,
+            "column_ids": self.column_ids,
+        }
+        saved = {name: _to_int32(x) for name, x in tensors.items() if x is not None}
+        return saved if self._peak_tokens is None else {**saved, "peak_tokens": self._peak_tokens}
+
+    def state_fields(self) -> dict[str, Any]:
+        """What it saves besides tensors."""
+        return {"peak_columns": self._peak_columns}
+
+    def load_state(self, saved: SavedStreams) -> None:
+        """Replace what is recorded by what was saved."""
+        prefix_ids, recent_ids = self._recorded()
+        device = recent_ids.device
+        self.prefix_ids, self.recent_ids = (
+            _from_int32(saved.tensor(name, (x.shape[1],), torch.int32, device))
+            for name, x in (("prefix_ids", prefix_ids), ("recent_ids", recent_ids))
+        )
+        if "column_ids" in saved:
+            self.column_ids = _from_int32(saved.tensor("column_ids", (self.capacity,), torch.int32, device))
+            self._peak_tokens = saved.tensor("peak_tokens", (), torch.int64, device)
+        self._peak_columns = saved.count("peak_columns")
+
+
+def _to_int32(ids: Tensor) -> Tensor:
+    """Recorded ids in half of the bytes; those that stand for an unknown id become the least two of int32."""
+    return torch.where(ids <= UNKNOWN_PADDING_ID, ids - UNKNOWN_ID + INT32_MIN, ids).to(torch.int32)
+
+
+def _from_int32(ids: Tensor) -> Tensor:
+    ids = ids.to(torch.int64)
+    return torch.where(ids <= INT32_MIN + 1, ids - INT32_MIN + UNKNOWN_ID, ids)
 
 
 def is_token(column_ids: Tensor) -> Tensor:

@@ -6,9 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 from sinkattn.hf.cache.state import SharedCacheState
+from sinkattn.hf.cache.stream_file import SavedStreams
 from sinkattn.ops import RingLayout
 from sinkattn.ring_cache import RingKVCache
 
@@ -46,8 +52,7 @@ class SinkLayer(CacheLayerMixin):
         )
         if self.state.counter_ring is None:
             self.state.counter_ring = self.ring
-        self.keys, self.values = self.ring.keys, self.ring.values
-        self.batch_size = batch
+        self._ring_changed(self.ring)
         self.is_initialized = True
 
     def free(self) -> None:
@@ -96,8 +101,17 @@ class SinkLayer(CacheLayerMixin):
             self.ring.take_rows(index)
             if self.state.counters is not self.ring:
                 self.ring.share_seen(self.state.counters)
-            self.keys, self.values = self.ring.keys, self.ring.values
-            self.batch_size = len(index)
+            self._ring_changed(self.ring)
+
+    def _ring_changed(self, ring: RingKVCache) -> None:
+        self.keys, self.values = ring.keys, ring.values
+        self.batch_size = len(ring.keys)
+
+    def replace(self, keys: Tensor, values: Tensor) -> None:
+        """Hold these keys and values in the ring, of as many rows as the counters have now."""
+        if self.ring is not None:
+            self.ring.replace(keys, values, self.state.counters.seen, self.state.counters.peak)
+            self._ring_changed(self.ring)
 
     def reset(self) -> None:
         """Start new streams in the same memory."""
@@ -130,3 +144,29 @@ class StatefulSinkLayer(SinkLayer, LinearAttentionAndFullAttentionLayer):  # typ
         """Start new streams in the same memory."""
         SinkLayer.reset(self)
         LinearAttentionLayer.reset(self)
+
+
+def layer_tensors(layer: Any) -> dict[str, Tensor]:
+    """What `SinkCache.save` saves of a layer of its own or of transformers, rows first: ring and states."""
+    tensors = {}
+    if isinstance(layer, SinkLayer) and layer.ring is not None:
+        tensors |= {"keys": layer.ring.keys, "values": layer.ring.values}
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        for i in range(layer.number_of_states):
+            conv, recurrent = layer.conv_states[i], layer.recurrent_states[i]
+            if conv is not None:  # it may be longer where a layer records its past, which a crop would need
+                tensors[f"conv_states.{i}"] = conv[..., -(layer.conv_kernel_size[i] or 0) :]
+            if recurrent is not None:
+                tensors[f"recurrent_states.{i}"] = recurrent
+    return tensors
+
+
+def load_layer(layer: Any, saved: SavedStreams) -> None:
+    """Replace what `layer_tensors` returns by what was saved; the counters of the rings are replaced already."""
+    tensors = {name: saved.like(name, x) for name, x in layer_tensors(layer).items()}
+    if "keys" in tensors:
+        layer.replace(tensors["keys"], tensors["values"])
+    for name, x in tensors.items():
+        kind, _, i = name.partition(".")
+        if i:
+            getattr(layer, kind)[int(i)] = x

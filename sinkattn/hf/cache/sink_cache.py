@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -11,9 +13,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from sinkattn.hf.cache.id_history import IdHistory
-from sinkattn.hf.cache.layers import SinkLayer
+from sinkattn.hf.cache.layers import SinkLayer, layer_tensors, load_layer
 from sinkattn.hf.cache.state import SharedCacheState
-from sinkattn.hf.model_patch import ModelPatch, get_patch, require_patch
+from sinkattn.hf.cache.stream_file import SavedStreams, write_streams
+from sinkattn.hf.fingerprint import fingerprint
+from sinkattn.hf.model_patch import ModelPatch, find_patch, get_patch, require_patch
 from sinkattn.ops import RingLayout
 
 
@@ -22,7 +26,7 @@ class SinkCache(Cache):
     5.23: ``past_key_values``) and keep it between turns.
 
     Each layer holds its sink tokens and a ring of recent tokens. `generate` of an enabled model creates a cache if none
-    is passed; create your own to continue the stream later. ``copy.deepcopy`` forks it.
+    is passed; create your own to continue the stream later. ``copy.deepcopy`` forks it; `save` saves it to a file.
 
     Args:
         model: a model that `sinkattn.enable` has prepared.
@@ -335,6 +339,48 @@ class SinkCache(Cache):
         """Start new streams in the same memory."""
         super().reset()
         self.state.clear()
+
+    def save(self, path: str | Path) -> None:
+        """Save the streams to a file, from which `sinkattn.load_stream` makes a cache, in another process too.
+
+        The file is in the format of safetensors: the bytes of rings and states, 4 for each recorded id, that is for 66
+        and each slot of each row (twice in a padded batch), and a header of 1 to 3 KB and 100 bytes for each tensor. A
+        file that exists is replaced: whoever reads it, also after a crash, finds the old one or the new one. A save
+        that was killed may leave a folder ``.NAME.saving`` beside it, which the next save to this path removes.
+
+        Raises:
+            RuntimeError: in the middle of a forward or of `generate`; or the model is not enabled any more.
+            OSError: the file cannot be written.
+        """
+        self.state.check_between_calls()
+        write_streams(path, self.state_tensors(), fingerprint(find_patch(self.patch_id)), self.state_fields())
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What `save` saves, rows first; nothing of streams without tokens."""
+        if not self.state.num_columns:
+            return {}
+        tensors = self.state.state_tensors()
+        for i, layer in enumerate(self.layers):
+            tensors |= {f"layers.{i}.{name}": x for name, x in layer_tensors(layer).items()}
+        return tensors
+
+    def state_fields(self) -> dict[str, Any]:
+        """What it saves besides tensors."""
+        rows = len(self.seen) if self.seen is not None and self.state.num_columns else 0
+        return {"rows": rows, "max_batch_size": self._max_batch_size, **self.state.state_fields()}
+
+    def load_state(self, saved: SavedStreams) -> None:
+        """Become the cache that was saved. This one must have fed its first tokens, if that one had, in any rows.
+
+        Raises ValueError, with this cache left in pieces, if it does not fit.
+        """
+        self._max_batch_size = saved.field("max_batch_size", (int, NoneType))
+        self.state.load_fields(saved)
+        if not self.state.num_columns:
+            return
+        self.state.load_tensors(saved)
+        for i, layer in enumerate(self.layers):
+            load_layer(layer, saved.part(f"layers.{i}"))
 
 
 def check_cache(patch: ModelPatch, name: str, cache: Any) -> None:

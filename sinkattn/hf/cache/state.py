@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from sinkattn.hf.cache.id_history import UNKNOWN_ID, IdHistory
+from sinkattn.hf.cache.stream_file import SavedStreams
 from sinkattn.ops import RingLayout
 from sinkattn.ring_cache import RingKVCache
+
+# Fields that the next call or `generate` needs.
+SAVED_COUNTS = ("num_columns", "peak_columns")
+SAVED_FLAGS = ("only_ids", "generate_interrupted", "can_prefill_again")
 
 
 @dataclass
@@ -166,6 +173,56 @@ class SharedCacheState:
         if self.unfed_padding is not None:
             rows, padding_id = self.unfed_padding
             self.unfed_padding = rows[index.to(rows.device)], padding_id
+
+    def check_between_calls(self) -> None:
+        """Raise RuntimeError in the middle of a forward or of `generate`."""
+        if self.num_new_tokens or self.in_generate:
+            call = "generate" if self.in_generate else "a forward"
+            raise RuntimeError(f"cache: is in the middle of {call}, in this thread or another; save it afterwards")
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What `SinkCache.save` saves of this state, rows first."""
+        tensors = {f"history.{name}": x for name, x in self.history.state_tensors().items()}
+        if self.counter_ring is not None:
+            tensors |= {"seen": self.counter_ring.seen, "peak": self.counter_ring.peak}
+        if self.last_prompt_span is not None:
+            tensors["last_prompt_span"] = self.last_prompt_span
+        if self.unfed_padding is not None:
+            tensors["unfed_padding"] = self.unfed_padding[0]
+        return tensors
+
+    def state_fields(self) -> dict[str, Any]:
+        """What it saves besides tensors. The rest of the state is None or False between two calls."""
+        fields = {name: getattr(self, name) for name in (*SAVED_COUNTS, *SAVED_FLAGS, "unusable_reason")}
+        padding_id = None if self.unfed_padding is None else self.unfed_padding[1]
+        return {**fields, "padding_id": padding_id, "history": self.history.state_fields()}
+
+    def load_fields(self, saved: SavedStreams) -> None:
+        """Replace the fields by those that were saved."""
+        for name in SAVED_COUNTS:
+            setattr(self, name, saved.count(name))
+        for name in SAVED_FLAGS:
+            setattr(self, name, saved.field(name, bool))
+        self.unusable_reason = saved.field("unusable_reason", (str, NoneType))
+
+    def load_tensors(self, saved: SavedStreams) -> None:
+        """Replace per-row state by what was saved; `counters` get their rows before the keys and values of any ring."""
+        self.history.load_state(saved.part("history"))
+        device = self.history.device
+        if "last_prompt_span" in saved:
+            self.last_prompt_span = saved.tensor("last_prompt_span", (2,), torch.int64, torch.device("cpu"))
+        if "unfed_padding" in saved:
+            rows = saved.tensor("unfed_padding", (), torch.bool, device)
+            self.unfed_padding = rows, saved.field("padding_id", int)
+        ring = self.counter_ring
+        if ring is None:
+            return
+        seen, peak = (saved.tensor(name, (), torch.int64, device) for name in ("seen", "peak"))
+        # Slots follow from the counters, so they must be possible ones.
+        for name, count in (("seen", seen), ("peak", peak)):
+            if not ((count >= 0) & (count <= self.peak_columns)).all():
+                raise ValueError(f"path: {name}: expected 0 to {self.peak_columns} tokens, got {count.tolist()}")
+        ring.replace(ring.keys, ring.values, seen, peak)
 
     def clear(self) -> None:
         """Forget all streams."""

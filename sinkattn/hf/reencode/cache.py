@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sinkattn.hf.cache.sink_cache import SinkCache
+from sinkattn.hf.cache.stream_file import SavedStreams
 from sinkattn.hf.reencode.lanes import Lane, context_start
 from sinkattn.ops import check_tensor
 
@@ -179,3 +180,26 @@ class ReencodeCache(SinkCache):
         """Start new streams and free the memory of the old ones."""
         super().reset()
         self._drop_lanes()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What `save` saves, rows first."""
+        tensors = super().state_tensors()
+        for i, lane in enumerate(self.lanes if tensors else ()):
+            tensors |= {f"lanes.{i}.{name}": x for name, x in lane.state_tensors().items()}
+        return tensors
+
+    def state_fields(self) -> dict[str, Any]:
+        """What it saves besides tensors."""
+        return {**super().state_fields(), "lanes": [lane.state_fields() for lane in self.lanes]}
+
+    def load_state(self, saved: SavedStreams) -> None:
+        """Become the cache that was saved; see `SinkCache.load_state`."""
+        super().load_state(saved)
+        if not self.state.num_columns:
+            return
+        new = self.lanes[0]
+        self.lanes = [new.load(saved.part(f"lanes.{i}", x)) for i, x in enumerate(saved.field("lanes", list))]
+        rows = sorted(row for lane in self.lanes for row in lane.rows)
+        if rows != list(range(saved.rows)):
+            raise ValueError(f"path: lanes: expected each of {saved.rows} rows in one of them, got rows {rows}")
+        self._lanes_changed()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from sinkattn.hf.cache.stream_file import SavedStreams
 from sinkattn.ops import RingLayout
 
 
@@ -115,6 +116,17 @@ class ContextLayer(CacheLayerMixin):
                 selected.keys, selected.values = (x.index_select(0, index) for x in (self.keys, self.values))
             selected.is_initialized, selected.length = True, self.length
         return selected
+
+    def load(self, saved: SavedStreams, index: int, length: int) -> ContextLayer:
+        """The layer of this index that was saved, with ``length`` tokens, and memory like that of this one."""
+        keys, values = (
+            saved.tensor(f"{name}.{index}", (x.shape[1], length, x.shape[-1]), x.dtype, x.device)
+            for name, x in (("keys", self.keys), ("values", self.values))
+        )
+        loaded = self.select_rows(torch.zeros(saved.rows, dtype=torch.int64, device=keys.device))
+        loaded.keys[..., :length, :], loaded.values[..., :length, :] = keys, values
+        loaded.length = length
+        return loaded
 
 
 class ContextCache(Cache):
@@ -225,6 +237,31 @@ class Lane:
         selected.seen, selected.first_kept, selected.encoded = self.seen, self.first_kept, self.encoded
         selected.context.layers = [layer.select_rows(index) for layer in self.context.layers]
         return selected
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What `SinkCache.save` saves of the lane, rows first: ids, and the valid part of the context."""
+        tensors, num_valid = {"ids": self.ids.to(torch.int64)}, self.encoded[1]
+        for i, layer in enumerate(self.context.layers if num_valid else ()):
+            tensors |= {f"keys.{i}": layer.keys[..., :num_valid, :], f"values.{i}": layer.values[..., :num_valid, :]}
+        return tensors
+
+    def state_fields(self) -> dict[str, Any]:
+        """What it saves besides tensors."""
+        return {"rows": self.rows, "seen": self.seen, "first_kept": self.first_kept, "encoded": self.encoded}
+
+    def load(self, saved: SavedStreams) -> Lane:
+        """The lane that was saved, with a context like that of this one, which has fed its first tokens."""
+        rows, encoded = saved.counts("rows"), saved.counts("encoded")
+        seen, first_kept, num_sinks = saved.count("seen"), saved.count("first_kept"), self.layout.num_sinks
+        if len(encoded) != 2 or encoded[1] > num_sinks + self.layout.window or first_kept < num_sinks:
+            raise ValueError(f"path: lanes: expected a context of the layout {self.layout}, got {saved.fields}")
+        num_ids = min(seen, num_sinks) + max(0, seen - first_kept)
+        saved.rows = len(rows)
+        lane = Lane(self.layout, rows, saved.tensor("ids", (num_ids,), torch.int64, self.ids.device))
+        lane.seen, lane.first_kept, lane.encoded = seen, first_kept, (encoded[0], encoded[1])
+        for i, layer in enumerate(self.context.layers if encoded[1] else ()):
+            lane.context.layers.append(layer.load(saved, i, encoded[1]))
+        return lane
 
     def split(self, counts: Sequence[int]) -> dict[int, Lane]:
         """Split the lane by ``counts[row]``, one number for each row of the batch; returns the parts by that number.

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig
 
 from sinkattn.hf.model_patch import ModelPatch
+from sinkattn.hf.plain_tensors import PLAIN_TENSORS, plain_tensors
 
 CONTAINERS = (dict, list, set, tuple)
-PLAIN_TENSORS = (nn.Parameter, Tensor)
 # Containers that every module has; of these only some have to do with its forward.
 OF_EVERY_MODULE = nn.Module().__dict__.keys()
 OF_FORWARD = {"_modules", "_forward_hooks", "_forward_pre_hooks"}
@@ -75,7 +75,7 @@ class ModelState:
     def _tensor_addresses(self, modules: list[Any]) -> list[Any]:
         # A replay waits for this, so it is spelled out.
         addresses = [
-            x.data_ptr() if type(x) in PLAIN_TENSORS else [y.data_ptr() for y in _plain_tensors(x)]
+            x.data_ptr() if type(x) in PLAIN_TENSORS else [y.data_ptr() for y in plain_tensors(x)]
             for module in modules
             for held in (module._parameters, module._buffers)
             if held
@@ -91,15 +91,15 @@ class ModelState:
                     if type(x) in PLAIN_TENSORS:
                         yield x
                     elif x is not None:
-                        yield from _plain_tensors(x)
+                        yield from plain_tensors(x)
         yield from self._other_tensors(modules)
 
     def _other_tensors(self, modules: list[Any]) -> Iterator[Tensor]:
         for index, name in self._tensor_attributes:
-            yield from _plain_tensors(modules[index].__dict__.get(name))
+            yield from plain_tensors(modules[index].__dict__.get(name))
         for index, name in self._tensor_containers:
             for x in _contents(modules[index].__dict__.get(name, ())):
-                yield from _plain_tensors(x)
+                yield from plain_tensors(x)
 
 
 def unseen_tensors(model: nn.Module) -> str | None:
@@ -124,17 +124,6 @@ def _hides_tensors(x: Any) -> bool:
 
 def _contents(container: Any) -> Iterable[Any]:
     return container.values() if isinstance(container, dict) else container
-
-
-def _plain_tensors(x: Any) -> Iterator[Tensor]:
-    """The tensor itself, or those that a subclass such as a quantized weight consists of."""
-    if type(x) in PLAIN_TENSORS:
-        yield x
-    elif is_traceable_wrapper_subclass(x):
-        for name in x.__tensor_flatten__()[0]:
-            yield from _plain_tensors(getattr(x, name))
-    elif isinstance(x, Tensor):
-        yield x
 
 
 def _layouts(tensors: Iterable[Tensor]) -> list[Any]:
