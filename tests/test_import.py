@@ -33,9 +33,9 @@ HF_LAYERS = [
     {"inputs", "sampling"},
     {"generation"},
     {"swap"},
-    {"trial", "stream", "load"},
+    {"trial", "stream", "tokenize_stream", "load"},
     {"reencode", "learner"},
-    {"background"},
+    {"background", "follow"},
     {"api"},
     {"__init__"},
 ]

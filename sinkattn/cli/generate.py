@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import sinkattn
+from sinkattn.cli import follow
 from sinkattn.cli.arguments import (
     add_command,
     add_compile,
@@ -48,10 +49,13 @@ def add_parser(commands: Commands) -> None:
         action="store_true",
         help="the prompt is what a user says, in the model's chat template; stop at the end of the reply",
     )
+    follow.add_follow(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    if follow.is_asked_for(args):
+        return follow.run(args)
     prompt = args.prompt
     if prompt is None:
         if open_stdin().isatty():

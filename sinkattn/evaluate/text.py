@@ -13,6 +13,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from sinkattn.hf.tokenize_stream import keep_no_words, text_ids
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -201,10 +203,7 @@ class TokenStream:
         self.tokenizer = tokenizer
         self.start_token: int | None = tokenizer.bos_token_id if with_start else None
         self.restarts = 0
-        # Turn off the tokenizer's cache of up to 10,000 words, which would grow with the text.
-        resize = getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "_resize_cache", None)
-        if resize is not None:
-            resize(0)
+        keep_no_words(tokenizer)
 
     def __iter__(self) -> Iterator[int]:
         """Endless ids from the beginning of the stream. Raises TextError if the text is empty."""
@@ -226,9 +225,7 @@ class TokenStream:
     def _read(self) -> Iterator[int]:
         empty = True
         for piece in self.text.pieces():
-            for token in self.tokenizer(
-                piece, add_special_tokens=False, split_special_tokens=True, verbose=False
-            ).input_ids:
+            for token in text_ids(self.tokenizer, piece):
                 empty = False
                 yield token
         if empty:
