@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinkattn.cli.arguments import add_command, add_model, describe_text, new_folder, open_stdin, positive
-from sinkattn.cli.errors import as_user_error
 from sinkattn.cli.eval.arguments import add_outputs
 from sinkattn.cli.eval.session import open_session, write_json
-from sinkattn.cli.learn_arguments import VARIANT, add_learning, held_out, variant, with_rate
+from sinkattn.cli.learn_arguments import VARIANT, add_learning, held_out, save_learned, variant, with_rate
 from sinkattn.cli.learn_report import as_dict, draw, live_line, tables
 
 if TYPE_CHECKING:
@@ -52,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         with open_session(args) as session:
             from sinkattn.evaluate import learn
+            from sinkattn.evaluate.interruption import awaited
             from sinkattn.evaluate.methods import CacheSize
             from sinkattn.evaluate.text import Feed, TextFile, TokenStream
 
@@ -78,8 +77,9 @@ def run(args: argparse.Namespace) -> int:
                     write_json(args.json, session.report(report(result)))
 
             failure: Exception | None = None
+            ids = awaited(stream.once(), session.interrupted)
             try:
-                result = learn.run(session.model, _waiting(stream.once()), settings, kept, on_progress, on_stretch)
+                result = learn.run(session.model, ids, settings, kept, on_progress, on_stretch)
             except BrokenPipeError:
                 raise  # nobody reads the tables
             except Exception as error:
@@ -101,28 +101,5 @@ def run(args: argparse.Namespace) -> int:
 
 def _save(session: Session, result: Result) -> None:
     """Save what was learned, if anything was, and say so."""
-    from safetensors import SafetensorError
-
-    folder, [learner] = session.args.save, result.learners.values()
-    if not learner.num_updates:
-        print(f"Learned: nothing, 0 updates (each takes {learner.chunk:,} tokens)")
-        return
-    for config in getattr(learner.model, "peft_config", {}).values():
-        config.base_model_name_or_path = learner.model.name_or_path
-    with as_user_error(OSError, SafetensorError):
-        learner.save(folder)
-        if session.args.variant.learn == "all":
-            session.tokenizer.save_pretrained(folder)
-    print(f"Learned: {folder} ({learner.num_updates:,} updates)")
-
-
-def _waiting(ids: Iterator[int]) -> Iterator[int]:
-    """The same ids; Ctrl-C ends the wait for the next one."""
-    from sinkattn.evaluate.interruption import waiting
-
-    while True:
-        with waiting():
-            token = next(ids, None)
-        if token is None:
-            return
-        yield token
+    [learner] = result.learners.values()
+    print(save_learned(learner, session.args.variant, session.tokenizer, session.args.save))

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from sinkattn.cli.arguments import as_argument, count, positive
-from sinkattn.cli.errors import UserError, require
+from sinkattn.cli.errors import UserError, as_user_error, require
 from sinkattn.evaluate.variant import Variant, parse_rate
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from sinkattn.cli.eval.session import Session
+    from sinkattn.hf import OnlineLearner
 
 # Tokens of a text that is held out.
 HELD_OUT = 2_000
@@ -68,3 +71,18 @@ def held_out(session: Session) -> dict[str, torch.Tensor]:
     if len(ids) < 2:
         raise UserError(f"held-out: expected two tokens or more in {text.description}, got {len(ids)}")
     return {text.description: torch.tensor(ids)}
+
+
+def save_learned(learner: OnlineLearner, variant: Variant, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
+    """Save what was learned, if anything was: adapters, or a model with its tokenizer. Returns a line that says so."""
+    from safetensors import SafetensorError
+
+    if not learner.num_updates:
+        return f"Learned: nothing, 0 updates (each takes {learner.chunk:,} tokens)"
+    for config in getattr(learner.model, "peft_config", {}).values():
+        config.base_model_name_or_path = learner.model.name_or_path
+    with as_user_error(OSError, SafetensorError):
+        learner.save(folder)
+        if variant.learn == "all":
+            tokenizer.save_pretrained(folder)
+    return f"Learned: {folder} ({learner.num_updates:,} updates)"

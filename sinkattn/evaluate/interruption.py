@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event
 from types import FrameType
+from typing import TypeVar
 
 from torch import nn
+
+Item = TypeVar("Item")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -42,8 +45,11 @@ def interruptible(model: nn.Module) -> Iterator[Event]:
 
 
 @contextmanager
-def waiting() -> Iterator[None]:
-    """Within it, the first Ctrl-C raises `Interrupted` at once: who waits for input has nothing to complete."""
+def waiting(pressed: Event | None = None) -> Iterator[None]:
+    """Within it, the first Ctrl-C raises `Interrupted` at once: who waits for input has nothing to complete.
+
+    So does one that came before: ``pressed`` is what `interruptible` has given.
+    """
     outer = signal.getsignal(signal.SIGINT)
 
     def press(number: int, frame: FrameType | None) -> None:
@@ -54,7 +60,20 @@ def waiting() -> Iterator[None]:
 
     signal.signal(signal.SIGINT, press)
     try:
+        if pressed is not None and pressed.is_set():
+            raise Interrupted
         yield
     finally:
         if signal.getsignal(signal.SIGINT) is press:
             signal.signal(signal.SIGINT, outer)
+
+
+def awaited(items: Iterator[Item], pressed: Event) -> Iterator[Item]:
+    """The same items. Ctrl-C, which sets ``pressed``, raises `Interrupted` instead of, or during, the wait for one."""
+    while True:
+        with waiting(pressed):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item

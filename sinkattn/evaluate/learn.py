@@ -252,16 +252,25 @@ def _left(settings: Settings, done: int) -> int:
 
 def _learner(model: PreTrainedModel, variant: Variant, settings: Settings) -> OnlineLearner:
     """A learner on a copy of a model, which for adapters shares the weights."""
+    copied = copy_sharing_weights(model) if variant.learn == "lora" else copy.deepcopy(model)
+    enable(copied, settings.cache.num_sinks, settings.cache.window)
+    return new_learner(copied, variant, settings.chunk, settings.seed)
+
+
+def new_learner(model: PreTrainedModel, variant: Variant, chunk: int, seed: int = 0) -> OnlineLearner:
+    """A learner of this variant on an enabled model; ``seed`` is of the adapters' initial weights.
+
+    Raises ValueError for all weights in half precision, and whatever `OnlineLearner` does.
+    """
     if variant.learn == "all" and is_half(model):
         raise ValueError(f"{variant}: the steps of weights in half precision get lost; give --dtype float32, or lora")
-    copied = copy_sharing_weights(model) if variant.learn == "lora" else copy.deepcopy(model)
     rate = variant.rate
     with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(seed)
         return OnlineLearner(
-            enable(copied, settings.cache.num_sinks, settings.cache.window),
+            model,
             None if rate is None else lambda weights: torch.optim.AdamW(weights, lr=rate, weight_decay=0),
-            chunk=settings.chunk,
+            chunk=chunk,
             learn=variant.learn,
             after_update="reencode" if variant.reencode else "keep",
             decay=DECAY if variant.decay else 0.0,

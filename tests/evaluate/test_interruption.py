@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sinkattn.evaluate import exact_match, latency, perplexity, sinks
-from sinkattn.evaluate.interruption import Interrupted, interruptible, waiting
+from sinkattn.evaluate.interruption import Interrupted, awaited, interruptible, waiting
 from sinkattn.evaluate.items import line_items
 from sinkattn.evaluate.methods import CacheSize, Recomputed, Streamed, copy_sharing_weights
 
@@ -143,3 +143,15 @@ def test_ctrl_c_ends_a_wait_at_once(model, before):
             forward(model)
     with pytest.raises(KeyboardInterrupt), waiting():
         signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_before_a_wait_ends_it_too(model, before):
+    """Or a signal between two steps would leave who waits for input waiting."""
+    with interruptible(model) as pressed:
+        items = awaited(iter([1, 2]), pressed)
+        assert next(items) == 1
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Interrupted):
+            next(items)
+    with interruptible(model) as pressed:
+        assert list(awaited(iter([1, 2]), pressed)) == [1, 2]
