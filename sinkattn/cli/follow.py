@@ -111,8 +111,8 @@ def run(args: argparse.Namespace) -> int:
                 from sinkattn.evaluate.learn import new_learner
 
                 learner = new_learner(model, args.learn, LEARNED_CHUNK)
-            follower, manner = Follower(model, learner), _manner(args, model, closing)
-            follower.say([0], **manner.options)  # says nothing yet, but checks the options
+            follower, manner = Follower(model, learner), _manner(args, model, tokenizer, closing)
+            follower.say([0], sampling=manner.sampling, **manner.options)  # says nothing yet, but checks the options
         text = TokenizeStream(tokenizer)
         status = _Status(source, follower, text)
         speaker = Speaker(follower, tokenizer, text, manner, status.hide)
@@ -138,19 +138,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _manner(args: argparse.Namespace, model: PreTrainedModel, closing: list[int]) -> Manner:
+def _manner(
+    args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, closing: list[int]
+) -> Manner:
     from sinkattn.cli.follow_speaker import Manner
     from sinkattn.hf.stream import end_ids
 
-    options = {**sampling(args), "max_new_tokens": args.max_new_tokens or MAX_NEW_TOKENS, "stop_ids": end_ids(model)}
     return Manner(
         every=args.every,
         pattern=args.pattern or Manner.pattern,
         prompt=args.prompt or "",
         closing=closing,
-        one_line=not args.chat,
+        one_line=not args.chat and args.json_schema is None,
         keep=args.keep,
-        options=options,
+        sampling=sampling(args, model, grammar=args.json_schema),
+        options={
+            "max_new_tokens": args.max_new_tokens or MAX_NEW_TOKENS,
+            "stop_ids": end_ids(model),
+            "tokenizer": tokenizer,
+        },
     )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from sinkattn.hf import SamplingParams
 from sinkattn.hf.follow import Follower
 from sinkattn.hf.stream import stream_text
 from sinkattn.hf.tokenize_stream import TokenizeStream, text_ids
@@ -34,8 +35,10 @@ class Manner:
     """Whether what it says ends with a line, the first one that is not blank."""
     keep: bool = False
     """Whether the prompt and what it says stay in the stream."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    """How its words are chosen. A ``seed`` is that of the first time, the next one of the second."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Those of `stream_tokens`. A ``seed`` is of the first time, the next one of the second."""
+    """Others of `stream_tokens`."""
 
 
 class Speaker:
@@ -115,18 +118,18 @@ class Speaker:
         self._before()
         self._has_new_text = False
         manner = self._manner
-        prompt_ids, options, said = prompt_ids + manner.closing, dict(manner.options), list[int]()
-        if options.get("seed") is not None:
-            options["seed"] += self._num_times
+        prompt_ids, said, seed = prompt_ids + manner.closing, list[int](), manner.sampling.seed
+        sampling = manner.sampling if seed is None else replace(manner.sampling, seed=seed + self._num_times)
         self._num_times += 1
-        pieces = stream_text(self._tokenizer, _noted(self._follower.say(prompt_ids, **options), said), prompt_ids)
+        tokens = self._follower.say(prompt_ids, sampling=sampling, **manner.options)
+        pieces = stream_text(self._tokenizer, _noted(tokens, said), prompt_ids)
         for piece in first_line(pieces) if manner.one_line else pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
         sys.stdout.flush()
         if manner.keep:
-            if "\n" not in self._tokenizer.decode(said).lstrip():
+            if "\n" not in str(self._tokenizer.decode(said)).lstrip():
                 said += text_ids(self._tokenizer, "\n")
             self._follower.read(prompt_ids + said, learn=False)
 

@@ -186,6 +186,16 @@ def test_sampling_is_repeatable_and_differs_from_time_to_time(monkeypatch, expec
     assert capsys.readouterr().out.splitlines() == lines
 
 
+def test_it_may_say_json(monkeypatch, capsys):
+    pytest.importorskip("llguidance")
+    Path("schema.json").write_text('{"enum": ["fine", "broken"]}')
+    piped(monkeypatch, [(0, "".join(LINES[:3]).encode())])
+    assert cli.main([*GREEDY, "-", "--json-schema", "schema.json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert {*lines} <= {'"fine"', '"broken"'}
+
+
 def test_what_is_said_may_stay_in_the_stream(enabled, tokenizer, monkeypatch, capsys):
     piped(monkeypatch, [(0, "".join(LINES[:3]).encode())])
     assert cli.main([*GREEDY, "-", "--keep", "--prompt", "# "]) == 0
