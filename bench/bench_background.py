@@ -2,11 +2,11 @@
 
     python -m pytest bench/bench_background.py --benchmark-json=background.json
 
-A Llama of 116 million random parameters generates greedily from a window of 1028 tokens, on two threads; the thread of
-the learner has one. It learns adapters from chunks of 64 tokens, and the model takes over its weights. Turns of tokens
-with a learner that has nothing to do alternate with turns while it has.
+A Llama of 116 million random parameters generates greedily from a window of 1028 tokens. The learner learns adapters
+from chunks of 64 tokens, and the model takes over its weights; each has two threads, and they take turns. Turns of
+tokens with a learner that has nothing to do alternate with turns while it has.
 
-``niceness 10`` is the default of `BackgroundLearner`; 0 lets the learner have as much of the CPUs as the model.
+``share 0.1`` is the default of `BackgroundLearner`.
 """
 
 import statistics
@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sinkattn
 
-CHUNK, TOKENS, TURNS = 64, 15, 10
+CHUNK, TOKENS, TURNS = 64, 30, 10
 ALONE, LEARNING = "alone", "learning"
 
 
@@ -47,12 +47,12 @@ class Turns:
         return statistics.quantiles(self.seconds, n=100, method="inclusive")[percentile - 1] * 1e3
 
 
-@pytest.mark.parametrize("niceness", [10, 0])
-def test_token(bench, niceness: int) -> None:
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_token(bench, share: float) -> None:
     torch.manual_seed(0)
     with torch.inference_mode(False):
         model = sinkattn.enable(LlamaForCausalLM(LlamaConfig(**CONFIG)).eval(), NUM_SINKS, WINDOW)
-    with sinkattn.BackgroundLearner(model, chunk=CHUNK, niceness=niceness) as learner:
+    with sinkattn.BackgroundLearner(model, chunk=CHUNK, share=share) as learner:
         generation = Cached(model, sinkattn.SinkCache(model), CONTEXT)
 
         def learn() -> None:
@@ -68,7 +68,7 @@ def test_token(bench, niceness: int) -> None:
         )
         done = learner.statistics()
     assert done.updates_in_use > 0
-    shape = f"niceness {niceness}"
+    shape = f"share {share}"
     figures = {
         **timings.figures(ALONE, LEARNING),
         "learning / alone": timings.ratio(LEARNING, ALONE),
@@ -78,4 +78,5 @@ def test_token(bench, niceness: int) -> None:
     }
     bench.add_row("A token while the process learns", shape, figures)
     ratio = figures["p95 / p95"]
-    bench.add_target("token while learning / alone, 95th percentile, at most 1.2", shape, ratio, ratio <= 1.2)
+    if share == 0.1:
+        bench.add_target("token while learning / alone, 95th percentile, at most 1.2", shape, ratio, ratio <= 1.2)

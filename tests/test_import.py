@@ -33,7 +33,7 @@ HF_LAYERS = [
     {"inputs", "sampling"},
     {"generation"},
     {"swap"},
-    {"trial", "stream", "tokenize_stream", "load"},
+    {"trial", "stream", "tokenize_stream", "load", "forward_gate"},
     {"reencode", "learner"},
     {"background", "follow"},
     {"api"},

@@ -6,12 +6,10 @@ import atexit
 import copy
 import os
 import queue
-import sys
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -20,20 +18,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
+from sinkattn.hf.forward_gate import ForwardGate, Published, Stopped, before_operators
 from sinkattn.hf.learner import MakeOptimizer, OnlineLearner
-from sinkattn.hf.model_patch import ModelPatch, PatchedForward, get_patch, require_patch
+from sinkattn.hf.model_patch import PatchedForward, get_patch, require_patch
 from sinkattn.hf.swap.ring_patch import RingPatch
 
 NUM_LOSSES = 1000
-
-
-class Published(NamedTuple):
-    """Weights after an update, in the order of the parameters that learn."""
-
-    weights: list[Tensor]
-    num_updates: int
-    is_copied: torch.cuda.Event | None
-    """Recorded when they were complete; None on a CPU."""
 
 
 class LearnerStatistics(NamedTuple):
@@ -51,100 +41,6 @@ class LearnerStatistics(NamedTuple):
     """Mean loss in nats of each of the last 1,000 chunks or, if a piece ended within a chunk, parts of chunks."""
 
 
-class WeightGate:
-    """Lets the forwards of a model pass, and replaces its weights while none is inside.
-
-    Args:
-        patch: the patch of the model, which leads its forwards through here until `remove`.
-        weights: what is replaced, in place, so that graphs find it where it was.
-        automatic: whether forwards take over what was published when they begin.
-        has_learner: whether a learner publishes.
-    """
-
-    def __init__(self, patch: ModelPatch, weights: list[Tensor], *, automatic: bool, has_learner: bool = True) -> None:
-        self._patch, self._weights = patch, weights
-        self._automatic = automatic
-        self.has_learner = has_learner
-        self._condition = threading.Condition()
-        self._inside: Counter[int] = Counter()  # by thread; a forward may be within another one
-        self._num_waiting = 0
-        self._published: Published | None = None
-        self._process = os.getpid()
-        self.updates_in_use = 0
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy, of a copied or saved model, has no learner."""
-        return partial(WeightGate, automatic=False, has_learner=False), (self._patch, [])
-
-    def install(self) -> None:
-        """Lead the forwards of the model through the gate."""
-        self._patch.set_forward(self._patch.model, self.forward)
-
-    def remove(self) -> None:
-        """Leave the forwards alone from now on."""
-        self._patch.unset_forward(self._patch.model)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward of the model, with the same weights from its beginning to its end."""
-        with self.inside():
-            return self._patch.original_forward(self._patch.model)(*args, **kwargs)
-
-    @contextmanager
-    def inside(self) -> Iterator[None]:
-        """While it lasts, weights stay as they are."""
-        if os.getpid() != self._process:
-            # A fork has no thread that publishes, and may have got the lock in any state.
-            yield
-            return
-        thread = threading.get_ident()
-        with self._condition:
-            # With many threads there may be a forward at any time, so new ones wait for those that are to end.
-            if (self._automatic or self._num_waiting) and thread not in self._inside:
-                self._take_over()
-            self._inside[thread] += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._inside[thread] -= 1
-                if not self._inside[thread]:
-                    del self._inside[thread]
-                self._condition.notify_all()
-
-    def publish(self, published: Published) -> None:
-        """Offer new weights."""
-        with self._condition:
-            self._published = published
-
-    def take_over(self) -> bool:
-        """Take over what was published, as soon as no forward runs. Returns whether there was anything."""
-        with self._condition:
-            if threading.get_ident() in self._inside:
-                raise RuntimeError("learner: expected a call between forwards of the model, got one during a forward")
-            return self._take_over()
-
-    def _take_over(self) -> bool:
-        self._num_waiting += 1
-        try:
-            while self._inside and self._published is not None:
-                self._condition.wait()
-        finally:
-            self._num_waiting -= 1
-        published, self._published = self._published, None
-        if published is None:
-            return False
-        with torch.no_grad():
-            if published.is_copied is not None:
-                stream = torch.cuda.current_stream(self._weights[0].device)
-                stream.wait_event(published.is_copied)
-                for x in published.weights:
-                    x.record_stream(stream)
-            for x, new in zip(self._weights, published.weights, strict=True):
-                x.copy_(new)
-        self.updates_in_use = published.num_updates
-        return True
-
-
 class BackgroundLearner:
     """Learns from a stream in a thread, as `OnlineLearner` does, while the model serves.
 
@@ -153,6 +49,11 @@ class BackgroundLearner:
     its end, also in other threads, and in a running `generate` the next token is the first one of the new weights. What
     a cache holds stays, as with ``after_update="keep"``.
 
+    On a CPU the model and the thread never work at the same time, so neither takes cores from the other. Before every
+    operator the thread lets forwards go first: it works when there was none for 20 ms and, while there are, for
+    ``share`` of their time. On a CUDA device it does not wait, and has a stream of its own; forwards of the model must
+    be on one stream.
+
     What learns is in memory four times: in use, in training, published, and as it was before the last chunk. With
     ``learn="all"`` these are all weights. Gradients and the state of the optimizer come on top, as in `OnlineLearner`.
 
@@ -160,18 +61,17 @@ class BackgroundLearner:
     was fed is learned from, and published, at the latest when `feed` returns ``chunk * every + capacity`` tokens later.
     Chunks without a token to learn from do not count in ``every``.
 
-    No parameter of the model requires gradients any more. On a CUDA device the thread has a stream of its own; forwards
-    of the model must be on one stream. An error of the thread is raised by the next call, and the model keeps its
-    weights. At the end of the process the thread ends with the chunk that it is in.
+    No parameter of the model requires gradients any more. An error of the thread is raised by the next call, and the
+    model keeps its weights. At the end of the process the thread ends, as in `close`.
 
     Args:
         model: a model prepared by `sinkattn.enable`; may be wrapped by peft. It keeps serving, in any thread.
         optimizer: see `OnlineLearner`.
         automatic: the model takes over new weights when its next forward begins; if False, only in `swap`.
         capacity: tokens of each stream that may have been fed and not been read.
-        threads: CPU threads of the operators that learn; those of other threads stay as they are.
-        niceness: how far the thread steps back behind all others that want the CPUs, those of other processes too
-            (Linux): 0 for as much as they get, 19 for next to nothing.
+        share: time that forwards wait for the thread, on average and of the time that they take, from 0 to 1: with 0 it
+            learns only while there are none. A single one waits for an operator longer at most; those of a chunk of
+            fewer tokens are shorter.
         options: those of `OnlineLearner`: ``chunk``, ``learn``, ``every``, ``after_update``, ``decay``, ``max_norm``.
 
     Raises:
@@ -186,23 +86,21 @@ class BackgroundLearner:
         *,
         automatic: bool = True,
         capacity: int = 4096,
-        threads: int = 1,
-        niceness: int = 10,
+        share: float = 0.1,
         **options: Any,
     ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity: expected 1 or more, got {capacity}")
-        if threads < 1:
-            raise ValueError(f"threads: expected 1 or more, got {threads}")
-        if not 0 <= niceness <= 19:
-            raise ValueError(f"niceness: expected 0 to 19, got {niceness}")
+        if not 0 <= share <= 1:
+            raise ValueError(f"share: expected 0 to 1, got {share}")
         if _has_learner(model):
             raise ValueError("model: has a BackgroundLearner already; close it first")
         with torch.inference_mode(False), torch.enable_grad():
             self._serving = OnlineLearner(model, optimizer, **options)
             self._learner = _copy_what_learns(self._serving)
         model.requires_grad_(False)
-        self._gate = WeightGate(require_patch(model), list(self._serving.parameters.values()), automatic=automatic)
+        weights = list(self._serving.parameters.values())
+        self._gate = ForwardGate(require_patch(model), weights, automatic=automatic, share=share)
         self._automatic, self._capacity = automatic, capacity
         self._condition = threading.Condition()
         self._pieces: deque[tuple[Tensor, Tensor]] = deque()
@@ -217,15 +115,8 @@ class BackgroundLearner:
         if model.device.type == "cuda":
             self._stream = torch.cuda.Stream(model.device)
             self._stream.wait_stream(torch.cuda.current_stream(model.device))
-        self._thread = threading.Thread(
-            target=self._run, args=(threads, niceness), name="sinkattn-learner", daemon=True
-        )
-        self._has_started = threading.Event()
-        threads_here = torch.get_num_threads()
+        self._thread = threading.Thread(target=self._run, name="sinkattn-learner", daemon=True)
         self._thread.start()
-        self._has_started.wait()
-        # The number of the thread that sets it last is also that of threads that start later.
-        torch.set_num_threads(threads_here)
         self._gate.install()
         atexit.register(self._stop)
 
@@ -240,7 +131,7 @@ class BackgroundLearner:
         Raises:
             ValueError: for a piece or mask of another shape, or more tokens than ``capacity``; nothing is queued.
             queue.Full: without ``wait``; nothing is queued.
-            RuntimeError: if the thread has failed, or the learner is closed.
+            RuntimeError: if the thread has failed, the learner is closed, or during a forward if there is no room.
         """
         with torch.inference_mode(False):
             # Not inference tensors, which autograd does not take.
@@ -262,7 +153,11 @@ class BackgroundLearner:
             self._condition.notify_all()
 
     def flush(self) -> None:
-        """Wait until all that was fed is read, and learned from if its chunk is complete, and published."""
+        """Wait until all that was fed is read, and learned from if its chunk is complete, and published.
+
+        Raises:
+            RuntimeError: if the thread has failed, the learner is closed, or during a forward.
+        """
         with self._locked():
             fed = self._tokens_fed
             while self._tokens_read < fed:
@@ -287,7 +182,9 @@ class BackgroundLearner:
             self._serving.save(path)
 
     def close(self) -> None:
-        """End the thread, after the chunk that it is in; what it has not read is dropped: call `flush` before.
+        """End the thread, before its next operator; what it has not learned from is dropped: call `flush` before.
+
+        On a CUDA device it ends after the chunk that it is in.
 
         With ``automatic`` the model takes over the newest weights. An error of the thread that no call has raised yet
         is raised.
@@ -322,7 +219,8 @@ class BackgroundLearner:
             yield
 
     def _wait(self) -> None:
-        """Wait until the thread has read something; raises RuntimeError if it learns no more."""
+        """Wait until the thread has read something; raises RuntimeError if it learns no more, or cannot go on."""
+        self._gate.check_outside()
         self._condition.wait()
         self._check()
 
@@ -348,28 +246,29 @@ class BackgroundLearner:
         with self._condition:
             self._is_closed = True
             self._condition.notify_all()
+        self._gate.stop()
         self._thread.join()
 
-    def _run(self, threads: int, niceness: int) -> None:
+    def _run(self) -> None:
         """The thread."""
+        # Kernels of a CUDA device are launched ahead, and its gradients computed in a thread that others use as well.
+        turns = before_operators(self._gate.pause) if self._stream is None else torch.cuda.stream(self._stream)
         try:
-            torch.get_num_threads()  # or the first operator would set the number that another thread has set last
-            torch.set_num_threads(threads)
-            if sys.platform == "linux":  # where a thread has a priority of its own
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
-            self._has_started.set()
-            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            with turns:
                 while (piece := self._next_piece()) is not None:
                     self._read(*piece)
+        except Stopped:
+            pass
         except BaseException as error:
             with self._condition:
                 self._error = error
                 self._condition.notify_all()
         finally:
-            self._has_started.set()
+            self._gate.rest()
 
     def _next_piece(self) -> tuple[Tensor, Tensor] | None:
         """The next piece, as soon as there is one; None at the end."""
+        self._gate.rest()
         with self._condition:
             while not self._pieces and not self._is_closed:
                 self._condition.wait()
@@ -401,7 +300,7 @@ def _has_learner(model: PreTrainedModel) -> bool:
     patch = get_patch(model)
     forward = None if patch is None else patch.model.__dict__.get("forward")
     gate = forward.args[2].__self__ if isinstance(forward, PatchedForward) else None
-    return isinstance(gate, WeightGate) and gate.has_learner
+    return isinstance(gate, ForwardGate) and gate.has_learner
 
 
 def _copy_what_learns(learner: OnlineLearner) -> OnlineLearner:

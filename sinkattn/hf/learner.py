@@ -281,7 +281,10 @@ class OnlineLearner:
 
     def _update(self) -> None:
         self._num_chunks = 0
-        norm = nn.utils.clip_grad_norm_(self._weights, torch.inf if self.max_norm is None else self.max_norm)
+        max_norm = torch.inf if self.max_norm is None else self.max_norm
+        # On a CPU one operator for all weights would be no faster, and a `BackgroundLearner` stops only between them.
+        foreach = False if self.model.device.type == "cpu" else None
+        norm = nn.utils.clip_grad_norm_(self._weights, max_norm, foreach=foreach)
         if not norm.isfinite():
             self._drop_gradients()
             warnings.warn("learner: gradients that are not finite were dropped", RuntimeWarning, stacklevel=5)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,6 +22,7 @@ from torch import Tensor
 import sinkattn
 from sinkattn import BackgroundLearner, OnlineLearner
 from sinkattn.hf import background, decode_steps
+from sinkattn.hf.forward_gate import Published, _Pauses
 from sinkattn.hf.learner import ADAPTER
 from sinkattn.hf.model_patch import get_patch
 
@@ -183,7 +185,10 @@ def test_weights_stay_while_it_learns(make_learner, monkeypatch, learn):
     assert learner.statistics()[2:4] == (12, 0)
 
     # One that trains the weights that serve.
-    monkeypatch.setattr(background, "_copy_what_learns", lambda learner: learner)
+    def share_all(learner: OnlineLearner) -> OnlineLearner:
+        return copy.deepcopy(learner, {id(x): x for x in learner.model.parameters()})
+
+    monkeypatch.setattr(background, "_copy_what_learns", share_all)
     wrong = make_learner(model := enabled(), learn=learn, automatic=False)
     for x in wrong._learner.parameters.values():
         x.requires_grad = True
@@ -227,35 +232,44 @@ def test_new_weights_count_from_the_next_token_on(make_learner, automatic):
     assert not any(map(torch.equal, got[first_new:], old[first_new:]))
 
 
+def publish_zeros(learner: BackgroundLearner) -> None:
+    """As on a CUDA device, where a learner also works during forwards."""
+    zeros = [torch.zeros_like(x) for x in learner._learner.parameters.values()]
+    learner._gate.publish(Published(zeros, 1, None))
+
+
 def test_a_forward_keeps_its_weights_to_its_end(make_learner):
     ids = random_ids(1, 12)
     with torch.no_grad():
         want = enabled()(ids).logits
-    learner = make_learner(model := enabled())
+    learner = make_learner(model := enabled(), capacity=2 * CHUNK)
     before = weights_of(model)
     refused = []
 
     def in_the_middle(*_) -> None:
-        learn_more(learner)(1)
-        try:
-            learner.swap()
-        except RuntimeError as error:
-            refused.append(str(error))
+        publish_zeros(learner)
+        learner.feed(random_ids(1, 2 * CHUNK))
+        for call in (learner.swap, learner.flush, lambda: learner.feed(random_ids(1, CHUNK))):
+            with pytest.raises(RuntimeError) as error:
+                call()
+            refused.append(str(error.value))
 
     with torch.no_grad():
         hook = model.model.layers[1].register_forward_hook(in_the_middle)
         assert torch.equal(model(ids).logits, want)
         hook.remove()
         assert same(weights_of(model), before)
-        assert not torch.equal(model(ids).logits, want)
-    assert refused == ["learner: expected a call between forwards of the model, got one during a forward"]
-    assert learner.statistics().updates_in_use == 1
+        assert not model(ids).logits.any()
+    assert refused == ["learner: expected a call between forwards of the model, got one during a forward"] * 3
+    learner.flush()
+    assert learner.statistics()[2:4] == (2, 1)
 
 
 @pytest.mark.parametrize("automatic", [True, False])
 def test_new_weights_wait_for_forwards_of_other_threads(make_learner, automatic):
     ids = random_ids(1, 12)
     learner = make_learner(model := enabled(), automatic=automatic)
+    gate = learner._gate
     with torch.no_grad():
         want = model(ids).logits
     is_in_the_middle, may_go_on = threading.Event(), threading.Event()
@@ -273,17 +287,17 @@ def test_new_weights_wait_for_forwards_of_other_threads(make_learner, automatic)
         first = threads.submit(forward)
         assert is_in_the_middle.wait(SECONDS)
         hook.remove()
-        learn_more(learner)(1)
+        publish_zeros(learner)
         others = [threads.submit(forward if automatic else learner.swap)]
-        while not learner._gate._num_waiting:
+        while not gate._forwards_waiting + gate._swaps_waiting:
             assert not others[0].done()
         others.append(threads.submit(forward))  # waits as well, or there might be a forward at any time
-        while learner._gate._num_waiting < 2:
+        while gate._forwards_waiting + gate._swaps_waiting < 2:
             assert not others[1].done()
         assert not first.done()
         may_go_on.set()
         assert torch.equal(first.result(SECONDS), want)
-        assert not torch.equal(others[1].result(SECONDS), want)
+        assert not others[1].result(SECONDS).any()
         if not automatic:
             # Whichever thread came first has copied them.
             assert others[0].result(SECONDS) in (True, False)
@@ -358,6 +372,7 @@ class Held:
         self.parts, self.may_read, step = [], threading.Semaphore(0), learner._learner.step
 
         def wait_and_step(ids: Tensor, mask: Tensor) -> float:
+            learner._gate.rest()  # or forwards would wait for it
             assert self.may_read.acquire(timeout=SECONDS)
             self.parts.append(ids)
             return step(ids, mask)
@@ -391,7 +406,7 @@ def test_the_queue_has_a_bound(make_learner, monkeypatch):
         # An error wakes the one who waits.
         monkeypatch.setattr(learner._learner, "step", lambda *_: held.may_read.acquire(timeout=SECONDS) / 0)
         while held.may_read.acquire(blocking=False):
-            pass
+            time.sleep(1e-4)
         learner.feed(ids[:, :20])
         waiting = threads.submit(learner.feed, ids[:, :8])
         held.may_read.release()
@@ -413,7 +428,7 @@ def test_a_correction_is_learned_within_a_bound(make_learner, monkeypatch, posit
         while learner.statistics().tokens_fed - learner.statistics().tokens_read == capacity:
             held.may_read.release()  # only as much as it must
             while learner.statistics().tokens_fed - learner.statistics().tokens_read == capacity:
-                pass
+                time.sleep(1e-4)
         assert learner.statistics().num_updates == 0 or first > CHUNK * every
         learner.feed(ids[:, first : first + 1], mask[:, first : first + 1], wait=False)
     assert learner.statistics().num_updates == 1
@@ -542,32 +557,68 @@ def test_the_process_ends_while_it_learns():
     assert "terminate" not in result.stderr
 
 
-def test_threads_and_modes_of_others_stay(make_learner, monkeypatch):
-    seen, before, model = [], torch.get_num_threads(), enabled()
-    torch.set_num_threads(2)
-    try:
-        with torch.inference_mode():
-            learner = make_learner(model)
-            step = learner._learner.step
-            monkeypatch.setattr(
-                learner._learner,
-                "step",
-                lambda *piece: (
-                    seen.append((torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
-                    or step(*piece)
-                ),
-            )
-            learner.feed(random_ids(1, CHUNK))  # an inference tensor
-            learner.flush()
-            assert torch.get_num_threads() == 2
-            assert torch.is_inference_mode_enabled()
-        with ThreadPoolExecutor(1) as threads:
-            assert threads.submit(torch.get_num_threads).result() == 2
-    finally:
-        torch.set_num_threads(before)
+def test_inference_mode_of_others_stays(make_learner):
+    model = enabled()
+    with torch.inference_mode():
+        learner = make_learner(model)
+        learner.feed(random_ids(1, CHUNK))  # an inference tensor
+        learner.flush()
+        assert torch.is_inference_mode_enabled()
     assert learner.statistics().num_updates == 1
-    own = os.getpriority(os.PRIO_PROCESS, 0)
-    assert seen == [(1, max(own, 10) if sys.platform == "linux" else own)]
+
+
+def test_it_stands_still_during_a_forward(make_learner, monkeypatch):
+    """Whatever it does: its forward, its backward, or the step of its optimizer."""
+    operators, waits, dispatch = [], [], _Pauses.__torch_dispatch__
+
+    def record(mode, operator, *arguments):
+        assert threading.current_thread() is learner._thread
+        operators.append(str(operator))
+        return dispatch(mode, operator, *arguments)
+
+    monkeypatch.setattr(_Pauses, "__torch_dispatch__", record)
+    learner = make_learner(share=0)
+    for _ in range(3):
+        learner.feed(random_ids(1, CHUNK))
+        while not operators:
+            time.sleep(1e-4)
+        with learner._gate.inside():
+            while learner._gate._learner != "standing":
+                time.sleep(1e-4)
+            before = len(operators)
+            time.sleep(0.05)
+            waits.append((before, len(operators)))
+        learner.flush()
+        every = set(operators)
+        operators.clear()
+    assert all(before == after for before, after in waits)
+    assert {
+        "aten.embedding.default",
+        "sinkattn.sink_attention_gradients.default",
+        "aten.embedding_dense_backward.default",
+        "aten.linalg_vector_norm.default",
+        "aten.add_.Tensor",
+    } <= every
+    assert not {name for name in every if "_foreach_" in name}  # an operator for all weights may take long
+
+
+@pytest.mark.parametrize("ends", ["close", "error"])
+def test_the_end_while_it_stands(make_learner, monkeypatch, ends):
+    learner = make_learner(automatic=False)
+    learner.feed(random_ids(1, 100 * CHUNK))
+    with learner._gate.inside():
+        while learner._gate._learner != "standing":
+            time.sleep(1e-4)
+        if ends == "close":
+            learner.close()
+            assert not learner._thread.is_alive()
+    if ends == "error":
+        monkeypatch.setattr(learner._learner, "_learn", lambda *_: 1 / 0)
+        learner._thread.join(SECONDS)
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            learner.flush()
+    with torch.no_grad():
+        learner._serving.model(random_ids(1, 3))
 
 
 def test_what_is_fed_is_copied(make_learner, monkeypatch):
@@ -585,8 +636,7 @@ def test_bad_arguments(make_learner):
     model = enabled()
     for options, message in [
         ({"capacity": 0}, "capacity: expected 1 or more, got 0"),
-        ({"threads": 0}, "threads: expected 1 or more, got 0"),
-        ({"niceness": 20}, "niceness: expected 0 to 19, got 20"),
+        ({"share": 1.5}, "share: expected 0 to 1, got 1.5"),
         ({"chunk": 1}, "chunk: expected 2 or more"),
     ]:
         with pytest.raises(ValueError, match=message):
