@@ -124,6 +124,11 @@ class RingKVCache:
         else:
             self.seen[rows] += tokens
 
+    def set_seen(self, seen: int, peak: int) -> None:
+        """Count ``seen`` tokens in every row, of which, or of those since rolled back, ``peak`` were written."""
+        self.seen.fill_(seen)
+        self._peak.fill_(peak)
+
     def note_uncounted(self, tokens: int) -> None:
         """Record that up to ``tokens`` tokens beyond ``seen`` were written: they may have overwritten older ones."""
         torch.maximum(self._peak, self.seen + tokens, out=self._peak)

@@ -34,7 +34,7 @@ HF_LAYERS = [
     {"generation"},
     {"swap"},
     {"trial", "stream", "tokenize_stream", "load", "forward_gate"},
-    {"reencode", "learner"},
+    {"reencode", "learner", "pool"},
     {"background", "follow"},
     {"api"},
     {"__init__"},

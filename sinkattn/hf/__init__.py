@@ -5,6 +5,8 @@ from sinkattn.hf.background import BackgroundLearner
 from sinkattn.hf.cache.load_stream import load_stream
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.learner import OnlineLearner
+from sinkattn.hf.pool.pool import PoolFullError, StreamPool
+from sinkattn.hf.pool.stream import Stream
 from sinkattn.hf.sampling.params import SamplingParams
 from sinkattn.hf.stream import stream_text, stream_tokens
 from sinkattn.hf.unsupported import UnsupportedModelError
@@ -12,8 +14,11 @@ from sinkattn.hf.unsupported import UnsupportedModelError
 __all__ = [
     "BackgroundLearner",
     "OnlineLearner",
+    "PoolFullError",
     "SamplingParams",
     "SinkCache",
+    "Stream",
+    "StreamPool",
     "UnsupportedModelError",
     "decode_steps",
     "disable",

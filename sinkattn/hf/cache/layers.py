@@ -40,6 +40,7 @@ class SinkLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the ring, with shape, dtype and device of these keys and values."""
         batch, kv_heads, _, head_dim = key_states.shape
+        batch = self.state.num_rows or batch
         self.ring = RingKVCache(
             batch,
             kv_heads,
@@ -148,7 +149,7 @@ class StatefulSinkLayer(SinkLayer, LinearAttentionAndFullAttentionLayer):  # typ
 
 def layer_tensors(layer: Any) -> dict[str, Tensor]:
     """What `SinkCache.save` saves of a layer of its own or of transformers, rows first: ring and states."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     if isinstance(layer, SinkLayer) and layer.ring is not None:
         tensors |= {"keys": layer.ring.keys, "values": layer.ring.values}
     if isinstance(layer, LinearAttentionCacheLayerMixin):

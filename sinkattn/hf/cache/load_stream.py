@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sinkattn.hf.cache.sink_cache import SinkCache
-from sinkattn.hf.cache.stream_file import read_streams
+from sinkattn.hf.cache.stream_file import SavedStreams, read_streams
 from sinkattn.hf.dry_run import without_dropout
 from sinkattn.hf.fingerprint import Accepted, check_fingerprint
 from sinkattn.hf.model_patch import ModelPatch, require_patch
@@ -38,16 +38,35 @@ def load_stream(model: nn.Module, path: str | Path, *, accept: Collection[Accept
         OSError: the file cannot be read.
     """
     patch = require_patch(model)
+    saved = read_saved(patch, path, accept)
+    saved.drop("pool")
+    cache = load_cache(patch, saved)
+    saved.check_all_taken()
+    return cache
+
+
+def read_saved(patch: ModelPatch, path: str | Path, accept: Collection[Accepted]) -> SavedStreams:
+    """Read a file, and check that it is of this model; raises as `load_stream`."""
     saved = read_streams(path)
     check_fingerprint(patch, saved.model, accept)
     saved.converts_dtype = "dtype" in accept
-    # Not inference tensors: the streams may go on outside of inference mode.
-    with torch.inference_mode(False), torch.no_grad():
-        cache = SinkCache(patch.model)
-        if saved.count("num_columns"):
-            _allocate(patch, cache)
-        cache.load_state(saved)
-    saved.check_all_taken()
+    return saved
+
+
+def load_cache(patch: ModelPatch, saved: SavedStreams) -> SinkCache:
+    """The cache that was saved; raises as `load_stream`."""
+    try:
+        # Not inference tensors: the streams may go on outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            num_sinks = saved.count("num_sinks")
+            if saved.count("num_columns") and num_sinks > saved.num_elements:
+                raise ValueError(f"num_sinks: expected as many as the file has slots, got {num_sinks}")
+            cache = SinkCache(patch.model, num_sinks=num_sinks)
+            if saved.count("num_columns"):
+                _allocate(patch, cache)
+            cache.load_state(saved)
+    except ValueError as error:
+        raise ValueError(f"path: {str(error).removeprefix('path: ')}") from error
     return cache
 
 

@@ -19,6 +19,7 @@ from sinkattn.hf.cache.stream_file import SavedStreams, write_streams
 from sinkattn.hf.fingerprint import fingerprint
 from sinkattn.hf.model_patch import ModelPatch, find_patch, get_patch, require_patch
 from sinkattn.ops import RingLayout
+from sinkattn.ring_cache import RingKVCache
 
 
 class SinkCache(Cache):
@@ -45,7 +46,7 @@ class SinkCache(Cache):
     def __new__(cls, model: PreTrainedModel | None = None, *args: Any, **kwargs: Any) -> SinkCache:
         """Create the class of cache that the model's patch names."""
         patch = None if model is None else get_patch(model)  # None when copied or unpickled
-        return super().__new__(cls if patch is None else patch.cache_class)
+        return super().__new__(cls if patch is None or cls is not SinkCache else patch.cache_class)
 
     def __init__(
         self, model: PreTrainedModel, max_batch_size: int | None = None, *, num_sinks: int | None = None
@@ -80,6 +81,23 @@ class SinkCache(Cache):
     def max_seq_length(self) -> int:
         """The most tokens that precede a token in what it sees."""
         return self.layout.num_sinks + self.layout.window - 1
+
+    @property
+    def can_step(self) -> bool:
+        """Whether decode steps may be compiled or captured in graphs: only once there is memory."""
+        return self.seen is not None
+
+    def relative_positions(self, positions: Tensor) -> Tensor:
+        """Ranks of tokens at stream positions ``[1 or batch, tokens]`` among those that they see."""
+        return positions.clamp(max=self.max_seq_length)
+
+    def ring_counters(self, ring: RingKVCache) -> tuple[Tensor, Tensor]:
+        """Tokens of each row of a forward in a ring, int64 ``[batch]``, and counters for `ops.sink_attention_`."""
+        return ring.seen, ring.arrivals
+
+    def row_options(self, layout: RingLayout) -> dict[str, Any]:
+        """Further arguments of the attention operator in a layer with this layout."""
+        return {}
 
     @property
     def widest_window(self) -> int:
@@ -367,7 +385,8 @@ class SinkCache(Cache):
     def state_fields(self) -> dict[str, Any]:
         """What it saves besides tensors."""
         rows = len(self.seen) if self.seen is not None and self.state.num_columns else 0
-        return {"rows": rows, "max_batch_size": self._max_batch_size, **self.state.state_fields()}
+        fields = {"rows": rows, "num_sinks": self.layout.num_sinks, "max_batch_size": self._max_batch_size}
+        return {**fields, **self.state.state_fields()}
 
     def load_state(self, saved: SavedStreams) -> None:
         """Become the cache that was saved. This one must have fed its first tokens, if that one had, in any rows.

@@ -31,6 +31,8 @@ class SharedCacheState:
     """Ids that the streams were fed."""
     counter_ring: RingKVCache | None = None
     """Ring that owns ``seen``, the token counters that all rings share; None without any ring yet."""
+    num_rows: int | None = None
+    """Rows of every ring; None: those of the first forward."""
     num_columns: int = 0
     """Columns fed so far, padding included. Without padding, the host's copy of ``seen``."""
     peak_columns: int = 0
@@ -80,6 +82,12 @@ class SharedCacheState:
         if self.counter_ring is None:
             raise RuntimeError("cache: expected streams that have tokens, got a cache without any")
         return self.counter_ring
+
+    def set_tokens(self, seen: int, peak: int) -> None:
+        """Count as many tokens in every row, ``peak`` of them once written; the caller has written them."""
+        self.num_columns, self.peak_columns = seen, peak
+        if self.counter_ring is not None:
+            self.counter_ring.set_seen(seen, peak)
 
     def check_past_mask(self, past: Tensor) -> None:
         """Raise ValueError if a mask of past columns, ``[batch, columns]``, is not the one that they were fed with.

@@ -145,6 +145,16 @@ class SavedStreams:
             raise ValueError(f"path: {name}: expected {dtype}, got {x.dtype}; accept=('dtype',) would convert it")
         return x.to(device, dtype, copy=True)
 
+    @property
+    def num_elements(self) -> int:
+        """Elements of all tensors that are left in the file."""
+        return sum(x.numel() for x in self._tensors.values())
+
+    def drop(self, name: str) -> None:
+        """Leave out the part of this name."""
+        for key in [key for key in self._tensors if key.startswith(f"{self._prefix}{name}.")]:
+            del self._tensors[key]
+
     def check_all_taken(self) -> None:
         """Raise ValueError if tensors are left that nothing has taken."""
         if self._tensors:

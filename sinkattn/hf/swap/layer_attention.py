@@ -88,7 +88,7 @@ class RunningForward:
         layer = self.cache.layers[index]
         if not layer.is_initialized:
             layer.lazy_initialization(key, value)
-        ring = RingTensors(layer.ring.keys, layer.ring.values, layer.ring.seen, layer.ring.arrivals)
+        ring = RingTensors(layer.ring.keys, layer.ring.values, *self.cache.ring_counters(layer.ring))
         if self.rings_before is not None:
             with _unseen_by_modes():
                 # An empty ring takes no memory here.
@@ -98,12 +98,26 @@ class RunningForward:
         return ring
 
     def rotary_tables(
-        self, group: LayerGroup, layout: ops.RingLayout, rope: Rope, seen: Tensor, dtype: torch.dtype
+        self,
+        group: LayerGroup,
+        layout: ops.RingLayout,
+        rope: Rope,
+        seen: Tensor,
+        dtype: torch.dtype,
+        row_sinks: Tensor | None = None,
+        begins: Tensor | None = None,
+        **_: Any,
     ) -> tuple[Tensor, Tensor]:
         """Cosines and sines of a group, whose rotation is ``rope``; computed once per forward."""
         if group.index not in self.tables:
             self.tables[group.index] = rope.stream_tables(
-                seen, self.num_tokens, num_sinks=layout.num_sinks, window=layout.window, dtype=table_dtype(dtype)
+                seen,
+                self.num_tokens,
+                num_sinks=layout.num_sinks,
+                window=layout.window,
+                dtype=table_dtype(dtype),
+                row_sinks=row_sinks,
+                begins=begins,
             )
         return self.tables[group.index]
 
@@ -141,6 +155,7 @@ def attend_over_ring(
         query = functional.pad(query, (0, 0, num_missing, 0))
     ring = forward.ring_tensors(info.index, key, value)
     layout = forward.cache.layers[info.index].layout
+    row_options = forward.cache.row_options(layout)
     # Under autocast rotated queries and keys are in fp32, and a stream may enter or leave autocast between calls.
     dtype = value.dtype
     query, key, value = (x.to(ring.values.dtype) for x in (query, key, value))
@@ -153,7 +168,7 @@ def attend_over_ring(
         if offset:
             # The kernels rotate the first elements of a head. Scores do not depend on the order of elements.
             query, key = (torch.cat((x[..., offset:], x[..., :offset]), dim=-1) for x in (query, key))
-        cos, sin = forward.rotary_tables(group, layout, rope, ring.seen, key.dtype)
+        cos, sin = forward.rotary_tables(group, layout, rope, ring.seen, key.dtype, **row_options)
     if info.temperature is not None:
         query = _scale_queries(query, info.temperature, forward.positions)
     order = None if padding is None else padding.order
@@ -178,6 +193,7 @@ def attend_over_ring(
             alibi_slopes=info.alibi_slopes,
             arrivals=ring.arrivals,
             backend=backend,
+            **row_options,
             **options,
         )
     except Exception:

@@ -260,7 +260,7 @@ class RingPatch(StreamPatch):
 
         # Rotary modules return the identity now. Anything else that depends on position_ids gets the cache-relative
         # position.
-        positions = positions.clamp(max=cache.max_seq_length)
+        positions = cache.relative_positions(positions)
         provided = {self.cache_argument: cache, "attention_mask": None, "position_ids": positions}
         kwargs |= {name: value for name, value in provided.items() if name in self.parameters}
         cache.begin_forward(batch, num_tokens, kwargs.get("input_ids"))
@@ -271,7 +271,7 @@ class RingPatch(StreamPatch):
             is_recorded = True
         previous = self._set_running(running)
         try:
-            can_step = num_tokens == 1 and cache.seen is not None and not is_recorded
+            can_step = num_tokens == 1 and cache.can_step and not is_recorded
             step = self._decode_step(padding) if can_step else None
             if step is None:
                 output = self.run_decoder(**kwargs)

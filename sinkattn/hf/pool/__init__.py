@@ -1,0 +1,1 @@
+"""`StreamPool`: many endless streams of one model, batched."""

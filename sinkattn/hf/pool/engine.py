@@ -1,0 +1,229 @@
+"""`Engine`: the steps of a pool: which streams run, their forwards, and the choice of their next tokens."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sinkattn.hf.cache.id_history import UNKNOWN_ID
+from sinkattn.hf.pool.memory import Memory, NewTokens
+from sinkattn.hf.pool.state import StreamState
+from sinkattn.hf.sampling.batch_sampler import BatchSampler
+
+# Steps for which a stream that has work keeps its row while another one waits for a row.
+MIN_STEPS = 32
+
+
+class Segment(NamedTuple):
+    """Tokens of a stream that a step runs."""
+
+    state: StreamState
+    ids: list[int]
+    begin: int
+    """First token that their window may hold."""
+
+
+class Step(NamedTuple):
+    """What a step does."""
+
+    forwards: list[list[Segment]]
+    sampled: list[StreamState]
+    """Streams that get a token after these forwards."""
+
+
+class Engine:
+    """Runs streams in the rows of a memory. Not thread-safe: the pool calls one method at a time.
+
+    Args:
+        memory: of the streams.
+        num_rows: its rows.
+        tokens_per_step: the most tokens of a step that are fed rather than generated.
+    """
+
+    def __init__(self, memory: Memory, num_rows: int, tokens_per_step: int) -> None:
+        self.memory = memory
+        self._tokens_per_step = tokens_per_step
+        self._rows: list[StreamState | None] = [None] * num_rows
+        self._num_steps = 0
+        self._sampler = BatchSampler()
+        self._logits: Tensor | None = None
+        """Logits after the last token of each row: ``[rows, vocabulary]``; None before the first forward."""
+
+    def drop(self, state: StreamState) -> None:
+        """Forget what is in memory of a stream."""
+        if state.memory.row is not None:
+            self._rows[state.memory.row] = None
+        self.memory.drop(state.memory)
+        state.has_logits, state.parked_logits = False, None
+
+    def fork(self, state: StreamState) -> StreamState:
+        """A copy of a stream; nothing is wanted of it, and no token is ready."""
+        return StreamState(
+            state.prefix,
+            state.sampler.fork(),
+            self.memory.copy(state.memory),
+            copy.deepcopy(state.ids),
+            copy.deepcopy(state.messages),
+            queue=state.queue.copy(),
+            has_logits=state.has_logits,
+            parked_logits=self.logits_on_host(state),
+        )
+
+    def rollback(self, state: StreamState, count: int) -> None:
+        """Forget the last tokens in memory, which must be possible."""
+        self.memory.rollback(state.memory, count)
+        state.ids.rollback(count)
+        state.has_logits, state.parked_logits = False, None
+        if state.messages is not None:
+            state.messages.rollback(len(state.ids))
+
+    def plan(self, working: Iterable[StreamState]) -> Step:
+        """Choose what the next step runs of the streams that have work, and give them rows."""
+        self._num_steps += 1
+        working = sorted(working, key=lambda x: x.last_step)
+        for state in working:
+            self._bring_in(state, working)
+        running = [state for state in working if state.memory.row is not None and self._check_usable(state)]
+        for state in running:
+            state.last_step = self._num_steps
+        segments = [_segment(state, 1) for state in running if len(state.queue) == 1]
+        feeding = self._feeding([state for state in running if len(state.queue) > 1])
+        if self.memory.is_batched:
+            forwards = [group for group in (segments, feeding) if group]
+        else:
+            forwards = [[segment] for segment in (*segments, *feeding)]
+        fed = {id(x.state): len(x.ids) for x in (*segments, *feeding)}
+        sampled = [x for x in running if x.wanted == "token" and len(x.queue) == fed.get(id(x), 0)]
+        return Step(forwards, sampled)
+
+    def _bring_in(self, state: StreamState, working: Sequence[StreamState]) -> None:
+        """Give a stream a row, if there is one or another stream can be parked."""
+        if state.memory.row is not None:
+            return
+        if None not in self._rows:
+            residents = [x for x in self._rows if x is not None]
+            idle = [x for x in residents if x not in working]
+            if idle:
+                # One of which nothing is wanted, or else one whose next token is ready: that has been so for longest.
+                victim = min(idle, key=lambda x: (x.wanted != "nothing", x.last_step))
+            else:
+                victim = min(residents, key=lambda x: x.row_since)
+                if self._num_steps - victim.row_since < MIN_STEPS:
+                    return
+            self._park(victim)
+        row = self._rows.index(None)
+        self.memory.bring_in(state.memory, row)
+        if state.parked_logits is not None:
+            assert self._logits is not None
+            self._logits[row].copy_(state.parked_logits)
+        self._rows[row], state.parked_logits, state.row_since = state, None, self._num_steps
+
+    def _park(self, state: StreamState) -> None:
+        row = _row(state)
+        state.parked_logits = self.logits_on_host(state)
+        self.memory.park(state.memory)
+        self._rows[row] = None
+
+    def logits_on_host(self, state: StreamState) -> Tensor | None:
+        """The logits after the last token of a stream; None if they are not known."""
+        if not state.has_logits or state.parked_logits is not None:
+            return state.parked_logits
+        assert self._logits is not None
+        return self._logits[_row(state)].to("cpu", copy=True)
+
+    def _check_usable(self, state: StreamState) -> bool:
+        if not self.memory.can_rollback(state.memory, 0):
+            state.error = RuntimeError(
+                "stream: a forward that failed has overwritten tokens that it sees; reset() begins it anew"
+            )
+        return state.error is None
+
+    def _feeding(self, states: Sequence[StreamState]) -> list[Segment]:
+        """Tokens of streams that are fed: of the one that has waited longest, and of others with about as many."""
+        segments: list[Segment] = []
+        width = 0
+        for state in states:
+            segment = _segment(state, width or self._tokens_per_step)
+            width = width or len(segment.ids)
+            if 2 * len(segment.ids) >= width and width * (len(segments) + 1) <= self._tokens_per_step:
+                segments.append(segment)
+        return segments if self.memory.is_batched else segments[:1]
+
+    def run(self, step: Step) -> list[int | None]:
+        """Run a step. Returns the tokens that were chosen for ``step.sampled``, None where none could be.
+
+        They do not belong to the streams yet.
+        """
+        for segments in step.forwards:
+            logits = self.memory.run([NewTokens(x.state.memory, x.ids, x.begin) for x in segments])
+            if self._logits is None:
+                self._logits = logits.new_zeros(len(self._rows), logits.shape[1])
+            self._logits.index_copy_(0, self._row_index([x.state for x in segments]), logits)
+            for state, ids, _ in segments:
+                state.ids.append(ids)
+                state.has_logits = True
+                for _ in ids:
+                    state.queue.popleft()
+        try:
+            return self._choose(step.sampled)
+        except Exception:
+            return [self._choose_alone(state) for state in step.sampled]  # the fault of one of them
+
+    def _choose_alone(self, state: StreamState) -> int | None:
+        try:
+            [token] = self._choose([state])
+        except Exception as error:
+            state.error = error
+            return None
+        return token
+
+    def _choose(self, states: Sequence[StreamState]) -> list[int | None]:
+        if not states:
+            return []
+        assert self._logits is not None
+        samplers, ids = [state.sampler for state in states], None
+        if any(sampler.params.needs_ids for sampler in samplers):
+            ids = _padded([state.ids.in_sight(state.window_begin(-1)) for state in states]).to(self._logits.device)
+        logits = self._logits.index_select(0, self._row_index(states))
+        for state in states:
+            if state.sampler.grammar is not None:
+                state.grammar_before = state.sampler.grammar.fork()
+        draws = [sampler.draws for sampler in samplers]
+        try:
+            return [*self._sampler.choose(logits, samplers, ids).read()]
+        except BaseException:
+            for state, drawn in zip(states, draws, strict=True):
+                state.sampler.draws = drawn
+                state.sampler.grammar, state.grammar_before = state.grammar_before, None
+            raise
+
+    def _row_index(self, states: Sequence[StreamState]) -> Tensor:
+        assert self._logits is not None
+        return torch.tensor([_row(state) for state in states]).to(self._logits.device, non_blocking=True)
+
+
+def _segment(state: StreamState, most: int) -> Segment:
+    """The next tokens of a stream, up to ``most``, whose windows begin with the same message."""
+    count = min(most, len(state.queue))
+    if state.messages is not None:
+        count = state.messages.run_length(len(state.ids), count)
+    return Segment(state, [*islice(state.queue, count)], state.window_begin(0))
+
+
+def _row(state: StreamState) -> int:
+    assert state.memory.row is not None
+    return state.memory.row
+
+
+def _padded(rows: Sequence[np.ndarray]) -> Tensor:
+    """Ids of different number: int64 ``[rows, most]``, `UNKNOWN_ID` where a row has fewer."""
+    padded = np.full((len(rows), max(map(len, rows))), UNKNOWN_ID)
+    for row, ids in zip(padded, rows, strict=True):
+        row[len(row) - len(ids) :] = ids
+    return torch.from_numpy(padded)

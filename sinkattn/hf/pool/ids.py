@@ -1,0 +1,72 @@
+"""Ids of one stream on the host: those in sight of its last token and as many before them as it may be rolled back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sinkattn.ops import RingLayout
+
+
+class StreamIds:
+    """Ids by token number, in constant memory: in the slots that the tokens have in a ring.
+
+    Args:
+        layout: of the stream.
+    """
+
+    def __init__(self, layout: RingLayout) -> None:
+        self.layout = layout
+        self._slots = np.zeros(layout.slots, dtype=np.int64)
+        self._count = self._peak = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Append the next ids."""
+        layout, begin, end = self.layout, self._count, self._count + len(ids)
+        num_sinks = min(max(layout.num_sinks - begin, 0), len(ids))
+        self._slots[begin : begin + num_sinks] = ids[:num_sinks]
+        # Of more than the ring holds, only the last.
+        first = max(begin + num_sinks, end - layout.ring)
+        numbers = np.arange(first, end) - layout.num_sinks
+        self._slots[layout.num_sinks + numbers % layout.ring] = ids[first - begin :]
+        self._count, self._peak = end, max(self._peak, end)
+
+    def rollback(self, count: int) -> None:
+        """Forget the last ids."""
+        self._count -= count
+
+    def in_sight(self, begin: int = 0) -> np.ndarray:
+        """Ids of the tokens that the last one sees, int64, in order; ``begin``: the first that its window may hold."""
+        layout, last = self.layout, self._count - 1
+        begin = max(layout.num_sinks, last - layout.window + 1, begin)
+        sinks = self._slots[: min(layout.num_sinks, self._count)]
+        return np.concatenate((sinks, self._recent(begin)))
+
+    def last(self, count: int) -> list[int]:
+        """The last ids, fewer if there are not as many."""
+        num_recent = max(0, min(count, self._count - self.layout.num_sinks))
+        sinks = self._slots[max(0, self._count - count) : min(self.layout.num_sinks, self._count)]
+        return [*sinks.tolist(), *self._recent(self._count - num_recent).tolist()]
+
+    def known(self) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers and ids of all tokens that are recorded, in order."""
+        layout = self.layout
+        begin = min(max(layout.num_sinks, self._peak - layout.ring), self._count)
+        num_sinks = min(layout.num_sinks, self._count)
+        numbers = np.concatenate((np.arange(num_sinks), np.arange(begin, self._count)))
+        return numbers, np.concatenate((self._slots[:num_sinks], self._recent(begin)))
+
+    def restore(self, count: int, numbers: np.ndarray, ids: np.ndarray) -> None:
+        """Become a stream of ``count`` tokens of which these are recorded."""
+        layout, self._count, self._peak = self.layout, count, count
+        in_ring = layout.num_sinks + (numbers - layout.num_sinks) % layout.ring
+        self._slots[np.where(numbers < layout.num_sinks, numbers, in_ring)] = ids
+
+    def _recent(self, begin: int) -> np.ndarray:
+        layout = self.layout
+        numbers = np.arange(begin, self._count) - layout.num_sinks
+        return self._slots[layout.num_sinks + numbers % layout.ring]

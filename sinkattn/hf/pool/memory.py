@@ -1,0 +1,277 @@
+"""Memory of the streams of a pool, and the forwards on it: rows of shared rings, or a cache for each stream."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from sinkattn.hf.cache.sink_cache import SinkCache
+from sinkattn.hf.model_patch import require_patch
+from sinkattn.hf.pool.row_cache import RowCache, RowInput
+from sinkattn.hf.stream import keep_last_logits
+from sinkattn.hf.swap.ring_patch import RingPatch
+from sinkattn.hf.versions import forward_cache
+
+
+@dataclass(eq=False)
+class StreamMemory:
+    """What a stream has in memory."""
+
+    num_sinks: int
+    row: int | None = None
+    """Its row; None while it is parked."""
+    contents: Any = field(default=None, repr=False)
+    """Keys and values while it is parked, or its cache; None for none."""
+    seen: int = 0
+    """Tokens of the stream in rings."""
+    peak: int = 0
+    """The most ever written there, by failed forwards too; a rollback does not lower it."""
+
+
+class NewTokens(NamedTuple):
+    """New tokens of a stream, which a forward runs."""
+
+    stream: StreamMemory
+    ids: Sequence[int]
+    begin: int
+    """First token that their window may hold."""
+
+
+class Memory(Protocol):
+    """Memory for the streams of a pool, in rows."""
+
+    is_batched: bool
+    """Whether a forward may run several streams."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values on the device."""
+
+    def run(self, inputs: Sequence[NewTokens]) -> Tensor:
+        """Append tokens to streams that have a row. Returns the logits of the last one of each: ``[streams, vocab]``.
+
+        If the forward fails, no token counts.
+        """
+
+    def bring_in(self, stream: StreamMemory, row: int) -> None:
+        """Give a stream a free row."""
+
+    def park(self, stream: StreamMemory) -> None:
+        """Free the row of a stream, whose contents go to host memory."""
+
+    def drop(self, stream: StreamMemory) -> None:
+        """Free the row of a stream, which is empty then."""
+
+    def copy(self, stream: StreamMemory) -> StreamMemory:
+        """A copy, without a row."""
+
+    def to_cache(self, stream: StreamMemory) -> SinkCache:
+        """A copy of the contents as the cache of one stream, on any device, without its history of ids."""
+
+    def from_cache(self, cache: SinkCache) -> StreamMemory:
+        """The contents of such a cache, without a row; the cache must not be used any more."""
+
+    def can_rollback(self, stream: StreamMemory, count: int) -> bool:
+        """Whether the last ``count`` tokens can be forgotten; not even 0 if a failed forward has overwritten others."""
+
+    def rollback(self, stream: StreamMemory, count: int) -> None:
+        """Forget the last ``count`` tokens, which must be possible."""
+
+
+def memory_for(model: PreTrainedModel, num_rows: int, num_sinks: int) -> Memory:
+    """Memory for the streams of a model: ``num_rows`` of them, with up to ``num_sinks`` sinks each."""
+    if isinstance(require_patch(model), RingPatch) and not SinkCache(model).has_states:
+        return RingMemory(model, num_rows, num_sinks)
+    return OwnCaches(model, num_sinks)
+
+
+class RingMemory:
+    """A row of each layer's ring for each stream. Forwards run any of them together."""
+
+    is_batched = True
+
+    def __init__(self, model: PreTrainedModel, num_rows: int, num_sinks: int) -> None:
+        self._model = model
+        self._cache = RowCache(model, num_rows, num_sinks=num_sinks)
+        self._options = {forward_cache(model): self._cache, "use_cache": True, **keep_last_logits(model)}
+
+    @property
+    def nbytes(self) -> int:
+        """See `Memory`."""
+        return self._cache.nbytes
+
+    @torch.no_grad()
+    def run(self, inputs: Sequence[NewTokens]) -> Tensor:
+        """See `Memory`."""
+        width = max(len(x.ids) for x in inputs)
+        # Padding is at the left, so that the last column has the last token of each stream.
+        ids, mask = torch.tensor([[0] * (width - len(x.ids)) + [*x.ids] for x in inputs]), None
+        if any(len(x.ids) < width for x in inputs):
+            lengths = torch.tensor([len(x.ids) for x in inputs])
+            mask = (torch.arange(width) >= width - lengths.unsqueeze(1)).to(self._model.device)
+        self._cache.select([RowInput(_row(x.stream), x.stream.seen, x.stream.num_sinks, x.begin) for x in inputs])
+        for x in inputs:
+            x.stream.peak = max(x.stream.peak, x.stream.seen + len(x.ids))
+        output = self._model(input_ids=ids.to(self._model.device), attention_mask=mask, **self._options)
+        for x in inputs:
+            x.stream.seen += len(x.ids)
+        return output.logits[:, -1]
+
+    def _tensors(self, row: int) -> list[Tensor]:
+        """Keys and values of a row, of all layers that have memory."""
+        return [x[row] for layer in self._cache.layers if layer.is_initialized for x in (layer.keys, layer.values)]
+
+    def bring_in(self, stream: StreamMemory, row: int) -> None:
+        """See `Memory`."""
+        if stream.contents is not None:
+            for x, content in zip(self._tensors(row), stream.contents, strict=True):
+                x.copy_(content)
+        stream.row, stream.contents = row, None
+
+    def park(self, stream: StreamMemory) -> None:
+        """See `Memory`."""
+        stream.contents = self.copy(stream).contents
+        self._clear(stream)
+
+    def drop(self, stream: StreamMemory) -> None:
+        """See `Memory`."""
+        self._clear(stream)
+        stream.contents, stream.seen, stream.peak = None, 0, 0
+
+    def _clear(self, stream: StreamMemory) -> None:
+        if stream.row is not None:
+            for x in self._tensors(stream.row):
+                x.zero_()  # nothing of a stream stays in memory
+            stream.row = None
+
+    def copy(self, stream: StreamMemory) -> StreamMemory:
+        """See `Memory`."""
+        contents = stream.contents if stream.row is None else self._tensors(stream.row)
+        if contents is not None:
+            contents = [x.to("cpu", copy=True) for x in contents] if stream.peak else None
+        return replace(stream, row=None, contents=contents)
+
+    def to_cache(self, stream: StreamMemory) -> SinkCache:
+        """See `Memory`."""
+        cache = SinkCache(self._model, num_sinks=stream.num_sinks)
+        contents = self.copy(stream).contents or []
+        for layer, num_sinks, keys, values in zip(
+            cache.layers, self._reserved_sinks(), contents[::2], contents[1::2], strict=False
+        ):
+            # Slots that are reserved for more sinks are left out.
+            own = [
+                torch.cat((x[:, : layer.layout.num_sinks], x[:, num_sinks:]), dim=1).unsqueeze(0)
+                for x in (keys, values)
+            ]
+            layer.lazy_initialization(*own)
+            layer.keys.copy_(own[0])
+            layer.values.copy_(own[1])
+        cache.state.set_tokens(stream.seen, stream.peak)
+        return cache
+
+    def from_cache(self, cache: SinkCache) -> StreamMemory:
+        """See `Memory`."""
+        stream, contents = StreamMemory(cache.layout.num_sinks), list[Tensor]()
+        if cache.seen is None:
+            return stream
+        for layer, num_sinks in zip(cache.layers, self._reserved_sinks(), strict=True):
+            own = layer.layout.num_sinks
+            for x in (layer.keys[0], layer.values[0]):
+                sinks = functional.pad(x[:, :own], (0, 0, 0, num_sinks - own))
+                contents.append(torch.cat((sinks, x[:, own:]), dim=1))
+        stream.contents, stream.seen, stream.peak = contents, cache.tokens_seen, cache.state.peak_columns
+        return stream
+
+    def _reserved_sinks(self) -> list[int]:
+        """Slots for sinks of every layer."""
+        return [layer.layout.num_sinks for layer in self._cache.layers]
+
+    def can_rollback(self, stream: StreamMemory, count: int) -> bool:
+        """See `Memory`."""
+        layouts = [layer.layout for layer in self._cache.layers]
+        # Until a ring wraps around, nothing is overwritten.
+        is_whole = all(stream.peak <= (stream.num_sinks if x.num_sinks else 0) + x.ring for x in layouts)
+        behind = stream.peak - stream.seen + count
+        return count <= stream.seen and (is_whole or behind <= self._cache.layout.headroom)
+
+    def rollback(self, stream: StreamMemory, count: int) -> None:
+        """See `Memory`."""
+        stream.seen -= count
+
+
+class OwnCaches:
+    """A `SinkCache` for each stream, and a forward for each: for models with states, and those that re-encode."""
+
+    is_batched = False
+
+    def __init__(self, model: PreTrainedModel, num_sinks: int) -> None:
+        SinkCache(model, num_sinks=num_sinks)  # raises ValueError if the model does not take so many
+        self._model = model
+        self._streams: list[StreamMemory] = []
+
+    @property
+    def nbytes(self) -> int:
+        """See `Memory`."""
+        return sum(stream.contents.nbytes for stream in self._streams)
+
+    @torch.no_grad()
+    def run(self, inputs: Sequence[NewTokens]) -> Tensor:
+        """See `Memory`."""
+        [(stream, ids, _)], model = inputs, self._model
+        options = {forward_cache(model): stream.contents, "use_cache": True, **keep_last_logits(model)}
+        return model(input_ids=torch.tensor([[*ids]], device=model.device), **options).logits[:, -1]
+
+    def bring_in(self, stream: StreamMemory, row: int) -> None:
+        """See `Memory`."""
+        if stream.contents is None:
+            stream.contents = SinkCache(self._model, num_sinks=stream.num_sinks)
+        stream.row = row
+        self._streams.append(stream)
+
+    def park(self, stream: StreamMemory) -> None:
+        """See `Memory`; the contents stay where they are."""
+        self._streams.remove(stream)
+        stream.row = None
+
+    def drop(self, stream: StreamMemory) -> None:
+        """See `Memory`."""
+        if stream.row is not None:
+            self.park(stream)
+        stream.contents = None
+
+    def copy(self, stream: StreamMemory) -> StreamMemory:
+        """See `Memory`; the contents stay on the device."""
+        return replace(stream, row=None, contents=copy.deepcopy(stream.contents))
+
+    def to_cache(self, stream: StreamMemory) -> SinkCache:
+        """See `Memory`."""
+        cache = stream.contents
+        return SinkCache(self._model, num_sinks=stream.num_sinks) if cache is None else copy.deepcopy(cache)
+
+    def from_cache(self, cache: SinkCache) -> StreamMemory:
+        """See `Memory`."""
+        return StreamMemory(cache.layout.num_sinks, contents=cache)
+
+    def can_rollback(self, stream: StreamMemory, count: int) -> bool:
+        """See `Memory`."""
+        cache = stream.contents
+        if count == 0:
+            return cache is None or cache.is_usable
+        return count <= cache.tokens_seen and cache.can_rollback(torch.tensor([count]), torch.tensor([0]))
+
+    def rollback(self, stream: StreamMemory, count: int) -> None:
+        """See `Memory`."""
+        if count:
+            stream.contents.crop(-count)
+
+
+def _row(stream: StreamMemory) -> int:
+    assert stream.row is not None
+    return stream.row

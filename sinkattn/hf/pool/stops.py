@@ -1,0 +1,35 @@
+"""`StopStrings`: ends a text that comes in pieces where one of several strings is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Passes text on as far as it cannot be the beginning of a stop string.
+
+    Attributes:
+        found: whether one is complete; the text ends before it.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = strings
+        self._held = ""
+        self.found = False
+
+    def add(self, piece: str) -> str:
+        """Add a piece of text; returns the text that is certain."""
+        text = self._held + piece
+        ends = [index for string in self._strings if (index := text.find(string)) >= 0]
+        if ends:
+            self.found, self._held = True, ""
+            return text[: min(ends)]
+        begun = [n for string in self._strings for n in range(1, len(string)) if text.endswith(string[:n])]
+        certain = len(text) - max(begun, default=0)
+        self._held = text[certain:]
+        return text[:certain]
+
+    def rest(self) -> str:
+        """The text that was held back, at the end."""
+        rest, self._held = self._held, ""
+        return rest

@@ -1,0 +1,296 @@
+"""`Stream`: one endless stream of a `StreamPool`."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+from collections.abc import AsyncIterator, Collection, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from sinkattn.hf.pool.state import StreamState
+from sinkattn.hf.pool.stops import StopStrings
+from sinkattn.hf.sampling.params import SamplingParams
+from sinkattn.hf.stream import DECODE_CONTEXT, stream_text
+
+T = TypeVar("T")
+
+
+class Stream:
+    """One endless stream of a `StreamPool`, which begins it in `StreamPool.open`. Any thread may use it.
+
+    What is fed and what is generated follow each other: nothing has to be handed over twice. ``len(stream)`` is the
+    number of tokens so far, less those that were rolled back.
+    """
+
+    def __init__(self, pool: Any, state: StreamState) -> None:
+        self._pool, self._state = pool, state
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    @property
+    def in_sight(self) -> list[int]:
+        """Ids that the last token sees, itself included: prefix or sinks, and window."""
+        with self._pool.exclusive(self._state) as state:
+            ids = copy.deepcopy(state.ids)
+            ids.append([*state.queue])
+            return ids.in_sight(state.window_begin(len(state.queue) - 1)).tolist()
+
+    def feed(self, tokens: str | Sequence[int] | Tensor, *, begins_message: bool = True) -> None:
+        """Append tokens; returns when they are in memory.
+
+        Args:
+            tokens: text, or ids ``[tokens]`` or ``[1, tokens]``. The first text of a stream gets the special tokens
+                that begin one.
+            begins_message: whether they begin a message; of effect only with ``evict="message"``.
+
+        Raises:
+            ValueError: for text without a tokenizer, or ids that the model does not have.
+        """
+        pool = self._pool
+        ids = pool.ids_of("tokens", tokens, is_first=not len(self))
+        with pool.exclusive(self._state) as state:
+            if ids:
+                state.drop_ready()
+                if state.messages is not None and begins_message:
+                    state.messages.begin(len(state), len(state.ids))
+                state.queue.extend(ids)
+            if state.wanted == "nothing":
+                state.wanted = "feed"
+        try:
+            pool.wait_for(state, lambda: not state.queue)
+        finally:
+            if state.wanted == "feed":
+                state.wanted = "nothing"
+
+    def generate(
+        self,
+        max_new_tokens: int | None = None,
+        *,
+        stop: Collection[int | str] = (),
+        sampling: SamplingParams | None = None,
+    ) -> Generator[int]:
+        """Generate tokens, one for each ``next``, without end unless something ends it.
+
+        A token belongs to the stream when it is yielded. A stream has one such iterator at a time: close one that is
+        left before its end.
+
+        Args:
+            max_new_tokens: the most tokens; None for no limit.
+            stop: ids and texts that end it. Such an id is not yielded and does not belong to the stream; a text ends
+                with the token that completes it.
+            sampling: how tokens are chosen from now on; default: as before.
+
+        Raises:
+            ValueError: for an invalid argument.
+            RuntimeError: while it runs: a stream that is closed, has no tokens, or has such an iterator already.
+        """
+        stops = self._stop_strings(stop)
+        tokens = self._tokens(max_new_tokens, stop, sampling)
+        return tokens if stops is None else self._until(tokens, stops)
+
+    def generate_text(
+        self,
+        max_new_tokens: int | None = None,
+        *,
+        stop: Collection[int | str] = (),
+        sampling: SamplingParams | None = None,
+    ) -> Generator[str]:
+        """Generate text, a piece, maybe empty, for each token; otherwise as `generate`.
+
+        Bytes are held back until their character is complete, and text as long as it may begin a text of ``stop``,
+        which is not yielded.
+        """
+        if self._pool.tokenizer is None:
+            raise ValueError("tokenizer: expected one, given to StreamPool, for text, got None")
+        stops = self._stop_strings(stop) or StopStrings([])
+        return self._text(self._tokens(max_new_tokens, stop, sampling), stops)
+
+    def _stop_strings(self, stop: Collection[int | str]) -> StopStrings | None:
+        strings = [x for x in stop if isinstance(x, str)]
+        if strings and self._pool.tokenizer is None:
+            raise ValueError(f"stop: expected ids, as the pool has no tokenizer, got {strings[0]!r}")
+        if "" in strings:
+            raise ValueError("stop: expected texts of one character or more, got ''")
+        return StopStrings(strings) if strings else None
+
+    def _tokens(
+        self, max_new_tokens: int | None, stop: Collection[int | str], sampling: SamplingParams | None
+    ) -> Generator[int]:
+        if max_new_tokens is not None and max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens: expected 0 or more, got {max_new_tokens}")
+        sampler = None if sampling is None else self._pool.new_sampler(sampling)
+        stop_ids = frozenset(x for x in stop if not isinstance(x, str))
+
+        def tokens() -> Generator[int]:
+            call, count = object(), 0
+            with self._pool.exclusive(self._state) as state:
+                self._pool.begin_generation(state, call)
+                if sampler is not None:
+                    state.sampler = sampler
+            try:
+                while count != max_new_tokens:
+                    is_last = count + 1 == max_new_tokens
+                    token = self._pool.next_token(state, call, stop_ids, is_last=is_last)
+                    if token is None:
+                        return
+                    count += 1
+                    yield token
+            finally:
+                self._pool.end_generation(state, call)
+
+        return tokens()
+
+    def _decoded(self, tokens: Iterator[int]) -> Iterator[str]:
+        """Text of tokens that this stream generates."""
+        assert self._pool.tokenizer is not None
+        with self._pool.exclusive(self._state) as state:
+            before = [*state.ids.last(DECODE_CONTEXT), *state.queue]
+        return stream_text(self._pool.tokenizer, tokens, before)
+
+    def _until(self, tokens: Generator[int], stops: StopStrings) -> Generator[int]:
+        """These tokens until their text has one of the strings."""
+        last: list[int] = []
+
+        def noted() -> Iterator[int]:
+            for token in tokens:
+                last.append(token)
+                yield token
+
+        try:
+            for piece in self._decoded(noted()):
+                stops.add(piece)
+                if last:
+                    yield last.pop()
+                if stops.found:
+                    return
+        finally:
+            tokens.close()
+
+    def _text(self, tokens: Generator[int], stops: StopStrings) -> Generator[str]:
+        try:
+            for piece in self._decoded(tokens):
+                yield stops.add(piece)
+                if stops.found:
+                    return
+            yield stops.rest()
+        finally:
+            tokens.close()
+
+    async def feed_async(self, tokens: str | Sequence[int] | Tensor, *, begins_message: bool = True) -> None:
+        """`feed` for asyncio."""
+        await asyncio.to_thread(self.feed, tokens, begins_message=begins_message)
+
+    def generate_async(
+        self,
+        max_new_tokens: int | None = None,
+        *,
+        stop: Collection[int | str] = (),
+        sampling: SamplingParams | None = None,
+    ) -> AsyncIterator[int]:
+        """`generate` for asyncio."""
+        return _in_threads(self.generate(max_new_tokens, stop=stop, sampling=sampling))
+
+    def generate_text_async(
+        self,
+        max_new_tokens: int | None = None,
+        *,
+        stop: Collection[int | str] = (),
+        sampling: SamplingParams | None = None,
+    ) -> AsyncIterator[str]:
+        """`generate_text` for asyncio."""
+        return _in_threads(self.generate_text(max_new_tokens, stop=stop, sampling=sampling))
+
+    def fork(self) -> Stream:
+        """An independent copy, which goes on from here; with the same sampling it draws the same tokens.
+
+        Raises:
+            PoolFullError: if there is no room.
+        """
+        with self._pool.exclusive(self._state) as state:
+            state.drop_ready()
+            return self._pool.add(self._pool.engine.fork(state))
+
+    def rollback(self, count: int) -> None:
+        """Forget the last ``count`` tokens, as if they had never come.
+
+        Until the ring is full any number can be forgotten, then up to the headroom of `sinkattn.enable`; one fewer if
+        the next thing is `generate`, which runs the last token again.
+
+        Raises:
+            ValueError: for a negative number.
+            RuntimeError: if so many cannot be forgotten; nothing is changed.
+        """
+        if count < 0:
+            raise ValueError(f"count: expected 0 or more, got {count}")
+        with self._pool.exclusive(self._state) as state:
+            waiting = min(count, len(state.queue))
+            in_memory = count - waiting
+            if in_memory and not self._pool.engine.memory.can_rollback(state.memory, in_memory):
+                raise RuntimeError(
+                    f"stream: cannot forget {count} of {len(state)} tokens; the headroom of sinkattn.enable is "
+                    f"{state.ids.layout.headroom}"
+                )
+            if not count:
+                return
+            state.drop_ready()
+            for _ in range(waiting):
+                state.queue.pop()
+            if in_memory:
+                self._pool.engine.rollback(state, in_memory)
+            if state.messages is not None:
+                state.messages.rollback(len(state))
+
+    def reset(self) -> None:
+        """Begin anew, with the same prefix."""
+        with self._pool.exclusive(self._state) as state:
+            state.drop_ready()
+            self._pool.engine.drop(state)
+            state.begin_anew()
+
+    def save(self, path: str | Path) -> None:
+        """Save the stream to a file, from which `StreamPool.load` opens it again, in another process too.
+
+        `sinkattn.load_stream` makes a cache of it. The file has the bytes of its keys and values, the logits of its
+        last token, and little more; a file that exists is replaced as a whole.
+
+        Raises:
+            OSError: the file cannot be written.
+            RuntimeError: if the model is not enabled any more.
+        """
+        with self._pool.exclusive(self._state) as state:
+            state.drop_ready()
+            self._pool.save(path, state)
+
+    def close(self) -> None:
+        """Forget the stream and free its memory."""
+        self._pool.remove(self._state)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+async def _in_threads(items: Generator[T]) -> AsyncIterator[T]:
+    """Items of a generator, each of which is made in a thread."""
+    lock = threading.Lock()  # a cancelled task leaves a thread that is about to make the next item
+
+    def advance() -> T | None:
+        with lock:
+            return next(items, None)
+
+    def close() -> None:
+        with lock:
+            items.close()
+
+    try:
+        while (item := await asyncio.to_thread(advance)) is not None:
+            yield item
+    finally:
+        await asyncio.shield(asyncio.to_thread(close))

@@ -1,0 +1,450 @@
+"""`StreamPool`: every stream's tokens are those of the stream alone, whoever shares the batch."""
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import pytest
+import torch
+from hf_models import VOCABULARY, build, enabled, interrupted, random_ids
+from transformers import LogitsProcessor
+
+import sinkattn
+from sinkattn import PoolFullError, SamplingParams, StreamPool
+from sinkattn.hf.sampling.batch_sampler import BatchSampler
+from sinkattn.hf.sampling.stream_sampler import StreamSampler
+from sinkattn.hf.versions import forward_cache
+
+S, W, HEADROOM = 2, 12, 4
+
+
+@cache
+def model_in_double(family="llama", **overrides):
+    """Without ties, and with the same tokens whatever the order of sums."""
+    return sinkattn.enable(build(family, torch.float64, **overrides), S, W, HEADROOM)
+
+
+@torch.no_grad()
+def logits_alone(model, ids, num_sinks=S):
+    cache = sinkattn.SinkCache(model, num_sinks=num_sinks)
+    return model(input_ids=torch.tensor([ids]), **{forward_cache(model): cache}).logits[:, -1]
+
+
+def tokens_alone(model, ids, count, params=None, num_sinks=S, draws=0):
+    """Tokens that a stream generates by itself, each from a run over all of its ids."""
+    ids, sampler = [*ids], StreamSampler(params or SamplingParams(), vocabulary=VOCABULARY)
+    sampler.draws, chosen = draws, []
+    for _ in range(count):
+        in_sight = torch.tensor([ids[:num_sinks] + ids[num_sinks:][-W:]])
+        [token] = BatchSampler().choose(logits_alone(model, ids, num_sinks), [sampler], in_sight).read()
+        ids.append(token)
+        chosen.append(token)
+    return chosen
+
+
+def some_ids(count, seed=0):
+    return random_ids(1, count, seed=seed)[0].tolist()
+
+
+def in_turn(iterators, count):
+    """Tokens of several streams, one of each at a time."""
+    tokens = [[] for _ in iterators]
+    for _ in range(count):
+        for own, iterator in zip(tokens, iterators, strict=True):
+            own.append(next(iterator))
+    return tokens
+
+
+# Rings of one kind and of two, ALiBi, states, and re-encoding.
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom", "falcon_h1", "gpt2"])
+def test_tokens_are_those_of_the_stream_alone(family):
+    model = model_in_double(family)
+    pool, lengths = StreamPool(model, 4, tokens_per_step=7), (1, 5, 23, 40)
+    streams = [pool.open() for _ in lengths]
+    for stream, length in zip(streams, lengths, strict=True):
+        stream.feed(some_ids(length, length))
+    got = in_turn([stream.generate(20) for stream in streams], 20)
+    assert got == [tokens_alone(model, some_ids(length, length), 20) for length in lengths]
+    assert [len(stream) for stream in streams] == [length + 20 for length in lengths]
+
+
+def test_every_stream_samples_by_its_own_parameters():
+    model = model_in_double()
+    all_params = [
+        SamplingParams(),
+        SamplingParams(temperature=1.0, seed=1),
+        SamplingParams(temperature=0.7, top_p=0.9, seed=2, repetition_penalty=1.3),
+        SamplingParams(temperature=1.3, top_k=9, seed=3, presence_penalty=0.5, frequency_penalty=0.3),
+    ]
+    pool = StreamPool(model, 4)
+    streams = [pool.open(sampling=params) for params in all_params]
+    for stream in streams:
+        stream.feed(some_ids(10))
+    got = in_turn([stream.generate() for stream in streams], 30)
+    want = [tokens_alone(model, some_ids(10), 30, params) for params in all_params]
+    assert got == want
+    assert len({tuple(tokens) for tokens in want}) == 4
+
+
+def test_feeding_and_generating_follow_each_other():
+    model = model_in_double()
+    pool = StreamPool(model, 2)
+    other, stream = pool.open(sampling=SamplingParams(temperature=1.0, seed=4)), pool.open()
+    other.feed(some_ids(3))
+    ids, drawn = some_ids(3), 0
+    forever = other.generate()
+    for turn in range(4):
+        stream.feed(some_ids(6, turn))
+        # The other one has chosen its next token ahead, before this is fed.
+        other.feed(some_ids(turn, turn))
+        ids += some_ids(turn, turn)
+        mine = stream.generate(5)
+        for got in zip(mine, forever, strict=False):
+            want = tokens_alone(model, ids, 1, SamplingParams(temperature=1.0, seed=4), draws=drawn)
+            assert [got[1]] == want
+            ids, drawn = ids + want, drawn + 1
+    assert other.in_sight == ids[:S] + ids[S:][-W:]
+    assert len(stream) == 4 * 11
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_a_prefix_stays_in_sight(family):
+    model = model_in_double(family)
+    pool = StreamPool(model, 3, max_prefix=9)
+    prefixes = [some_ids(9, 1), some_ids(5, 2), some_ids(1, 3)]
+    streams = [pool.open(prefix) for prefix in prefixes]
+    for stream in streams:
+        stream.feed(some_ids(30, 4))
+    got = in_turn([stream.generate() for stream in streams], 10)
+    want = [tokens_alone(model, [*x, *some_ids(30, 4)], 10, num_sinks=max(len(x), S)) for x in prefixes]
+    assert got == want
+    assert streams[0].in_sight[:9] == prefixes[0]
+    with pytest.raises(ValueError, match=r"prefix: expected up to 9 tokens \(max_prefix\), got 10"):
+        pool.open(some_ids(10))
+    with pytest.raises(ValueError, match="num_sinks: expected 0 to 500"):
+        StreamPool(model, max_prefix=501)
+
+
+@torch.no_grad()
+def test_whole_messages_are_evicted():
+    """One layer, so that the output depends on nothing but the ids in sight."""
+    plain, model = (build("llama", torch.float64, num_hidden_layers=1) for _ in range(2))
+    sinkattn.enable(model, S, W, HEADROOM)
+    pool = StreamPool(model, 3, max_prefix=4)
+    prefix, lengths = some_ids(4, 9), [3, 5, 4, 7, 2, 16, 3, 6, 1, 1, 8]
+    stream, by_token = pool.open(prefix, evict="message"), pool.open(prefix)
+    messages, differs = [], False
+    for index, length in enumerate(lengths):
+        message = some_ids(length, index)
+        stream.feed(message)
+        by_token.feed(message)
+        for token in stream.generate(3):
+            seen = [len(prefix) + sum(map(len, [*messages, message]))]
+            # From the last message back as many as fit; of the last one its end.
+            visible, room = [], W
+            for part in reversed([*messages, message]):
+                if visible and len(part) > room:
+                    break
+                visible, room = part[-room:] + visible, room - len(part)
+                if room <= 0:
+                    break
+            want = int(plain(torch.tensor([prefix + visible])).logits[0, -1].argmax())
+            assert token == want, (index, seen)
+            message = [*message, token]
+            assert stream.in_sight[-len(message[-W:]) :] == message[-W:]
+        messages.append(message)
+        differs |= stream.in_sight != by_token.in_sight
+    assert differs
+
+
+def test_streams_beyond_the_rows_are_parked_and_come_back():
+    model = model_in_double()
+    pool = StreamPool(model, 2, max_parked=4)
+    streams = [pool.open() for _ in range(6)]
+    for index, stream in enumerate(streams):
+        stream.feed(some_ids(20 + index, index))
+    with pytest.raises(PoolFullError, match="pool: 6 streams are open, the most that it takes"):
+        pool.open()
+    with pytest.raises(PoolFullError):
+        streams[0].fork()
+    nbytes = pool.nbytes
+    got = in_turn([stream.generate() for stream in streams], 6)
+    assert got == [tokens_alone(model, some_ids(20 + index, index), 6) for index in range(6)]
+    assert pool.nbytes == nbytes
+    streams[3].close()
+    streams[0].fork()
+    with pytest.raises(RuntimeError, match="stream: is closed"):
+        streams[3].feed([1])
+
+
+def test_nothing_of_a_closed_stream_stays_in_memory():
+    pool = StreamPool(model_in_double(), 1)
+    stream = pool.open()
+    stream.feed(some_ids(20))
+    layers = pool.engine.memory._cache.layers
+    assert all(layer.keys.any() for layer in layers)
+    stream.close()
+    assert not any(layer.keys.any() or layer.values.any() for layer in layers)
+
+
+def test_forks_rollbacks_and_resets():
+    model = model_in_double()
+    pool = StreamPool(model, 4)
+    stream = pool.open(some_ids(2, 5))
+    assert len(stream) == 2
+    stream.feed(some_ids(30))
+    ids = [*some_ids(2, 5), *some_ids(30)]
+    fork = stream.fork()
+    fork.feed(some_ids(20, 7))
+    assert list(stream.generate(4)) == tokens_alone(model, ids, 4)
+    stream.rollback(4)
+    stream.feed([3])
+    assert list(stream.generate(1)) == tokens_alone(model, [*ids, 3], 1)
+    stream.rollback(2)
+    before = stream.in_sight
+    with pytest.raises(RuntimeError, match=f"stream: cannot forget 9 of {len(ids)} tokens; the headroom .* is 4"):
+        stream.rollback(9)
+    assert stream.in_sight == before
+    stream.feed(some_ids(3, 8))
+    stream.rollback(3)
+    assert list(stream.generate(3)) == tokens_alone(model, ids, 3)  # the last token runs again
+    assert list(fork.generate(3)) == tokens_alone(model, [*ids, *some_ids(20, 7)], 3)
+    stream.reset()
+    stream.feed(some_ids(3))
+    assert list(stream.generate(3)) == tokens_alone(model, [*some_ids(2, 5), *some_ids(3)], 3)
+
+
+def test_stops():
+    model = model_in_double()
+    pool = StreamPool(model, 1)
+    stream = pool.open()
+    stream.feed(some_ids(9))
+    first, second, third = tokens_alone(model, some_ids(9), 3)
+    assert list(stream.generate(stop=[third])) == [first, second]
+    assert len(stream) == 11  # without what stopped it
+    assert list(stream.generate(1)) == [third]
+    assert list(stream.generate(0)) == []
+    for arguments, message in (
+        ({"max_new_tokens": -1}, "max_new_tokens: expected 0 or more, got -1"),
+        ({"stop": ["x"]}, "stop: expected ids, as the pool has no tokenizer, got 'x'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stream.generate(**arguments)
+    with pytest.raises(ValueError, match="tokenizer: expected one, given to StreamPool"):
+        stream.generate_text()
+    running = stream.generate()
+    next(running)
+    with pytest.raises(RuntimeError, match="stream: generates already"):
+        next(stream.generate())
+    running.close()
+    assert len(list(stream.generate(2))) == 2
+    with pytest.raises(RuntimeError, match="stream: expected tokens to go on from, got none"):
+        next(StreamPool(model, 1).open().generate())
+    for ids in ([VOCABULARY], [-1], [[1], [2]], [0.5]):
+        with pytest.raises(ValueError, match="tokens: expected"):
+            stream.feed(ids)
+
+
+def test_threads_share_the_steps():
+    model = model_in_double()
+    pool, count = StreamPool(model, 8), 8
+    want = [tokens_alone(model, some_ids(5 + index, index), 15) for index in range(count)]
+
+    def talk(index):
+        with pool.open() as stream:
+            stream.feed(some_ids(5 + index, index))
+            return list(stream.generate(15))
+
+    with ThreadPoolExecutor(count) as threads:
+        assert list(threads.map(talk, range(count), timeout=60)) == want
+    assert len(pool) == 0
+
+
+def test_asyncio():
+    model = model_in_double()
+    pool = StreamPool(model, 4)
+
+    async def talk(index):
+        stream = pool.open()
+        await stream.feed_async(some_ids(5 + index, index))
+        return [token async for token in stream.generate_async(10)]
+
+    async def main():
+        forever = pool.open()
+        await forever.feed_async([1])
+        endless = asyncio.create_task(anext_forever(forever))
+        results = await asyncio.gather(*map(talk, range(3)))
+        endless.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await endless
+        return results, list(forever.generate(2))
+
+    async def anext_forever(stream):
+        async for _ in stream.generate_async():
+            pass
+
+    results, after = asyncio.run(main())
+    assert results == [tokens_alone(model, some_ids(5 + index, index), 10) for index in range(3)]
+    assert len(after) == 2
+
+
+class Broken(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        raise OSError("no such file")
+
+
+def test_the_fault_of_one_stream_is_not_that_of_others():
+    model = model_in_double()
+    pool = StreamPool(model, 3)
+    good, bad = pool.open(), pool.open(sampling=SamplingParams(processors=[Broken()]))
+    for stream in (good, bad):
+        stream.feed(some_ids(10))
+    tokens = good.generate()
+    failing = bad.generate()
+    first = next(tokens)
+    with pytest.raises(OSError, match="no such file"):
+        next(failing)
+    assert [first, *(next(tokens) for _ in range(5))] == tokens_alone(model, some_ids(10), 6)
+    bad.feed(some_ids(3, 1))
+    assert list(bad.generate(3, sampling=SamplingParams())) == tokens_alone(model, some_ids(10) + some_ids(3, 1), 3)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_after_a_forward_that_failed(error):
+    model = sinkattn.enable(build("llama", torch.float64), S, W, HEADROOM)
+    pool = StreamPool(model, 2)
+    stream, lost = pool.open(), pool.open()
+    stream.feed(some_ids(20))
+    lost.feed(some_ids(20, 1))
+    with interrupted(model.model.layers[1], 0, error):
+        stream.feed(some_ids(HEADROOM, 2))
+    with interrupted(model.model.layers[1], 0, error):
+        lost.feed(some_ids(W, 2))
+    # What was fed is still to come; the forward has overwritten only tokens that nothing sees any more.
+    assert list(stream.generate(3)) == tokens_alone(model, some_ids(20) + some_ids(HEADROOM, 2), 3)
+    with pytest.raises(RuntimeError, match="a forward that failed has overwritten tokens that it sees"):
+        next(lost.generate())
+    lost.reset()
+    lost.feed(some_ids(5))
+    assert list(lost.generate(3)) == tokens_alone(model, some_ids(5), 3)
+
+
+def test_invalid_arguments():
+    model = enabled("llama", S, W)
+    with pytest.raises(ValueError, match="model: expected a model prepared by"):
+        StreamPool(build("llama"))
+    for name in ("max_streams", "max_parked", "max_prefix", "tokens_per_step"):
+        with pytest.raises(ValueError, match=f"{name}: expected . or more, got -1"):
+            StreamPool(model, **{name: -1})
+    with pytest.raises(ValueError, match="evict: expected 'token' or 'message', got 'all'"):
+        StreamPool(model).open(evict="all")
+
+
+def test_a_step_is_bounded():
+    """A long text does not hold up the others: between two of their tokens at most `tokens_per_step` are fed."""
+    model = model_in_double()
+    pool = StreamPool(model, 2, tokens_per_step=5)
+    talking, listening = pool.open(), pool.open()
+    talking.feed(some_ids(3))
+    tokens, widths = talking.generate(), []
+    next(tokens)
+    run = pool.engine.memory.run
+
+    def noted(inputs):
+        widths.append(max(len(x.ids) for x in inputs))
+        return run(inputs)
+
+    pool.engine.memory.run = noted
+    feeder = threading.Thread(target=listening.feed, args=(some_ids(100),))
+    feeder.start()
+    got = [next(tokens) for _ in range(30)]
+    feeder.join()
+    assert max(widths) == 5
+    assert got == tokens_alone(model, some_ids(3), 31)[1:]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "falcon_h1", "gpt2"])
+def test_saved_streams_go_on_in_another_pool(family, tmp_path):
+    model = model_in_double(family)
+    params = SamplingParams(temperature=1.0, seed=5, repetition_penalty=1.2, logit_bias={3: -1.0, 5: float("-inf")})
+    with StreamPool(model, 2, max_prefix=6) as pool:
+        stream = pool.open(some_ids(5, 1), sampling=params)
+        stream.feed(some_ids(30))
+        drawn = list(stream.generate(7))
+        stream.save(tmp_path / "a")
+        want = list(stream.generate(20))
+        seen = stream.in_sight
+    ids = [*some_ids(5, 1), *some_ids(30)]
+    assert drawn + want == tokens_alone(model, ids, 27, params, num_sinks=5)
+    pool = StreamPool(model, 1, max_parked=1, max_prefix=9)
+    pool.open().feed(some_ids(20))
+    again = pool.load(tmp_path / "a")
+    assert list(again.generate(20)) == want
+    assert again.in_sight == seen
+    cache = sinkattn.load_stream(model, tmp_path / "a")
+    # The last token that was generated had not been fed.
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([drawn[-1:]]), **{forward_cache(model): cache}).logits[:, -1]
+    # Some of a state is in single precision in any model.
+    torch.testing.assert_close(logits, logits_alone(model, ids + drawn, num_sinks=5), atol=1e-5, rtol=1e-5)
+
+
+def test_a_saved_stream_has_its_messages(tmp_path):
+    model = model_in_double()
+    pool = StreamPool(model, 2, max_prefix=4)
+    stream = pool.open(some_ids(4, 1), evict="message")
+    for length in (5, 6, 7, 2):
+        stream.feed(some_ids(length, length))
+    stream.save(tmp_path / "a")
+    other = pool.load(tmp_path / "a")
+    for each in (stream, other):
+        each.feed(some_ids(3, 8))
+    assert other.in_sight == stream.in_sight
+    assert list(other.generate(9)) == list(stream.generate(9))
+    assert other.in_sight == stream.in_sight
+
+
+def test_files_that_a_pool_refuses(tmp_path):
+    model = model_in_double()
+    pool = StreamPool(model, 2, max_prefix=4)
+    cache = sinkattn.SinkCache(model)
+    logits_alone(model, some_ids(5))
+    cache.save(tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"path: expected a stream of a StreamPool, got .*, which SinkCache.save"):
+        pool.load(tmp_path / "cache")
+    stream = pool.open(some_ids(4), sampling=SamplingParams(processors=[Broken()]))
+    stream.save(tmp_path / "a")
+    with pytest.raises(ValueError, match="sampling: expected the parameters again"):
+        pool.load(tmp_path / "a")
+    pool.load(tmp_path / "a", sampling=SamplingParams()).close()
+    with pytest.raises(ValueError, match=r"path: num_sinks: expected up to 2 \(max_prefix\), got 4"):
+        StreamPool(model, 2).load(tmp_path / "a", sampling=SamplingParams())
+    pool.open()
+    with pytest.raises(PoolFullError):
+        pool.load(tmp_path / "a", sampling=SamplingParams())
+    assert len(pool) == 2
+
+
+def test_the_draws_of_others_are_not_changed_by_a_fault():
+    model = model_in_double()
+    pool, params = StreamPool(model, 2), SamplingParams(temperature=1.0, seed=3)
+    good, bad = (
+        pool.open(sampling=params),
+        pool.open(sampling=SamplingParams(temperature=1.0, seed=1, processors=[Nowhere()])),
+    )
+    for stream in (good, bad):
+        stream.feed(some_ids(10))
+    tokens, failing = good.generate(), bad.generate()
+    got = []
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="logits: expected finite ones"):
+            next(bad.generate() if failing is None else failing)
+        failing = None
+        got.append(next(tokens))
+    assert got == tokens_alone(model, some_ids(10), 3, params)
+
+
+class Nowhere(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores * float("nan")
