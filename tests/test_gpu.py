@@ -50,7 +50,7 @@ def make_cache(batch, slots, head_dim, dtype):
 @pytest.mark.parametrize(("style", "rotary_dim"), [("half", 1.0), ("interleaved", 1.0), ("half", 0.5), (None, 0)])
 def test_append_equals_the_cpu(style, rotary_dim, head_dim, dtype):
     pairs = int(head_dim * rotary_dim) // 2
-    for contiguous in (False, True):
+    for contiguous, of_rows in ((False, False), (True, False), (True, True)):
         for tokens in (1, 5, 40):
             seen = torch.tensor([0, 3, 10**9])
             _, key, value = make_qkv(tokens, batch=3, head_dim=head_dim, dtype=dtype)
@@ -61,7 +61,9 @@ def test_append_equals_the_cpu(style, rotary_dim, head_dim, dtype):
                 rope = make_rope(2 * pairs, style)
                 cos, sin = rope.tables(seen[:, None] + torch.arange(tokens), table_dtype(dtype))
                 options |= {"cos": cos, "sin": sin, "interleaved": rope.interleaved}
-            cache = make_cache(3, 25, head_dim, dtype)
+            if of_rows:
+                options |= {"rows": torch.tensor([4, 0, 2]), "row_sinks": torch.tensor([3, 4, 0])}
+            cache = make_cache(5 if of_rows else 3, 25, head_dim, dtype)
             assert_equal_on_gpu("append_", {**cache, "key": key, "value": value, "seen": seen}, **options)
 
 
@@ -186,15 +188,17 @@ def test_lengths_out_of_range_are_clamped():
 def test_calls_never_wait_for_the_device():
     ring = RingKVCache(2, 2, 64, 4, 150, device="cuda")
     rope = make_rope(64)
-    for tokens in (1, 3, 40):
-        new = [x.cuda() for x in make_qkv(tokens, head_dim=64)]
-        sink_attention(*new, ring, rope=rope)  # compiles, and copies what stays
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            sink_attention(*new, ring, rope=rope)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    of_rows = {"rows": torch.tensor([1, 0]), "row_sinks": torch.tensor([4, 0]), "begins": torch.tensor([0, 0])}
+    for options in ({}, {name: x.cuda() for name, x in of_rows.items()}):
+        for tokens in (1, 3, 40):
+            new = [x.cuda() for x in make_qkv(tokens, head_dim=64)]
+            sink_attention(*new, ring, rope=rope, **options)  # compiles, and copies what stays
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                sink_attention(*new, ring, rope=rope, **options)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_token_is_one_launch(monkeypatch):

@@ -63,6 +63,8 @@ class CallShape(NamedTuple):
     query_strides: tuple[int, ...]
     key_strides: tuple[int, ...]
     value_strides: tuple[int, ...]
+    cache_rows: int | None = None
+    """Rows of the cache, in calls that name the rows that they use."""
 
     @property
     def group(self) -> int:
@@ -130,7 +132,7 @@ def attend(call: AttentionArguments, shape: CallShape) -> tuple[Tensor, bool]:
     if not out.numel():
         return out, True
     given: dict[str, Tensor | None] = {"query": query, "key": key, "value": value, "out": out}
-    names = ("keys", "values", "seen", "lengths", "sink_logits", "alibi_slopes")
+    names = ("keys", "values", "seen", "lengths", "rows", "row_sinks", "begins", "sink_logits", "alibi_slopes")
     given |= {name: getattr(call, name) for name in names}
     # A kernel without pairs never reads the tables, so any pointer will do.
     given["cos"] = call.seen if call.cos is None else call.cos.contiguous()
@@ -166,6 +168,7 @@ def call_shape(call: AttentionArguments) -> CallShape:
         query.stride(),
         key.stride(),
         value.stride(),
+        None if call.rows is None else len(call.keys),
     )
 
 
@@ -247,7 +250,7 @@ def chunk_launch(shape: CallShape, split: bool) -> Launch:
 def combine_launch(shape: CallShape, splits: int) -> Launch:
     """Launch of the kernel that combines the ``splits`` of a chunk."""
     config, rows = Config(16, 16, warps=4, stages=1), shape.tokens * shape.group
-    names = ("tokens", "kv_heads", "VALUE_DIM", "GROUP", "BLOCK_M", "BLOCK_V", "UPCAST")
+    names = ("tokens", "kv_heads", "cache_rows", "VALUE_DIM", "GROUP", "BLOCK_M", "BLOCK_V", "UPCAST")
     options = ("num_warps", "num_stages", "enable_fp_fusion")
     numbers = {name: x for name, x in _attention_numbers(shape, config).items() if name in names + options}
     numbers |= {"splits": splits, "BLOCK_SPLITS": _splits_at_once(16, shape, config.warps)}
@@ -297,6 +300,7 @@ def _attention_numbers(shape: CallShape, config: Config) -> dict[str, Any]:
         "slots": shape.slots,
         "window": shape.window,
         "num_sinks": shape.num_sinks,
+        "cache_rows": shape.cache_rows,
         "scale": shape.scale * LOG2_E if softcap is None else shape.scale / softcap,
         "cap": None if softcap is None else softcap * LOG2_E,
         "VALUE_DIM": shape.value_dim,

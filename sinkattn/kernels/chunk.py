@@ -10,10 +10,13 @@ import triton.language as tl
 from sinkattn.kernels.primitives import (
     LOWEST_SCORE,
     attend,
+    cache_kv_row_of,
     combine_partials,
     load_block,
     load_rotated,
     normalise,
+    position_of,
+    sinks_of,
     store_output,
     store_partial,
     token_counts,
@@ -42,12 +45,12 @@ def rotate_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "kv_heads", "slots", "window", "num_sinks"],
-    do_not_specialize_on_alignment=["seen", "lengths", "sink_logits", "alibi_slopes"],
+    do_not_specialize=["tokens", "kv_heads", "slots", "window", "num_sinks", "cache_rows"],
+    do_not_specialize_on_alignment=["seen", "lengths", "rows", "row_sinks", "begins", "sink_logits", "alibi_slopes"],
 )
 def chunk_kernel(
-    keys, values, query, rotated, value, seen, lengths, cos, sin, sink_logits, alibi_slopes, out, partials,
-    tokens, kv_heads, slots, window, num_sinks, scale, cap,
+    keys, values, query, rotated, value, seen, lengths, rows, row_sinks, begins, cos, sin, sink_logits, alibi_slopes,
+    out, partials, tokens, kv_heads, slots, window, num_sinks, cache_rows, scale, cap,
     query_row, query_head, query_token, value_row, value_head, value_token,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -59,7 +62,7 @@ def chunk_kernel(
     of keys, the last one does the sinks too, and `combine_kernel` makes the output; otherwise one does everything.
     Queries of a KV head are numbered ``token * GROUP + query head``, so that a block spans few tokens and the
     windows of its queries overlap. Key blocks that no query of the block sees are skipped; those that all see need no
-    mask.
+    mask. rows, row_sinks, begins, cache_rows: as for `decode_kernel`.
     """
     query_blocks = tl.cdiv(tokens * GROUP, BLOCK_M)
     kv_row, split, num_splits = tl.program_id(0) // query_blocks, tl.program_id(1), tl.num_programs(1)
@@ -69,7 +72,8 @@ def chunk_kernel(
     n = tl.arange(0, BLOCK_N)
     token, query_heads = m // GROUP, head * GROUP + m % GROUP
     live = token < tokens
-    before, count = token_counts(seen, lengths, row, tokens)
+    before, count = token_counts(seen, lengths, row, tokens, rows, cache_rows)
+    sinks = sinks_of(row_sinks, row, num_sinks)
     heads = kv_heads * GROUP
     first_token = first // GROUP
     if first_token >= count:
@@ -90,7 +94,7 @@ def chunk_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
-    first_slot = kv_row.to(tl.int64) * slots
+    first_slot = cache_kv_row_of(kv_row, rows, row, head, kv_heads).to(tl.int64) * slots
     new_keys = rotated + kv_row.to(tl.int64) * tokens * HEAD_DIM
     new_values = value + row * value_row + head * value_head
 
@@ -98,11 +102,14 @@ def chunk_kernel(
     q = load_rotated(
         query_rows, cos + sink_table_rows, sin + sink_table_rows, live, HEAD_DIM, BLOCK_D, PAIRS, INTERLEAVED, UPCAST
     )
-    held_sinks = tl.minimum(before, num_sinks).to(tl.int32)
-    all_sinks = tl.minimum(before + last_token + 1, num_sinks).to(tl.int32)
+    held_sinks = tl.minimum(before, sinks).to(tl.int32)
+    all_sinks = tl.minimum(before + last_token + 1, sinks).to(tl.int32)
     if partials is not None:
         all_sinks = tl.where(split == num_splits - 1, all_sinks, 0)
-    position = tl.minimum(before + token, num_sinks + window - 1)
+    row_begin = None
+    if begins is not None:
+        row_begin = tl.minimum(tl.maximum(tl.load(begins + row), 0), before)
+    position = position_of(before + token, sinks, window, row_begin)
     for start in range(0, all_sinks, BLOCK_SINKS):
         sink = start + tl.arange(0, BLOCK_SINKS)
         old, new = sink < held_sinks, (sink >= held_sinks) & (sink < all_sinks)
@@ -122,19 +129,21 @@ def chunk_kernel(
     # The old ring: tokens begin to before - 1, in blocks that end with the newest. Column c is token begin + c; a query
     # sees columns from first_column on, and all queries see those of the blocks full_ring to ring_blocks.
     ring = slots - num_sinks
-    begin = tl.maximum(before + first_token - window + 1, num_sinks)
+    begin = tl.maximum(before + first_token - window + 1, sinks)
+    if row_begin is not None:
+        begin = tl.maximum(begin, row_begin)
     held = tl.maximum(before - begin, 0).to(tl.int32)
     ring_blocks = tl.cdiv(held, BLOCK_N)
     missing = ring_blocks * BLOCK_N - held
     first_column = (before + token - window + 1 - begin).to(tl.int32)
     edge = tl.maximum(before + last_token - window + 1 - begin, 0).to(tl.int32)
     full_ring = tl.minimum(tl.cdiv(edge + missing, BLOCK_N), ring_blocks)
-    first_index = (tl.maximum(begin - num_sinks, 0) % ring).to(tl.int32)
+    first_index = (tl.maximum(begin - sinks, 0) % ring).to(tl.int32)
     first_slot += num_sinks
 
     # The new tokens without sinks: from begin_new to the last token of this query block. All queries see blocks
     # full_begin to full_end; blocks before and after need a mask.
-    begin_new = tl.maximum(tl.maximum(num_sinks - before, 0).to(tl.int32), first_token - window + 1)
+    begin_new = tl.maximum(tl.maximum(sinks - before, 0).to(tl.int32), first_token - window + 1)
     new_end = tl.cdiv(tl.maximum(last_token + 1 - begin_new, 0), BLOCK_N)
     full_begin = tl.minimum(tl.cdiv(tl.maximum(last_token - window + 1 - begin_new, 0), BLOCK_N), new_end)
     full_end = tl.maximum(tl.maximum(first_token + 1 - begin_new, 0) // BLOCK_N, full_begin)
@@ -189,33 +198,34 @@ def chunk_kernel(
         acc = normalise(acc, row_max, row_sum, sink_logits, query_heads, live)
         store_output(out, acc, row, token, count, tokens, heads, query_heads, VALUE_DIM, BLOCK_V, UPCAST)
     else:
-        num_kv_rows, rows = tl.num_programs(0) // query_blocks, tokens * GROUP
+        num_kv_rows, num_queries = tl.num_programs(0) // query_blocks, tokens * GROUP
         store_partial(
-            partials, kv_row, num_kv_rows, split, num_splits, rows, m, live, row_max, row_sum, acc, VALUE_DIM, BLOCK_V
+            partials, kv_row, num_kv_rows, split, num_splits, num_queries, m, live, row_max, row_sum, acc, VALUE_DIM,
+            BLOCK_V
         )  # fmt: skip
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "kv_heads", "splits"],
-    do_not_specialize_on_alignment=["partials", "seen", "lengths", "sink_logits"],
+    do_not_specialize=["tokens", "kv_heads", "splits", "cache_rows"],
+    do_not_specialize_on_alignment=["partials", "seen", "lengths", "rows", "sink_logits"],
 )
 def combine_kernel(
-    partials, seen, lengths, sink_logits, out, tokens, kv_heads, splits,
+    partials, seen, lengths, rows, sink_logits, out, tokens, kv_heads, splits, cache_rows,
     VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
     """Program (block, kv_row) makes the output of BLOCK_M queries from the ``splits`` of `chunk_kernel`."""
-    rows = tokens * GROUP
-    blocks = tl.cdiv(rows, BLOCK_M)
+    num_queries = tokens * GROUP
+    blocks = tl.cdiv(num_queries, BLOCK_M)
     kv_row = tl.program_id(0) // blocks
     row, head = (kv_row // kv_heads).to(tl.int64), (kv_row % kv_heads).to(tl.int64)
     m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     token, query_heads = m // GROUP, head * GROUP + m % GROUP
-    _, count = token_counts(seen, lengths, row, tokens)
+    _, count = token_counts(seen, lengths, row, tokens, rows, cache_rows)
     live = token < count
     row_max, row_sum, acc = combine_partials(
-        partials, kv_row, tl.num_programs(0) // blocks, splits, splits, rows, m, live, VALUE_DIM, BLOCK_M, BLOCK_V,
-        BLOCK_SPLITS
+        partials, kv_row, tl.num_programs(0) // blocks, splits, splits, num_queries, m, live, VALUE_DIM, BLOCK_M,
+        BLOCK_V, BLOCK_SPLITS
     )  # fmt: skip
     acc = normalise(acc, row_max, row_sum, sink_logits, query_heads, live)
     store_output(out, acc, row, token, count, tokens, kv_heads * GROUP, query_heads, VALUE_DIM, BLOCK_V, UPCAST)

@@ -11,10 +11,13 @@ import triton.language as tl
 from sinkattn.kernels.primitives import (
     LOWEST_SCORE,
     attend,
+    cache_kv_row_of,
     combine_partials,
     load_block,
     load_rotated,
     normalise,
+    position_of,
+    sinks_of,
     store_output,
     store_partial,
     token_counts,
@@ -22,12 +25,14 @@ from sinkattn.kernels.primitives import (
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "kv_heads", "slots", "window", "num_sinks"],
-    do_not_specialize_on_alignment=["seen", "lengths", "sink_logits", "alibi_slopes", "arrivals"],
-)
+    do_not_specialize=["tokens", "kv_heads", "slots", "window", "num_sinks", "cache_rows"],
+    do_not_specialize_on_alignment=[
+        "seen", "lengths", "rows", "row_sinks", "begins", "sink_logits", "alibi_slopes", "arrivals"
+    ],
+)  # fmt: skip
 def decode_kernel(
-    keys, values, query, key, value, seen, lengths, cos, sin, sink_logits, alibi_slopes, out, partials, arrivals,
-    tokens, kv_heads, slots, window, num_sinks, scale, cap,
+    keys, values, query, key, value, seen, lengths, rows, row_sinks, begins, cos, sin, sink_logits, alibi_slopes, out,
+    partials, arrivals, tokens, kv_heads, slots, window, num_sinks, cache_rows, scale, cap,
     query_row, query_head, query_token, key_row, key_head, key_token, value_row, value_head, value_token,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr, APPEND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -41,15 +46,22 @@ def decode_kernel(
     writes the new token to its slot; no program reads that slot, since its old token is out of the window. The
     program that finishes last combines all splits.
 
-    partials: scratch of `store_partial`. arrivals: int32 ``[num_kv_rows]`` completion counters, zero before and after.
+    rows, row_sinks, begins: for each row, which of the ``cache_rows`` rows of the cache it is in, its sinks, and the
+    first token that its window may hold. partials: scratch of `store_partial`. arrivals: int32 ``[num_kv_rows]``
+    completion counters, zero before and after.
     """
     kv_row, split, num_splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     row, head = (kv_row // kv_heads).to(tl.int64), (kv_row % kv_heads).to(tl.int64)
     m, d, e = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     token, query_heads = m // GROUP, head * GROUP + m % GROUP
-    rows = tokens * GROUP
-    live = m < rows
-    before, count = token_counts(seen, lengths, row, tokens)
+    num_queries = tokens * GROUP
+    live = m < num_queries
+    before, count = token_counts(seen, lengths, row, tokens, rows, cache_rows)
+    cache_kv_row = cache_kv_row_of(kv_row, rows, row, head, kv_heads)
+    sinks = sinks_of(row_sinks, row, num_sinks)
+    begin = None
+    if begins is not None:
+        begin = tl.minimum(tl.maximum(tl.load(begins + row), 0), before)
     heads = kv_heads * GROUP
     # Loaded before `seen` has arrived, so that the two loads overlap, although a padded row does not need them.
     query_rows = query + row * query_row + query_heads * query_head + token.to(tl.int64) * query_token
@@ -68,7 +80,7 @@ def decode_kernel(
         return
 
     ring = slots - num_sinks
-    held = tl.minimum(tl.maximum(before - num_sinks, 0), ring).to(tl.int32)
+    held = tl.minimum(tl.maximum(before - sinks, 0), ring).to(tl.int32)
     tiles = tl.cdiv(held, BLOCK_N)
     tiles_per_split = tl.maximum(tl.cdiv(tiles, tl.maximum(num_splits - 1, 1)), 1)
     last_split = tl.where(num_splits > 1, tl.cdiv(tiles, tiles_per_split), 0)
@@ -80,9 +92,11 @@ def decode_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
     # The age of a slot is the distance of its token from the newest token in the ring.
-    newest = (tl.maximum(before - 1 - num_sinks, 0) % ring).to(tl.int32)
+    newest = (tl.maximum(before - 1 - sinks, 0) % ring).to(tl.int32)
     oldest_age = tl.minimum(held, window - 1)
-    first_slot = kv_row.to(tl.int64) * slots + num_sinks
+    if begin is not None:
+        oldest_age = tl.minimum(oldest_age, before - begin).to(tl.int32)
+    first_slot = cache_kv_row.to(tl.int64) * slots + num_sinks
     n = tl.arange(0, BLOCK_N)
     for tile in tl.range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tiles)):
         start = tile * BLOCK_N
@@ -108,8 +122,8 @@ def decode_kernel(
         )
         v_new = load_block(value_rows, arrived, VALUE_DIM, BLOCK_V)
         if APPEND:
-            slot = tl.where(before < num_sinks, before, num_sinks + tl.maximum(before - num_sinks, 0) % ring)
-            slot = kv_row.to(tl.int64) * slots + slot + new
+            slot = tl.where(before < sinks, before, num_sinks + tl.maximum(before - sinks, 0) % ring)
+            slot = cache_kv_row.to(tl.int64) * slots + slot + new
             to_keys = keys + slot[:, None] * HEAD_DIM + d[None, :]
             to_values = values + slot[:, None] * VALUE_DIM + e[None, :]
             tl.store(to_keys, k_new, mask=arrived[:, None] & (d < HEAD_DIM)[None, :])
@@ -125,12 +139,12 @@ def decode_kernel(
         q = load_rotated(
             query_rows, cos + table_rows, sin + table_rows, live, HEAD_DIM, BLOCK_D, PAIRS, INTERLEAVED, UPCAST
         )
-        position = tl.minimum(before + token, num_sinks + window - 1).to(tl.int32)
-        held_sinks = tl.minimum(before, num_sinks).to(tl.int32)
+        position = position_of(before + token, sinks, window, begin).to(tl.int32)
+        held_sinks = tl.minimum(before, sinks).to(tl.int32)
         for start in range(0, held_sinks, BLOCK_NEW):
             sink = start + new
             present = sink < held_sinks
-            sink_slots = kv_row.to(tl.int64) * slots + sink
+            sink_slots = cache_kv_row.to(tl.int64) * slots + sink
             k = load_block(keys + sink_slots * HEAD_DIM, present, HEAD_DIM, BLOCK_D)
             v = load_block(values + sink_slots * VALUE_DIM, present, VALUE_DIM, BLOCK_V)
             distance = position[:, None] - sink[None, :]
@@ -145,7 +159,8 @@ def decode_kernel(
 
     num_kv_rows = tl.num_programs(0)
     store_partial(
-        partials, kv_row, num_kv_rows, split, num_splits, rows, m, live, row_max, row_sum, acc, VALUE_DIM, BLOCK_V
+        partials, kv_row, num_kv_rows, split, num_splits, num_queries, m, live, row_max, row_sum, acc, VALUE_DIM,
+        BLOCK_V
     )  # fmt: skip
     tl.debug_barrier()  # every thread's stores come before the program's atomic add
     if tl.atomic_add(arrivals + kv_row, 1, sem="acq_rel", scope="gpu") != last_split:
@@ -153,9 +168,9 @@ def decode_kernel(
     tl.store(arrivals + kv_row, 0)
 
     r = tl.arange(0, BLOCK_ROWS)
-    real = r < rows
+    real = r < num_queries
     all_max, all_sum, all_acc = combine_partials(
-        partials, kv_row, num_kv_rows, last_split + 1, num_splits, rows, r, real, VALUE_DIM, BLOCK_ROWS, BLOCK_V,
+        partials, kv_row, num_kv_rows, last_split + 1, num_splits, num_queries, r, real, VALUE_DIM, BLOCK_ROWS, BLOCK_V,
         BLOCK_SPLITS
     )  # fmt: skip
     query_heads = head * GROUP + r % GROUP

@@ -16,13 +16,46 @@ LOWEST_SCORE = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def token_counts(seen, lengths, row, tokens):
-    """Tokens appended before (int64) and new tokens (int32) of a row, both clamped to their range."""
+def token_counts(seen, lengths, row, tokens, rows=None, cache_rows=None):
+    """Tokens appended before (int64) and new tokens (int32) of a row, both clamped to their range.
+
+    A row that is in none of the ``cache_rows`` rows of the cache has no new tokens.
+    """
     before = tl.minimum(tl.maximum(tl.load(seen + row), 0), MAX_TOKENS)
     count = tokens
     if lengths is not None:
         count = tl.minimum(tl.maximum(tl.load(lengths + row), 0), tokens).to(tl.int32)
+    if rows is not None:
+        cache_row = tl.load(rows + row)
+        count = tl.where((cache_row >= 0) & (cache_row < cache_rows), count, 0)
     return before, count
+
+
+@triton.jit
+def cache_kv_row_of(kv_row, rows, row, head, kv_heads):
+    """The KV row of the cache that a KV row of the call is in."""
+    cache_kv_row = kv_row
+    if rows is not None:
+        cache_kv_row = tl.load(rows + row) * kv_heads + head
+    return cache_kv_row
+
+
+@triton.jit
+def sinks_of(row_sinks, row, num_sinks):
+    """Sinks of a row (int32), clamped to the slots that there are for them."""
+    sinks = num_sinks
+    if row_sinks is not None:
+        sinks = tl.minimum(tl.maximum(tl.load(row_sinks + row), 0), num_sinks).to(tl.int32)
+    return sinks
+
+
+@triton.jit
+def position_of(token, sinks, window, begin):
+    """Cache-relative position (int64) of the queries of ``token``: the number of keys that they see, minus one."""
+    position = tl.minimum(token, sinks + window - 1)
+    if begin is not None:
+        position = tl.minimum(position, token - begin + sinks)
+    return position
 
 
 @triton.jit

@@ -128,9 +128,6 @@ def check_triton(call: AttentionArguments) -> None:
     """Check what only the Triton kernels need of a call that `check_attention` has passed: dtypes and contiguity."""
     keys, values = call.keys, call.values
     check_tensor("values", values, (*keys.shape[:3], values.shape[3]), keys.dtype, keys.device)
-    for name in ("rows", "row_sinks", "begins"):
-        if getattr(call, name) is not None:
-            raise RuntimeError(f"{name}: expected None for the triton backend, got a tensor")
     if keys.dtype not in TRITON_DTYPES:
         raise TypeError(f"keys: expected one of {TRITON_DTYPES} for the triton backend, got {keys.dtype}")
     for name, x in (("keys", keys), ("values", values)):

@@ -166,11 +166,13 @@ def launches_for(capability: int, call: dict[str, Any]) -> list[tuple[Launch, di
     given |= {name: tensor(batch, kv_heads, slots, head_dim) for name in ("keys", "values")}
     given |= {name: per_head(name) for name in ("sink_logits", "alibi_slopes")}
     given |= {"lengths": seen if call.get("ragged") else None, "out": tensor(batch, tokens, heads, head_dim)}
+    given |= {name: seen if call.get("rows") else None for name in ("rows", "row_sinks", "begins")}
     layout = (slots, 4, slots - 4, pairs, call.get("interleaved", False), 0.1, call.get("softcap"))
     strides = (query.stride(), key.stride(), value.stride())
     sizes = (batch, heads, kv_heads, tokens, head_dim, head_dim)
+    shape = CallShape(Target(capability, 132), dtype, *sizes, *layout, *strides, 64 if call.get("rows") else None)
     with patch.object(attention, "SPLIT_CHUNKS", call.get("split", False)):
-        return list(launches(CallShape(Target(capability, 132), dtype, *sizes, *layout, *strides), given, None))
+        return list(launches(shape, given, None))
 
 
 def backward_launches_for(capability: int, call: dict[str, Any]) -> list[tuple[Launch, dict[str, torch.Tensor | None]]]:
