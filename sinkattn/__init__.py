@@ -1,9 +1,7 @@
 """Endless streams for transformers models: a ring-buffer KV cache with attention sinks.
 
 `enable` makes a loaded transformers model stream. `RingKVCache` and `sink_attention` are the cache and the attention
-without transformers, which is imported only on first use of `enable`, `SinkCache` or what else is of `sinkattn.hf`.
-without transformers, which is imported only on first use of one of the names that need it,
-such as `enable` or `SinkCache`.
+without transformers, which is imported only on first use of a name that needs it, such as `enable` or `SinkCache`.
 """
 
 from typing import TYPE_CHECKING

@@ -31,10 +31,9 @@ def fingerprint(patch: ModelPatch) -> dict[str, Any]:
     """What a stream of an enabled model depends on, as JSON: class, configuration, layout, dtype and weights.
 
     Of each tensor of the state dict 32 values are read, at places that depend only on its size, with names and shapes,
-    and which adapters are active; what is kept are 64 bits of SHA-256 of that, in the model's dtype and rounded to
-    others.
-    So another checkpoint, a merged adapter or a fine-tuned model, where nearly every value is another one, is noticed;
-    a change of a few values, such as one row of an embedding, may not be. It is no protection against who makes one.
+    and which adapters are active; what is kept are 64 bits of SHA-256 of that, in the dtype of the weights and rounded
+    to others. So another checkpoint, a merged adapter or a fine-tuned model, where nearly every value is another one,
+    is noticed; a change of a few values, such as one row of an embedding, may not be, nor one that somebody hides.
     """
     model, layout = patch.model, patch.layout
     return {

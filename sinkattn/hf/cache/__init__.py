@@ -1,6 +1,7 @@
 """`SinkCache`: one ring per attention layer behind transformers' `Cache` interface.
 
-`sink_cache` has the cache, `layers` its layers, `state` what the layers share, `id_history` the ids that it was fed.
+`sink_cache` has the cache, `layers` its layers, `state` what the layers share, `id_history` the ids that it was fed,
+`stream_file` and `load_stream` the files of saved streams.
 
 Terms:
 
