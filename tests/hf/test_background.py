@@ -569,7 +569,7 @@ def test_inference_mode_of_others_stays(make_learner):
 
 def test_it_stands_still_during_a_forward(make_learner, monkeypatch):
     """Whatever it does: its forward, its backward, or the step of its optimizer."""
-    operators, waits, dispatch = [], [], _Pauses.__torch_dispatch__
+    operators, dispatch = [], _Pauses.__torch_dispatch__
 
     def record(mode, operator, *arguments):
         assert threading.current_thread() is learner._thread
@@ -578,20 +578,18 @@ def test_it_stands_still_during_a_forward(make_learner, monkeypatch):
 
     monkeypatch.setattr(_Pauses, "__torch_dispatch__", record)
     learner = make_learner(share=0)
-    for _ in range(3):
-        learner.feed(random_ids(1, CHUNK))
-        while not operators:
-            time.sleep(1e-4)
+    learner.feed(random_ids(1, 40 * CHUNK))
+    for _ in range(5):
         with learner._gate.inside():
             while learner._gate._learner != "standing":
                 time.sleep(1e-4)
             before = len(operators)
-            time.sleep(0.05)
-            waits.append((before, len(operators)))
-        learner.flush()
-        every = set(operators)
-        operators.clear()
-    assert all(before == after for before, after in waits)
+            time.sleep(0.02)
+            assert len(operators) == before
+        while len(operators) == before:
+            time.sleep(1e-4)
+    learner.flush()
+    every = set(operators)
     assert {
         "aten.embedding.default",
         "sinkattn.sink_attention_gradients.default",
