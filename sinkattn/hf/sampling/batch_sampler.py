@@ -40,6 +40,7 @@ class Chosen:
     """
 
     ids: Tensor
+    _vocabulary: int
     _streams: Sequence[StreamSampler]
     _logprobs: _Logprobs | None
 
@@ -53,7 +54,7 @@ class Chosen:
         """
         tokens = self.ids.tolist()
         for row, (token, stream) in enumerate(zip(tokens, self._streams, strict=True)):
-            if token >= stream.vocabulary:
+            if token == self._vocabulary:
                 raise RuntimeError(
                     f"logits: expected finite ones, and a token that is not forbidden, in every row, got row {row}"
                 )
@@ -82,7 +83,7 @@ class BatchSampler:
     def choose(self, logits: Tensor, streams: Sequence[StreamSampler], ids: Tensor | None = None) -> Chosen:
         """Choose the next token of each stream, without waiting for the device.
 
-        Only processors wait, for the number of ids that are known, and grammars, for the last token that was read.
+        Only processors make it wait, for the number of known ids. With a grammar, the last token must have been read.
 
         Args:
             logits: ``[batch, vocabulary]``.
@@ -94,7 +95,7 @@ class BatchSampler:
         if plan is None or not plan.is_for(streams, logits.device):
             plan = self._plan = _Plan(streams, logits.device)
         chosen = plan.sample(logits, ids)
-        return Chosen(chosen, plan.streams, plan.logprobs(logits, chosen))
+        return Chosen(chosen, logits.shape[1], plan.streams, plan.logprobs(logits, chosen))
 
 
 class _Plan:

@@ -44,7 +44,6 @@ class StreamSampler:
         if beyond := [token for token in params.logit_bias if token >= vocabulary]:
             raise ValueError(f"logit_bias: expected ids below {vocabulary}, got {beyond[0]}")
         self.params = params
-        self.vocabulary = vocabulary
         self.end_ids = frozenset(end_ids)
         self.draws = 0
         self.grammar: Grammar | None = None
