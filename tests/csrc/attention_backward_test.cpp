@@ -6,7 +6,9 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -158,6 +160,21 @@ class Test {
     }
     const int64_t sinks = c_.layout.num_sinks, window = c_.layout.window + longer, seen = c_.seen[row];
     const int64_t oldest = std::max(seen - c_.layout.window, sinks), group = c_.heads / c_.kv_heads;
+    std::map<std::pair<int64_t, int64_t>, std::pair<Vectors, Vectors>> tokens;  // key and value, by KV head and token
+    const auto token = [&](int64_t kv, int64_t u) -> const std::pair<Vectors, Vectors>& {
+      std::pair<Vectors, Vectors>& found = tokens[{kv, u}];
+      auto& [key, value] = found;
+      if (key.empty() && u >= seen) {
+        key = rotated(vector(key_, row, kv, u - seen), 0, row, u - seen, 1);
+        for (double& x : key) x = to_double(round_to<scalar_t>(x));
+        value = vector(value_, row, kv, u - seen);
+      } else if (key.empty()) {
+        const int64_t index = u < sinks ? u : sinks + u - oldest;
+        key = vector(past_keys_, row, kv, index);
+        value = vector(past_values_, row, kv, index);
+      }
+      return found;
+    };
     for (int64_t i = 0; i < c_.lengths[row]; ++i) {
       const int64_t t = seen + i;
       std::vector<int64_t> visible;
@@ -167,19 +184,13 @@ class Test {
         const int64_t kv = head / group;
         const Vectors raw = vector(query_, row, head, i), g = vector(gradient_, row, head, i);
         const Vectors queries[2] = {rotated(raw, 0, row, i, 1), rotated(raw, 1, row, i, 1)};
-        std::vector<Vectors> keys, values;
+        std::vector<const double*> keys, values;
         Vectors weights, slopes;
         double top = c_.has(kSinkLogits) ? sink_logit(head) : -kInfinity;
         for (const int64_t u : visible) {
-          if (u >= seen) {
-            keys.push_back(rotated(vector(key_, row, kv, u - seen), 0, row, u - seen, 1));
-            for (double& x : keys.back()) x = to_double(round_to<scalar_t>(x));
-            values.push_back(vector(value_, row, kv, u - seen));
-          } else {
-            const int64_t index = u < sinks ? u : sinks + u - oldest;
-            keys.push_back(vector(past_keys_, row, kv, index));
-            values.push_back(vector(past_values_, row, kv, index));
-          }
+          const auto& [key, value] = token(kv, u);
+          keys.push_back(key.data());
+          values.push_back(value.data());
           double score = 0;
           for (int64_t d = 0; d < c_.head_dim; ++d) score += queries[u < sinks][d] * keys.back()[d];
           score *= scale();
