@@ -12,6 +12,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Inductor compiles what little these tests compile in this process: its pool of processes would import torch again.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 torch.set_num_threads(1)  # for tensors this small, starting a second thread costs more than it saves
 
 
