@@ -43,33 +43,25 @@ CONFIGS = {
     "chunk-fp32-d64": {"tokens": 4096, "dtype": FP32, "head_dim": 64},
     "chunk-fp32-d256": {"tokens": 4096, "dtype": FP32, "head_dim": 256},
 }
-# Other options of a call, each compiled for one architecture: they change the code before its machine-specific stages.
+# Other options of a call, several at once if they do not meet in the code, each compiled for one architecture: they
+# change the code before its machine-specific stages.
 FEATURES = {
-    "fp16": (90, {"dtype": FP16}),
+    "fp16-unaligned": (90, {"dtype": FP16, "offset": 1}),
     "d80": (90, {"head_dim": 80}),
-    "d96": (80, {"head_dim": 96}),
-    "group1": (80, {"heads": 2}),
-    "group16": (100, {"heads": 32}),
-    "one-program": (90, {"batch": 512}),
+    "d96-no-rotation": (80, {"head_dim": 96, "pairs": 0}),
+    "group1-partial": (80, {"heads": 2, "pairs": 16}),
+    "group16-interleaved": (100, {"heads": 32, "interleaved": True}),
     "options": (90, OPTIONS),
     "many-streams-options": (90, {"batch": 16, "rows": True, **OPTIONS}),
-    "interleaved": (100, {"interleaved": True}),
-    "partial": (80, {"pairs": 16}),
-    "no-rotation": (100, {"pairs": 0}),
-    "unaligned": (90, {"offset": 1}),
     "few-tokens-d64": (80, {"tokens": 16, "head_dim": 64}),
     "few-tokens-d256": (90, {"tokens": 8, "head_dim": 256}),
     "few-tokens-fp32": (80, {"tokens": 4, "dtype": FP32}),
     "few-tokens-small-gpu": (120, {"tokens": 16}),
-    "chunk-small-gpu": (120, {"tokens": 4096}),
     "few-tokens-options": (90, {"tokens": 3, "rows": True, **OPTIONS}),
-    "chunk-fp16": (80, {"tokens": 4096, "dtype": FP16}),
-    "chunk-d80": (90, {"tokens": 4096, "head_dim": 80}),
+    "chunk-small-gpu": (120, {"tokens": 4096}),
+    "chunk-fp16-interleaved-unaligned": (80, {"tokens": 4096, "dtype": FP16, "interleaved": True, "offset": 1}),
+    "chunk-d80-no-rotation": (90, {"tokens": 4096, "head_dim": 80, "pairs": 0}),
     "chunk-options": (90, {"tokens": 4096, **OPTIONS}),
-    "chunk-interleaved": (80, {"tokens": 4096, "interleaved": True}),
-    "chunk-no-rotation": (90, {"tokens": 4096, "pairs": 0}),
-    "chunk-unaligned": (80, {"tokens": 4096, "offset": 1}),
-    "split-chunk": (100, {"tokens": 64, "split": True}),
     "backward-d64": (80, {"backward": True, "head_dim": 64}),
     "backward-options": (90, {"backward": True, **OPTIONS}),
     "backward-d256": (90, {"backward": True, "head_dim": 256}),
@@ -78,7 +70,7 @@ FEATURES = {
     "backward-fp16-small-gpu": (120, {"backward": True, "dtype": FP16}),
     "split-chunk-options": (90, {"tokens": 64, "split": True, "rows": True, **OPTIONS}),
     "split-chunk-fp32": (80, {"tokens": 64, "split": True, "dtype": FP32}),
-    "split-chunk-d256": (90, {"tokens": 64, "split": True, "head_dim": 256}),
+    "split-chunk-d256": (100, {"tokens": 64, "split": True, "head_dim": 256}),
 }
 VARIANTS = {(name, capability): call for name, call in CONFIGS.items() for capability in CAPABILITIES}
 VARIANTS |= {(name, capability): call for name, (capability, call) in FEATURES.items()}
@@ -102,7 +94,8 @@ def compiled(request):
                 futures[each] = pool.submit(compile_call, each[1], VARIANTS[each])
         return futures[variant]
 
-    with patch.dict(os.environ, TRITON_INTERPRET="0"):
+    # Nobody reads line tables.
+    with patch.dict(os.environ, TRITON_INTERPRET="0", TRITON_DISABLE_LINE_INFO="1"):
         yield future_of
     pool.shutdown(cancel_futures=True)
 
