@@ -8,7 +8,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 import sinkattn
 from sinkattn.hf.load import load
 
-TOKENS = 10_000
+TOKENS = 3_000  # a cache that kept them all would grow by 6 MB
 
 
 class MemoryWatch(StoppingCriteria):
