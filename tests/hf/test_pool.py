@@ -1,6 +1,8 @@
 """`StreamPool`: every stream's tokens are those of the stream alone, whoever shares the batch."""
 
 import asyncio
+import copy
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -332,12 +334,12 @@ def test_after_a_forward_that_failed(error):
 
 def test_invalid_arguments():
     model = enabled("llama", S, W)
-    with pytest.raises(ValueError, match="model: expected a model prepared by"):
+    with pytest.raises(ValueError, match=r"model: expected a model prepared by sinkattn\.enable"):
         StreamPool(build("llama"))
     for name in ("max_streams", "max_parked", "max_prefix", "tokens_per_step"):
-        with pytest.raises(ValueError, match=f"{name}: expected . or more, got -1"):
+        with pytest.raises(ValueError, match=rf"{name}: expected . or more, got -1"):
             StreamPool(model, **{name: -1})
-    with pytest.raises(ValueError, match="evict: expected 'token' or 'message', got 'all'"):
+    with pytest.raises(ValueError, match=r"evict: expected 'token' or 'message', got 'all'"):
         StreamPool(model).open(evict="all")
 
 
@@ -448,3 +450,190 @@ def test_the_draws_of_others_are_not_changed_by_a_fault():
 class Nowhere(LogitsProcessor):
     def __call__(self, input_ids, scores):
         return scores * float("nan")
+
+
+def test_a_suspended_iterator_goes_on_after_a_rollback():
+    """Nothing is chosen from the logits after a token that was rolled back, though others run steps meanwhile."""
+    model = model_in_double()
+    pool = StreamPool(model, 2)
+    stream, other = pool.open(), pool.open()
+    for each in (stream, other):
+        each.feed(some_ids(9))
+    tokens, others = stream.generate(), other.generate()
+    ids = some_ids(9) + [next(tokens) for _ in range(3)]
+    stream.rollback(2)
+    next(others)
+    assert next(tokens) == ids[-2]
+    stream.reset()
+    next(others)
+    with pytest.raises(RuntimeError, match="stream: expected tokens to go on from, got none"):
+        next(tokens)
+    stream.feed(some_ids(4))
+    assert list(stream.generate(2)) == tokens_alone(model, some_ids(4), 2)
+
+
+def test_closing_an_iterator_leaves_no_trace():
+    """Draws, and the error of a token that nobody asked for, are those of a stream that has never gone ahead."""
+    model = model_in_double()
+    pool = StreamPool(model, 3)
+    params = SamplingParams(temperature=1.0, seed=4)
+    drawing, failing, other = pool.open(sampling=params), pool.open(), pool.open()
+    for each in (drawing, failing, other):
+        each.feed(some_ids(9))
+    others, tokens = other.generate(), drawing.generate()
+    ids = [*some_ids(9), next(tokens)]
+    failing_tokens = failing.generate(sampling=SamplingParams(processors=[BrokenAfter(9)]))
+    next(failing_tokens)
+    for _ in range(2):
+        next(others)  # both choose ahead, and one of them fails
+    for iterator in (tokens, failing_tokens):
+        iterator.close()
+    failing.feed([3])  # does not fail
+    assert [*ids, *drawing.generate(3)] == some_ids(9) + tokens_alone(model, some_ids(9), 4, params)
+
+
+class BrokenAfter(LogitsProcessor):
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] > self.length:
+            raise OSError("no such file")
+        return scores
+
+
+def test_a_token_that_cannot_be_chosen_costs_others_no_draw():
+    model = model_in_double()
+    pool, params = StreamPool(model, 2), SamplingParams(temperature=1.0, seed=4)
+    good = pool.open(sampling=params)
+    bad = pool.open(sampling=SamplingParams(temperature=1.0, logit_bias=dict.fromkeys(range(VOCABULARY), -torch.inf)))
+    for each in (good, bad):
+        each.feed(some_ids(9))
+    tokens, failing = good.generate(), bad.generate()
+    got = []
+    for _ in range(3):
+        got.append(next(tokens))
+        with pytest.raises(RuntimeError, match="a token that is not forbidden"):
+            next(bad.generate())
+    assert got == tokens_alone(model, some_ids(9), 3, params)
+    failing.close()
+
+
+def test_a_message_still_begins_where_its_first_token_runs_again():
+    model = sinkattn.enable(build("llama", torch.float64, num_hidden_layers=1), 0, W, HEADROOM)
+    stream = StreamPool(model, 1).open(evict="message")
+    for message in (some_ids(9, 1), some_ids(6, 2), [7]):
+        stream.feed(message)
+    assert stream.in_sight == [*some_ids(6, 2), 7]
+    token, _ = stream.generate(2)
+    stream.rollback(2)
+    assert list(stream.generate(1)) == [token]
+    stream.feed(some_ids(8, 3), begins_message=False)
+    assert stream.in_sight == [7, token, *some_ids(8, 3)]
+    stream.feed(some_ids(3, 4))
+    assert stream.in_sight == some_ids(3, 4)
+
+
+def test_models_without_rings_evict_no_messages():
+    with pytest.raises(ValueError, match=r"evict: expected 'token', as models .*, got 'message'"):
+        StreamPool(model_in_double("gpt2"), 1).open(evict="message")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_empty_stream_has_nothing_to_forget(family):
+    stream = StreamPool(model_in_double(family), 1).open([5])
+    stream.rollback(1)
+    with pytest.raises(RuntimeError, match="stream: cannot forget 1 of 0 tokens"):
+        stream.rollback(1)
+
+
+def wait_for_all(streams, count, pool, steps):
+    """As if a thread fed each stream so many tokens."""
+    for stream in streams:
+        stream._state.queue.extend(some_ids(count))
+        stream._state.num_feeding = 1
+    with pool._condition:
+        for _ in range(steps):
+            pool._run_step()
+
+
+def test_all_that_are_fed_take_turns():
+    pool = StreamPool(model_in_double(), 3, tokens_per_step=4)
+    streams = [pool.open() for _ in range(3)]
+    wait_for_all(streams, 40, pool, 6)
+    assert [len(stream._state.queue) for stream in streams] == [32] * 3
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad, lambda: torch.autocast("cpu")])
+def test_tokens_do_not_depend_on_the_modes_of_the_thread_that_runs_the_step(mode):
+    model = sinkattn.enable(build("llama"), S, W, HEADROOM)
+    pool = StreamPool(model, 2, max_parked=1)
+    streams = [pool.open() for _ in range(3)]
+    with mode():
+        for index, stream in enumerate(streams):
+            stream.feed(some_ids(20, index))
+        got = in_turn([stream.generate() for stream in streams], 3)
+    got = [[*own, *stream.generate(3)] for own, stream in zip(got, streams, strict=True)]
+    assert got == [tokens_alone(model, some_ids(20, index), 6) for index in range(3)]
+    assert pool.engine._logits.dtype == torch.float32
+
+
+def test_text_with_ids_that_the_model_lacks_is_refused():
+    class Tokenizer:
+        def __call__(self, text, **options):
+            return type("Encoding", (), {"input_ids": [VOCABULARY]})
+
+    stream = StreamPool(model_in_double(), 1, tokenizer=Tokenizer()).open()
+    with pytest.raises(ValueError, match=f"tokens: expected ids from 0 to {VOCABULARY - 1}, got {VOCABULARY}"):
+        stream.feed("text")
+    stream.feed([1])
+
+
+def test_a_pool_is_not_copied():
+    pool = StreamPool(model_in_double(), 1)
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a StreamPool can be neither copied nor pickled"):
+            copied(pool)
+
+
+def test_after_disable_a_pool_says_so():
+    model = sinkattn.enable(build("llama", torch.float64), S, W, HEADROOM)
+    pool = StreamPool(model, 1)
+    stream = pool.open()
+    stream.feed(some_ids(5))
+    sinkattn.disable(model)
+    with pytest.raises(RuntimeError, match=r"cache: a SinkCache works only in the model that sinkattn.enable prepared"):
+        stream.feed([1])
+    sinkattn.enable(model, S, W, HEADROOM)
+    with pytest.raises(ValueError, match="this SinkCache was made for another model or before the last enable"):
+        stream.feed([1])
+
+
+@pytest.mark.parametrize("headroom", [0, HEADROOM])
+def test_a_step_that_failed_is_repeated(headroom):
+    """A token overwrites one that has left its own window."""
+    model = sinkattn.enable(build("llama", torch.float64), S, W, headroom)
+    pool = StreamPool(model, 2)
+    streams = [pool.open() for _ in range(2)]
+    for index, stream in enumerate(streams):
+        stream.feed(some_ids(30, index))
+    iterators = [stream.generate() for stream in streams]
+    got = in_turn(iterators, 2)
+    with interrupted(model.model.layers[1], 0, KeyboardInterrupt):
+        while True:
+            got[0].append(next(iterators[0]))
+    iterators[0] = streams[0].generate()
+    got = [[*own, *(next(tokens) for _ in range(8 - len(own)))] for own, tokens in zip(got, iterators, strict=True)]
+    assert got == [tokens_alone(model, some_ids(30, index), 8) for index in range(2)]
+    streams[0].rollback(headroom)
+    assert next(iterators[0]) == [*got[0], *tokens_alone(model, some_ids(30) + got[0], 1)][8 - headroom]
+
+
+def test_the_first_forward_may_fail_while_others_wait_for_a_row():
+    model = sinkattn.enable(build("llama", torch.float64), S, W, HEADROOM)
+    pool = StreamPool(model, 1, max_parked=1)
+    first, second = pool.open(), pool.open()
+    with interrupted(model.model.layers[1], 0, RuntimeError):
+        first.feed(some_ids(20))
+    second.feed(some_ids(5, 1))
+    assert list(first.generate(3)) == tokens_alone(model, some_ids(20), 3)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import NamedTuple
 
@@ -44,12 +45,15 @@ class Engine:
         memory: of the streams.
         num_rows: its rows.
         tokens_per_step: the most tokens of a step that are fed rather than generated.
+        device_type: of the model.
     """
 
-    def __init__(self, memory: Memory, num_rows: int, tokens_per_step: int) -> None:
+    def __init__(self, memory: Memory, num_rows: int, tokens_per_step: int, device_type: str) -> None:
         self.memory = memory
+        self._device_type = device_type
         self._tokens_per_step = tokens_per_step
         self._rows: list[StreamState | None] = [None] * num_rows
+        """The last stream that got each row; it may have lost it since."""
         self._num_steps = 0
         self._sampler = BatchSampler()
         self._logits: Tensor | None = None
@@ -57,8 +61,6 @@ class Engine:
 
     def drop(self, state: StreamState) -> None:
         """Forget what is in memory of a stream."""
-        if state.memory.row is not None:
-            self._rows[state.memory.row] = None
         self.memory.drop(state.memory)
         state.has_logits, state.parked_logits = False, None
 
@@ -80,65 +82,60 @@ class Engine:
         self.memory.rollback(state.memory, count)
         state.ids.rollback(count)
         state.has_logits, state.parked_logits = False, None
-        if state.messages is not None:
-            state.messages.rollback(len(state.ids))
 
     def plan(self, working: Iterable[StreamState]) -> Step:
         """Choose what the next step runs of the streams that have work, and give them rows."""
         self._num_steps += 1
         working = sorted(working, key=lambda x: x.last_step)
-        for state in working:
+        for state in [x for x in working if x.memory.row is None]:
             self._bring_in(state, working)
         running = [state for state in working if state.memory.row is not None and self._check_usable(state)]
-        for state in running:
-            state.last_step = self._num_steps
-        segments = [_segment(state, 1) for state in running if len(state.queue) == 1]
+        single = [_segment(state, 1) for state in running if len(state.queue) == 1]
         feeding = self._feeding([state for state in running if len(state.queue) > 1])
+        segments = [*single, *feeding]
+        fed = {id(x.state): len(x.ids) for x in segments}
+        sampled = [x for x in running if x.wants_token and len(x.queue) == fed.get(id(x), 0)]
+        for state in (*(x.state for x in segments), *sampled):
+            state.last_step = self._num_steps
         if self.memory.is_batched:
-            forwards = [group for group in (segments, feeding) if group]
-        else:
-            forwards = [[segment] for segment in (*segments, *feeding)]
-        fed = {id(x.state): len(x.ids) for x in (*segments, *feeding)}
-        sampled = [x for x in running if x.wanted == "token" and len(x.queue) == fed.get(id(x), 0)]
-        return Step(forwards, sampled)
+            return Step([group for group in (single, feeding) if group], sampled)
+        return Step([[segment] for segment in segments], sampled)
 
     def _bring_in(self, state: StreamState, working: Sequence[StreamState]) -> None:
-        """Give a stream a row, if there is one or another stream can be parked."""
-        if state.memory.row is not None:
-            return
-        if None not in self._rows:
-            residents = [x for x in self._rows if x is not None]
-            idle = [x for x in residents if x not in working]
+        """Give a stream a row, if there is one or another stream can be parked.
+
+        In an order in which an interruption leaves every stream as it was, or parked, or with its row.
+        """
+        residents = {i: x for i, x in enumerate(self._rows) if x is not None and x.memory.row == i}
+        row = next((i for i in range(len(self._rows)) if i not in residents), None)
+        if row is None:
+            idle = [x for x in residents.values() if x not in working]
             if idle:
                 # One of which nothing is wanted, or else one whose next token is ready: that has been so for longest.
-                victim = min(idle, key=lambda x: (x.wanted != "nothing", x.last_step))
+                victim = min(idle, key=lambda x: (x.is_wanted, x.last_step))
             else:
-                victim = min(residents, key=lambda x: x.row_since)
+                victim = min(residents.values(), key=lambda x: x.row_since)
                 if self._num_steps - victim.row_since < MIN_STEPS:
                     return
-            self._park(victim)
-        row = self._rows.index(None)
-        self.memory.bring_in(state.memory, row)
+            row = _row(victim)
+            victim.parked_logits = self.logits_on_host(victim)
+            self.memory.park(victim.memory)
         if state.parked_logits is not None:
             assert self._logits is not None
             self._logits[row].copy_(state.parked_logits)
-        self._rows[row], state.parked_logits, state.row_since = state, None, self._num_steps
-
-    def _park(self, state: StreamState) -> None:
-        row = _row(state)
-        state.parked_logits = self.logits_on_host(state)
-        self.memory.park(state.memory)
-        self._rows[row] = None
+        self._rows[row], state.row_since = state, self._num_steps
+        self.memory.bring_in(state.memory, row)
+        state.parked_logits = None
 
     def logits_on_host(self, state: StreamState) -> Tensor | None:
         """The logits after the last token of a stream; None if they are not known."""
-        if not state.has_logits or state.parked_logits is not None:
+        if not state.has_logits or state.memory.row is None:
             return state.parked_logits
         assert self._logits is not None
-        return self._logits[_row(state)].to("cpu", copy=True)
+        return self._logits[state.memory.row].to("cpu", copy=True)
 
     def _check_usable(self, state: StreamState) -> bool:
-        if not self.memory.can_rollback(state.memory, 0):
+        if not self.memory.can_go_on(state.memory, 0):
             state.error = RuntimeError(
                 "stream: a forward that failed has overwritten tokens that it sees; reset() begins it anew"
             )
@@ -155,33 +152,47 @@ class Engine:
                 segments.append(segment)
         return segments if self.memory.is_batched else segments[:1]
 
-    def run(self, step: Step) -> list[int | None]:
-        """Run a step. Returns the tokens that were chosen for ``step.sampled``, None where none could be.
-
-        They do not belong to the streams yet.
-        """
-        for segments in step.forwards:
+    def run(self, segments: Sequence[Segment]) -> None:
+        """Run a forward of a step; `commit` ends it."""
+        with self._same_for_all_threads():
             logits = self.memory.run([NewTokens(x.state.memory, x.ids, x.begin) for x in segments])
             if self._logits is None:
                 self._logits = logits.new_zeros(len(self._rows), logits.shape[1])
             self._logits.index_copy_(0, self._row_index([x.state for x in segments]), logits)
-            for state, ids, _ in segments:
-                state.ids.append(ids)
-                state.has_logits = True
-                for _ in ids:
-                    state.queue.popleft()
-        try:
-            return self._choose(step.sampled)
-        except Exception:
-            return [self._choose_alone(state) for state in step.sampled]  # the fault of one of them
+
+    def commit(self, segments: Sequence[Segment]) -> None:
+        """Count the tokens that a forward has run."""
+        for state, ids, _ in segments:
+            self.memory.commit(state.memory, len(ids))
+            state.ids.append(ids)
+            state.has_logits = True
+            for _ in ids:
+                state.queue.popleft()
+
+    def choose(self, states: Sequence[StreamState]) -> list[int | None]:
+        """Choose the next tokens of streams, None where none can be. They do not belong to the streams yet."""
+        with self._same_for_all_threads():
+            try:
+                return self._choose(states)
+            except Exception:
+                for state in states:
+                    state.undo_choice()
+                return [self._choose_alone(state) for state in states]  # the fault of one of them
 
     def _choose_alone(self, state: StreamState) -> int | None:
         try:
             [token] = self._choose([state])
         except Exception as error:
+            state.undo_choice()
             state.error = error
             return None
         return token
+
+    @contextmanager
+    def _same_for_all_threads(self) -> Iterator[None]:
+        """Without gradients and autocast, whichever thread runs the step: it is one for all streams."""
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device_type, enabled=False):
+            yield
 
     def _choose(self, states: Sequence[StreamState]) -> list[int | None]:
         if not states:
@@ -190,18 +201,10 @@ class Engine:
         samplers, ids = [state.sampler for state in states], None
         if any(sampler.params.needs_ids for sampler in samplers):
             ids = _padded([state.ids.in_sight(state.window_begin(-1)) for state in states]).to(self._logits.device)
-        logits = self._logits.index_select(0, self._row_index(states))
         for state in states:
-            if state.sampler.grammar is not None:
-                state.grammar_before = state.sampler.grammar.fork()
-        draws = [sampler.draws for sampler in samplers]
-        try:
-            return [*self._sampler.choose(logits, samplers, ids).read()]
-        except BaseException:
-            for state, drawn in zip(states, draws, strict=True):
-                state.sampler.draws = drawn
-                state.sampler.grammar, state.grammar_before = state.grammar_before, None
-            raise
+            state.begin_choice()
+        logits = self._logits.index_select(0, self._row_index(states))
+        return [*self._sampler.choose(logits, samplers, ids).read()]
 
     def _row_index(self, states: Sequence[StreamState]) -> Tensor:
         assert self._logits is not None

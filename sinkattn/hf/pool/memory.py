@@ -57,8 +57,11 @@ class Memory(Protocol):
     def run(self, inputs: Sequence[NewTokens]) -> Tensor:
         """Append tokens to streams that have a row. Returns the logits of the last one of each: ``[streams, vocab]``.
 
-        If the forward fails, no token counts.
+        They count only after `commit`.
         """
+
+    def commit(self, stream: StreamMemory, count: int) -> None:
+        """Count tokens that a forward has appended to a stream."""
 
     def bring_in(self, stream: StreamMemory, row: int) -> None:
         """Give a stream a free row."""
@@ -79,7 +82,13 @@ class Memory(Protocol):
         """The contents of such a cache, without a row; the cache must not be used any more."""
 
     def can_rollback(self, stream: StreamMemory, count: int) -> bool:
-        """Whether the last ``count`` tokens can be forgotten; not even 0 if a failed forward has overwritten others."""
+        """Whether the last ``count`` tokens can be forgotten, and after that the one before be run again."""
+
+    def can_go_on(self, stream: StreamMemory, count: int) -> bool:
+        """Whether tokens can follow if the last ``count`` are forgotten.
+
+        For none: unless a forward that failed has overwritten others.
+        """
 
     def rollback(self, stream: StreamMemory, count: int) -> None:
         """Forget the last ``count`` tokens, which must be possible."""
@@ -120,9 +129,11 @@ class RingMemory:
         for x in inputs:
             x.stream.peak = max(x.stream.peak, x.stream.seen + len(x.ids))
         output = self._model(input_ids=ids.to(self._model.device), attention_mask=mask, **self._options)
-        for x in inputs:
-            x.stream.seen += len(x.ids)
         return output.logits[:, -1]
+
+    def commit(self, stream: StreamMemory, count: int) -> None:
+        """See `Memory`."""
+        stream.seen += count
 
     def _tensors(self, row: int) -> list[Tensor]:
         """Keys and values of a row, of all layers that have memory."""
@@ -137,26 +148,28 @@ class RingMemory:
 
     def park(self, stream: StreamMemory) -> None:
         """See `Memory`."""
-        stream.contents = self.copy(stream).contents
+        parked = self.copy(stream)
+        stream.contents, stream.peak = parked.contents, parked.peak
         self._clear(stream)
 
     def drop(self, stream: StreamMemory) -> None:
         """See `Memory`."""
-        self._clear(stream)
         stream.contents, stream.seen, stream.peak = None, 0, 0
+        self._clear(stream)
 
     def _clear(self, stream: StreamMemory) -> None:
-        if stream.row is not None:
-            for x in self._tensors(stream.row):
-                x.zero_()  # nothing of a stream stays in memory
-            stream.row = None
+        """Free the row of a stream, and let nothing of it stay there."""
+        row, stream.row = stream.row, None
+        if row is not None:
+            for x in self._tensors(row):
+                x.zero_()
 
     def copy(self, stream: StreamMemory) -> StreamMemory:
         """See `Memory`."""
+        if not stream.seen:
+            return StreamMemory(stream.num_sinks)
         contents = stream.contents if stream.row is None else self._tensors(stream.row)
-        if contents is not None:
-            contents = [x.to("cpu", copy=True) for x in contents] if stream.peak else None
-        return replace(stream, row=None, contents=contents)
+        return replace(stream, row=None, contents=[x.to("cpu", copy=True) for x in contents])
 
     def to_cache(self, stream: StreamMemory) -> SinkCache:
         """See `Memory`."""
@@ -195,11 +208,20 @@ class RingMemory:
 
     def can_rollback(self, stream: StreamMemory, count: int) -> bool:
         """See `Memory`."""
+        # The token before, which may run again, needs the oldest token of its window.
+        return self._keeps(stream, count, self._cache.layout.headroom)
+
+    def can_go_on(self, stream: StreamMemory, count: int) -> bool:
+        """See `Memory`."""
+        # The next token has the slot of one that has left its window.
+        return self._keeps(stream, count, self._cache.layout.headroom + 1)
+
+    def _keeps(self, stream: StreamMemory, count: int, limit: int) -> bool:
+        """Whether the last ``count`` tokens are there, and all are at most ``limit`` behind the furthest one."""
         layouts = [layer.layout for layer in self._cache.layers]
         # Until a ring wraps around, nothing is overwritten.
         is_whole = all(stream.peak <= (stream.num_sinks if x.num_sinks else 0) + x.ring for x in layouts)
-        behind = stream.peak - stream.seen + count
-        return count <= stream.seen and (is_whole or behind <= self._cache.layout.headroom)
+        return count <= stream.seen and (is_whole or stream.peak - stream.seen + count <= limit)
 
     def rollback(self, stream: StreamMemory, count: int) -> None:
         """See `Memory`."""
@@ -227,6 +249,9 @@ class OwnCaches:
         [(stream, ids, _)], model = inputs, self._model
         options = {forward_cache(model): stream.contents, "use_cache": True, **keep_last_logits(model)}
         return model(input_ids=torch.tensor([[*ids]], device=model.device), **options).logits[:, -1]
+
+    def commit(self, stream: StreamMemory, count: int) -> None:
+        """See `Memory`; the cache has counted them."""
 
     def bring_in(self, stream: StreamMemory, row: int) -> None:
         """See `Memory`."""
@@ -262,9 +287,13 @@ class OwnCaches:
     def can_rollback(self, stream: StreamMemory, count: int) -> bool:
         """See `Memory`."""
         cache = stream.contents
-        if count == 0:
-            return cache is None or cache.is_usable
-        return count <= cache.tokens_seen and cache.can_rollback(torch.tensor([count]), torch.tensor([0]))
+        return cache is not None and count <= cache.tokens_seen and cache.can_rollback(*torch.tensor([[count], [0]]))
+
+    def can_go_on(self, stream: StreamMemory, count: int) -> bool:
+        """See `Memory`."""
+        if count:
+            return self.can_rollback(stream, count)
+        return stream.contents is None or stream.contents.is_usable
 
     def rollback(self, stream: StreamMemory, count: int) -> None:
         """See `Memory`."""

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -80,7 +80,8 @@ class StreamPool:
         self._max_sinks = max(self._patch.layout.num_sinks, max_prefix)
         self._max_open = max_streams + max_parked
         self._vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
-        self.engine = Engine(memory_for(model, max_streams, self._max_sinks), max_streams, tokens_per_step)
+        memory = memory_for(model, max_streams, self._max_sinks)
+        self.engine = Engine(memory, max_streams, tokens_per_step, model.device.type)
         self._streams: set[StreamState] = set()
         self._condition = threading.Condition()
         self._is_stepping = False
@@ -113,6 +114,11 @@ class StreamPool:
         if len(ids) > self._max_sinks:
             raise ValueError(f"prefix: expected up to {self._max_sinks} tokens (max_prefix), got {len(ids)}")
         num_sinks = max(len(ids), self._patch.layout.num_sinks)
+        if evict == "message" and not self.engine.memory.is_batched:
+            raise ValueError(
+                "evict: expected 'token', as models with recurrent states and those that stream by re-encoding do not "
+                "evict whole messages, got 'message'"
+            )
         layout = self._patch.layout_with(num_sinks)
         params = SamplingParams() if sampling is None else sampling
         messages = Messages(layout.window, layout.headroom) if evict == "message" else None
@@ -182,7 +188,7 @@ class StreamPool:
         if isinstance(tokens, str):
             if self.tokenizer is None:
                 raise ValueError(f"{name}: expected ids, as the pool has no tokenizer, got text")
-            return list(self.tokenizer(tokens, add_special_tokens=is_first, verbose=False).input_ids)
+            tokens = self.tokenizer(tokens, add_special_tokens=is_first, verbose=False).input_ids
         ids = torch.as_tensor(tokens)
         ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
         if ids.ndim != 1 or (ids.is_floating_point() and len(ids)):
@@ -194,12 +200,25 @@ class StreamPool:
         return [int(x) for x in ids.tolist()]
 
     @contextmanager
+    def locked(self, state: StreamState) -> Iterator[StreamState]:
+        """While it lasts, no other thread changes a stream, except by a forward; raises RuntimeError if it is closed.
+
+        That is enough for what only adds to a stream. It waits for no step.
+        """
+        with self._condition:
+            self._check_open(state)
+            yield state
+
+    @contextmanager
     def exclusive(self, state: StreamState) -> Iterator[StreamState]:
         """While it lasts, no step runs; raises RuntimeError if the stream is closed."""
         with self._no_step():
-            if state not in self._streams:
-                raise RuntimeError("stream: is closed")
+            self._check_open(state)
             yield state
+
+    def _check_open(self, state: StreamState) -> None:
+        if state not in self._streams:
+            raise RuntimeError("stream: is closed")
 
     @contextmanager
     def _no_step(self) -> Iterator[None]:
@@ -213,19 +232,34 @@ class StreamPool:
                 self._condition.notify_all()
             yield
 
-    def wait_for(self, state: StreamState, is_done: Callable[[], bool]) -> None:
-        """Run steps, or wait for those of other threads, until something is done for a stream."""
-        with self._condition:
-            while not is_done():
-                if state not in self._streams:
-                    raise RuntimeError("stream: is closed")
-                if state.error is not None:
-                    error, state.error = state.error, None
-                    raise error
-                if self._is_stepping or self._num_exclusive:
-                    self._condition.wait()
-                else:
-                    self._run_step()
+    def length_of(self, state: StreamState) -> int:
+        """Tokens of a stream, those that wait among them."""
+        with self._condition:  # or a step might be about to move tokens from the queue to those in memory
+            return len(state)
+
+    def wait_until_fed(self, state: StreamState) -> None:
+        """Run steps, or wait for those of other threads, until the tokens of a stream are in memory.
+
+        Called with `locked`.
+        """
+        end = len(state)
+        state.num_feeding += 1
+        try:
+            self._wait(state, lambda: not state.queue or len(state.ids) >= end)
+        finally:
+            state.num_feeding -= 1
+
+    def _wait(self, state: StreamState, is_done: Callable[[], bool]) -> None:
+        """Run steps, or wait for those of other threads, until something is done for a stream; with the lock."""
+        while not is_done():
+            self._check_open(state)
+            if state.error is not None:
+                error, state.error = state.error, None
+                raise error
+            if self._is_stepping or self._num_exclusive:
+                self._condition.wait()
+            else:
+                self._run_step()
 
     def begin_generation(self, state: StreamState, call: object) -> None:
         """Note that a call generates."""
@@ -235,32 +269,34 @@ class StreamPool:
 
     def next_token(self, state: StreamState, call: object, stop_ids: Collection[int], *, is_last: bool) -> int | None:
         """The next token of a stream, which gets it; None where the text ends."""
-        while True:
-            with self.exclusive(state):
-                if state.generation is not call:
-                    return None
+        with self.locked(state):
+            while state.generation is call:
+                if state.ready is not None:
+                    return self._take(state, stop_ids, is_last=is_last)
                 self._ensure_logits(state)
-                state.wanted = "token"
-            self.wait_for(state, lambda: state.ready is not None)
-            with self.exclusive(state):
-                if state.ready is None:
-                    continue  # something was fed
-                if state.ready in stop_ids:
-                    return None
-                token, state.ready, state.grammar_before = state.ready, None, None
-                state.queue.append(token)
-                grammar = state.sampler.grammar
-                if is_last or (grammar is not None and grammar.is_complete):
-                    state.generation, state.wanted = None, "nothing"
-                return token
+                state.wants_token = True
+                self._wait(state, lambda: state.ready is not None or not state.can_choose)
+                self._check_open(state)
+        return None
+
+    def _take(self, state: StreamState, stop_ids: Collection[int], *, is_last: bool) -> int | None:
+        if state.ready in stop_ids:
+            return None
+        token, state.ready, state.before_choice = state.ready, None, None
+        assert token is not None
+        state.queue.append(token)
+        grammar = state.sampler.grammar
+        if is_last or (grammar is not None and grammar.is_complete):
+            state.generation, state.wants_token = None, False
+        return token
 
     def _ensure_logits(self, state: StreamState) -> None:
-        """Let the last token run again if the logits after it are not known."""
+        """Let the last token run again if the logits after it are not known; then the stream is in no step."""
         if not len(state):
             raise RuntimeError("stream: expected tokens to go on from, got none; feed some first")
-        if state.has_logits or state.queue:
+        if state.can_choose:
             return
-        if not self.engine.memory.can_rollback(state.memory, 1):
+        if not self.engine.memory.can_go_on(state.memory, 1):
             raise RuntimeError(
                 "stream: cannot go on, as after rollback the last token has to run again, and the headroom of "
                 f"sinkattn.enable, {state.ids.layout.headroom}, is used up; feed something"
@@ -270,33 +306,64 @@ class StreamPool:
         state.queue.appendleft(token)
 
     def end_generation(self, state: StreamState, call: object) -> None:
-        """Note that a call has ended."""
-        with self._no_step():
+        """Note that a call has ended.
+
+        It may be a garbage collection that ends it, even within a step of this thread, so this waits for no step.
+        """
+        with self._condition:
             if state.generation is call:
                 state.drop_ready()
-                state.generation, state.wanted = None, "nothing"
+                state.generation, state.wants_token = None, False
 
     def _run_step(self) -> None:
         """Run a step; the lock is free while the model runs."""
         self._is_stepping = True
+        sampled: list[StreamState] = []
         try:
             step = self.engine.plan([state for state in self._streams if state.has_work])
-            self._condition.release()
-            try:
-                tokens = self.engine.run(step)
-            finally:
-                self._condition.acquire()
-            for state, token in zip(step.sampled, tokens, strict=True):
+            for segments in step.forwards:
+                with self._unlocked():
+                    self.engine.run(segments)
+                self.engine.commit(segments)
+            sampled = step.sampled
+            with self._unlocked():
+                tokens = self.engine.choose(sampled)
+            for state, token in zip(sampled, tokens, strict=True):
                 state.ready = token
-                if state.wanted != "token" or state.queue:
-                    state.drop_ready()  # something else has come since
+                if not state.wants_token or state.queue:
+                    state.drop_ready()  # the call has ended since, or something was fed
+        except BaseException:
+            for state in sampled:
+                if state.ready is None:
+                    state.undo_choice()
+            raise
         finally:
             self._is_stepping = False
             self._condition.notify_all()
 
+    @contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        """Without the lock, which is held again afterwards, whatever interrupts the wait for it."""
+        self._condition.release()
+        try:
+            yield
+        finally:
+            interruption, is_locked = None, False
+            while not is_locked:
+                try:
+                    is_locked = self._condition.acquire()
+                except BaseException as error:
+                    interruption = error
+            if interruption is not None:
+                raise interruption
+
     def __len__(self) -> int:
         """Streams that are open."""
         return len(self._streams)
+
+    def __reduce__(self) -> NoReturn:
+        """Refused: threads may wait for a pool, and its streams have handles."""
+        raise TypeError("a StreamPool can be neither copied nor pickled; Stream.fork copies a stream")
 
     @property
     def nbytes(self) -> int:

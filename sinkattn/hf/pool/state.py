@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import Tensor
 
@@ -13,9 +12,6 @@ from sinkattn.hf.pool.memory import StreamMemory
 from sinkattn.hf.pool.messages import Messages
 from sinkattn.hf.sampling.grammar import Grammar
 from sinkattn.hf.sampling.stream_sampler import StreamSampler
-
-Wanted = Literal["nothing", "feed", "token"]
-"""What somebody waits for: nothing, that all tokens are in memory, or the next token."""
 
 
 @dataclass(eq=False)
@@ -32,7 +28,10 @@ class StreamState:
 
     queue: deque[int] = field(default_factory=deque)
     """Tokens of the stream that are not in memory yet."""
-    wanted: Wanted = "nothing"
+    num_feeding: int = 0
+    """Calls of `feed` that wait until all tokens are in memory."""
+    wants_token: bool = False
+    """Whether somebody wants the next token, or will when the one before has been used."""
     generation: object | None = None
     """The call of `generate` that runs."""
     has_logits: bool = False
@@ -41,8 +40,8 @@ class StreamState:
     """These, while the stream has no row."""
     ready: int | None = None
     """The next token, chosen and not handed out yet; until it is, it does not belong to the stream."""
-    grammar_before: Grammar | None = None
-    """The grammar before ``ready``."""
+    before_choice: tuple[int, Grammar | None] | None = None
+    """Draws and grammar before ``ready`` was chosen."""
     error: BaseException | None = None
     """Why it cannot go on, for the call that waits."""
     row_since: int = 0
@@ -62,20 +61,40 @@ class StreamState:
         self.queue.extend(self.prefix)
 
     @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits for it, or will."""
+        return self.wants_token or self.num_feeding > 0
+
+    @property
+    def can_choose(self) -> bool:
+        """Whether the next token can be chosen: now, or after those that wait."""
+        return self.has_logits or bool(self.queue)
+
+    @property
     def has_work(self) -> bool:
         """Whether a step can bring it nearer to what is wanted."""
         if self.error is not None:
             return False
-        return self.ready is None if self.wanted == "token" else self.wanted == "feed" and bool(self.queue)
+        return (self.wants_token and self.ready is None and self.can_choose) or (
+            self.num_feeding > 0 and bool(self.queue)
+        )
+
+    def begin_choice(self) -> None:
+        """Note what the choice of a token changes, for `undo_choice`."""
+        grammar = self.sampler.grammar
+        self.before_choice = self.sampler.draws, None if grammar is None else grammar.fork()
+
+    def undo_choice(self) -> None:
+        """Let a choice that has failed, or whose token is not used, leave no trace."""
+        if self.before_choice is not None:
+            (self.sampler.draws, self.sampler.grammar), self.before_choice = self.before_choice, None
 
     def drop_ready(self) -> None:
-        """Forget the token that was chosen ahead, as if it had not been chosen."""
-        if self.ready is None:
-            return
-        self.ready = None
-        if not self.sampler.params.is_greedy:
-            self.sampler.draws -= 1
-        self.sampler.grammar, self.grammar_before = self.grammar_before, None
+        """Forget the token that was chosen ahead, or why none could be, as if nobody had tried."""
+        if self.ready is not None:
+            self.ready = None
+            self.undo_choice()
+        self.error = None
 
     def window_begin(self, offset: int) -> int:
         """First token that the window of a token may hold; offset 0 is the next one, -1 the last one in memory."""

@@ -30,12 +30,12 @@ class Stream:
         self._pool, self._state = pool, state
 
     def __len__(self) -> int:
-        return len(self._state)
+        return self._pool.length_of(self._state)
 
     @property
     def in_sight(self) -> list[int]:
         """Ids that the last token sees, itself included: prefix or sinks, and window."""
-        with self._pool.exclusive(self._state) as state:
+        with self._pool.locked(self._state) as state:
             ids = copy.deepcopy(state.ids)
             ids.append([*state.queue])
             return ids.in_sight(state.window_begin(len(state.queue) - 1)).tolist()
@@ -53,19 +53,13 @@ class Stream:
         """
         pool = self._pool
         ids = pool.ids_of("tokens", tokens, is_first=not len(self))
-        with pool.exclusive(self._state) as state:
+        with pool.locked(self._state) as state:
             if ids:
                 state.drop_ready()
                 if state.messages is not None and begins_message:
                     state.messages.begin(len(state), len(state.ids))
                 state.queue.extend(ids)
-            if state.wanted == "nothing":
-                state.wanted = "feed"
-        try:
-            pool.wait_for(state, lambda: not state.queue)
-        finally:
-            if state.wanted == "feed":
-                state.wanted = "nothing"
+            pool.wait_until_fed(state)
 
     def generate(
         self,
@@ -148,7 +142,7 @@ class Stream:
     def _decoded(self, tokens: Iterator[int]) -> Iterator[str]:
         """Text of tokens that this stream generates."""
         assert self._pool.tokenizer is not None
-        with self._pool.exclusive(self._state) as state:
+        with self._pool.locked(self._state) as state:
             before = [*state.ids.last(DECODE_CONTEXT), *state.queue]
         return stream_text(self._pool.tokenizer, tokens, before)
 
@@ -218,8 +212,8 @@ class Stream:
     def rollback(self, count: int) -> None:
         """Forget the last ``count`` tokens, as if they had never come.
 
-        Until the ring is full any number can be forgotten, then up to the headroom of `sinkattn.enable`; one fewer if
-        the next thing is `generate`, which runs the last token again.
+        Until the ring is full any number can be forgotten, then up to the headroom of `sinkattn.enable`. If the next
+        thing is `generate`, it runs the last token again, so for a model that streams by re-encoding it is one fewer.
 
         Raises:
             ValueError: for a negative number.
