@@ -323,3 +323,17 @@ def test_compute_sanitizer_finds_nothing(tool):
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+
+
+def test_a_pool_gives_the_tokens_of_the_cpu():
+    lengths, tokens = (3, 30, 55), {}
+    for device in ("cpu", "cuda"):
+        model = sinkattn.enable(build("llama", torch.float64).to(device), 2, 20, 4)
+        pool = sinkattn.StreamPool(model, 2, max_parked=1, max_prefix=7)
+        streams = [pool.open(random_ids(1, 7)[0], evict="message" if length == 30 else "token") for length in lengths]
+        for stream, length in zip(streams, lengths, strict=True):
+            for part in random_ids(1, length, seed=length)[0].split(9):
+                stream.feed(part)
+        running = [stream.generate() for stream in streams]
+        tokens[device] = [[next(each) for each in running] for _ in range(40)]
+    assert tokens["cuda"] == tokens["cpu"]
