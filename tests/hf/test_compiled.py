@@ -86,6 +86,22 @@ def test_a_stream_with_sinks_of_its_own_has_a_graph_of_its_own():
     assert num_graphs() == 2
 
 
+def test_steps_of_a_pool_are_compiled():
+    """For one and for two streams, of other lengths, sinks and messages; three run plainly."""
+    plain, model = enabled_pair("llama")
+    tokens = []
+    for each in (plain, model):
+        pool = sinkattn.StreamPool(each, 3, max_prefix=5)
+        streams = [pool.open(random_ids(1, length)[0], evict=evict) for length, evict in ((5, "message"), (1, "token"))]
+        streams[0].feed(random_ids(1, 20)[0])
+        tokens.append(list(streams[0].generate(20)))
+        running = [stream.generate() for stream in (*streams, streams[0].fork())]
+        for count in (2, 3):
+            tokens[-1] += [next(stream) for _ in range(10) for stream in running[:count]]
+    assert tokens[1] == tokens[0]
+    assert num_graphs() == 3  # one is of `enable`, with a cache
+
+
 @torch._dynamo.config.patch(recompile_limit=2)
 def test_beyond_the_limit_of_graphs_the_plain_step_runs():
     plain, model = enabled_pair("llama")

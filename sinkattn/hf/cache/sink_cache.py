@@ -85,7 +85,12 @@ class SinkCache(Cache):
     @property
     def can_step(self) -> bool:
         """Whether decode steps may be compiled or captured in graphs: only once there is memory."""
-        return self.seen is not None
+        return self.state.counter_ring is not None
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether they may be captured: only if a step finds its tensors where the one before had them."""
+        return True
 
     def relative_positions(self, positions: Tensor) -> Tensor:
         """Ranks of tokens at stream positions ``[1 or batch, tokens]`` among those that they see."""

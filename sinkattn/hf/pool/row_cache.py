@@ -13,6 +13,9 @@ from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.ops import RingLayout
 from sinkattn.ring_cache import RingKVCache
 
+# Numbers of streams whose steps are compiled; the kernel for few tokens takes no more.
+COMPILED_SIZES = (1, 2, 4)
+
 
 class RowInput(NamedTuple):
     """A row that a forward appends tokens to."""
@@ -68,7 +71,12 @@ class RowCache(SinkCache):
 
     @property
     def can_step(self) -> bool:
-        """False: a graph of a step belongs to all rows of a cache."""
+        """Whether a step may be compiled: only for a few numbers of streams, as each takes another graph."""
+        return super().can_step and self._selection is not None and len(self._selection.rows) in COMPILED_SIZES
+
+    @property
+    def can_capture(self) -> bool:
+        """False: every step has rows of its own."""
         return False
 
     def relative_positions(self, positions: Tensor) -> Tensor:

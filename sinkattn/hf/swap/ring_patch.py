@@ -272,7 +272,7 @@ class RingPatch(StreamPatch):
         previous = self._set_running(running)
         try:
             can_step = num_tokens == 1 and cache.can_step and not is_recorded
-            step = self._decode_step(padding) if can_step else None
+            step = self._decode_step(padding, cache) if can_step else None
             if step is None:
                 output = self.run_decoder(**kwargs)
             else:
@@ -337,9 +337,11 @@ class RingPatch(StreamPatch):
 
         return checkpoint(run, *args, **kwargs)
 
-    def _decode_step(self, padding: Padding | None) -> Callable[[RunningForward, dict[str, Any]], Any] | None:
+    def _decode_step(
+        self, padding: Padding | None, cache: SinkCache
+    ) -> Callable[[RunningForward, dict[str, Any]], Any] | None:
         """What runs a decode step of streams that have memory; None if nothing but the decoder does."""
-        if self._step_graphs is not None and not torch.compiler.is_dynamo_compiling():
+        if self._step_graphs is not None and cache.can_capture and not torch.compiler.is_dynamo_compiling():
             return self._step_graphs
         # On a GPU there may be padding in any step, as the mask is not read; on a CPU it would take another graph.
         is_compiled = self._compiled_step is not None and (padding is None or padding.num_new.is_cuda)
