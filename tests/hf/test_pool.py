@@ -552,7 +552,7 @@ def wait_for_all(streams, count, pool, steps):
     for stream in streams:
         stream._state.queue.extend(some_ids(count))
         stream._state.num_feeding = 1
-    with pool._condition:
+    with pool.condition:
         for _ in range(steps):
             pool._run_step()
 

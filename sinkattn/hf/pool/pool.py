@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -83,7 +83,8 @@ class StreamPool:
         memory = memory_for(model, max_streams, self._max_sinks)
         self.engine = Engine(memory, max_streams, tokens_per_step, model.device.type)
         self._streams: set[StreamState] = set()
-        self._condition = threading.Condition()
+        self.condition = threading.Condition()
+        """Its lock protects everything but what a forward changes."""
         self._is_stepping = False
         self._num_exclusive = 0
 
@@ -174,6 +175,7 @@ class StreamPool:
         with self._no_step():
             if state in self._streams:
                 self._streams.remove(state)
+                state.drop_ready()
                 self.engine.drop(state)
 
     def new_sampler(self, params: SamplingParams) -> StreamSampler:
@@ -205,115 +207,53 @@ class StreamPool:
 
         That is enough for what only adds to a stream. It waits for no step.
         """
-        with self._condition:
-            self._check_open(state)
+        with self.condition:
+            self.check_open(state)
             yield state
 
     @contextmanager
     def exclusive(self, state: StreamState) -> Iterator[StreamState]:
         """While it lasts, no step runs; raises RuntimeError if the stream is closed."""
         with self._no_step():
-            self._check_open(state)
+            self.check_open(state)
             yield state
 
-    def _check_open(self, state: StreamState) -> None:
+    def check_open(self, state: StreamState) -> None:
+        """Raise RuntimeError if a stream is closed."""
         if state not in self._streams:
             raise RuntimeError("stream: is closed")
 
     @contextmanager
     def _no_step(self) -> Iterator[None]:
-        with self._condition:
+        with self.condition:
             self._num_exclusive += 1
             try:
                 while self._is_stepping:
-                    self._condition.wait()
+                    self.condition.wait()
             finally:
                 self._num_exclusive -= 1
-                self._condition.notify_all()
+                self.condition.notify_all()
             yield
 
     def length_of(self, state: StreamState) -> int:
         """Tokens of a stream, those that wait among them."""
-        with self._condition:  # or a step might be about to move tokens from the queue to those in memory
+        with self.condition:  # or a step might be about to move tokens from the queue to those in memory
             return len(state)
 
-    def wait_until_fed(self, state: StreamState) -> None:
-        """Run steps, or wait for those of other threads, until the tokens of a stream are in memory.
+    def wait(self, state: StreamState, is_done: Callable[[], bool]) -> None:
+        """Run steps, or wait for those of other threads, until something is done for a stream.
 
-        Called with `locked`.
+        The lock is held, once. Raises RuntimeError if the stream is closed, or else why it cannot go on.
         """
-        end = len(state)
-        state.num_feeding += 1
-        try:
-            self._wait(state, lambda: not state.queue or len(state.ids) >= end)
-        finally:
-            state.num_feeding -= 1
-
-    def _wait(self, state: StreamState, is_done: Callable[[], bool]) -> None:
-        """Run steps, or wait for those of other threads, until something is done for a stream; with the lock."""
         while not is_done():
-            self._check_open(state)
+            self.check_open(state)
             if state.error is not None:
                 error, state.error = state.error, None
                 raise error
             if self._is_stepping or self._num_exclusive:
-                self._condition.wait()
+                self.condition.wait()
             else:
                 self._run_step()
-
-    def begin_generation(self, state: StreamState, call: object) -> None:
-        """Note that a call generates."""
-        if state.generation is not None:
-            raise RuntimeError("stream: generates already; finish or close the iterator of that call first")
-        state.generation = call
-
-    def next_token(self, state: StreamState, call: object, stop_ids: Collection[int], *, is_last: bool) -> int | None:
-        """The next token of a stream, which gets it; None where the text ends."""
-        with self.locked(state):
-            while state.generation is call:
-                if state.ready is not None:
-                    return self._take(state, stop_ids, is_last=is_last)
-                self._ensure_logits(state)
-                state.wants_token = True
-                self._wait(state, lambda: state.ready is not None or not state.can_choose)
-                self._check_open(state)
-        return None
-
-    def _take(self, state: StreamState, stop_ids: Collection[int], *, is_last: bool) -> int | None:
-        if state.ready in stop_ids:
-            return None
-        token, state.ready, state.before_choice = state.ready, None, None
-        assert token is not None
-        state.queue.append(token)
-        grammar = state.sampler.grammar
-        if is_last or (grammar is not None and grammar.is_complete):
-            state.generation, state.wants_token = None, False
-        return token
-
-    def _ensure_logits(self, state: StreamState) -> None:
-        """Let the last token run again if the logits after it are not known; then the stream is in no step."""
-        if not len(state):
-            raise RuntimeError("stream: expected tokens to go on from, got none; feed some first")
-        if state.can_choose:
-            return
-        if not self.engine.memory.can_go_on(state.memory, 1):
-            raise RuntimeError(
-                "stream: cannot go on, as after rollback the last token has to run again, and the headroom of "
-                f"sinkattn.enable, {state.ids.layout.headroom}, is used up; feed something"
-            )
-        [token] = state.ids.last(1)
-        self.engine.rollback(state, 1)
-        state.queue.appendleft(token)
-
-    def end_generation(self, state: StreamState, call: object) -> None:
-        """Note that a call has ended.
-
-        It may be a garbage collection that ends it, even within a step of this thread, so this waits for no step.
-        """
-        with self._condition:
-            if state.generation is call:
-                state.drop_ready()
-                state.generation, state.wants_token = None, False
 
     def _run_step(self) -> None:
         """Run a step; the lock is free while the model runs."""
@@ -339,19 +279,19 @@ class StreamPool:
             raise
         finally:
             self._is_stepping = False
-            self._condition.notify_all()
+            self.condition.notify_all()
 
     @contextmanager
     def _unlocked(self) -> Iterator[None]:
         """Without the lock, which is held again afterwards, whatever interrupts the wait for it."""
-        self._condition.release()
+        self.condition.release()
         try:
             yield
         finally:
             interruption, is_locked = None, False
             while not is_locked:
                 try:
-                    is_locked = self._condition.acquire()
+                    is_locked = self.condition.acquire()
                 except BaseException as error:
                     interruption = error
             if interruption is not None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import threading
 from collections.abc import AsyncIterator, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
+from sinkattn.hf.pool.generation import Generation
 from sinkattn.hf.pool.state import StreamState
 from sinkattn.hf.pool.stops import StopStrings
 from sinkattn.hf.sampling.params import SamplingParams
@@ -51,6 +51,10 @@ class Stream:
         Raises:
             ValueError: for text without a tokenizer, or ids that the model does not have.
         """
+        self._wait_until_fed(self._append(tokens, begins_message=begins_message))
+
+    def _append(self, tokens: str | Sequence[int] | Tensor, *, begins_message: bool) -> int:
+        """Append tokens, which wait; returns the length of the stream."""
         pool = self._pool
         ids = pool.ids_of("tokens", tokens, is_first=not len(self))
         with pool.locked(self._state) as state:
@@ -59,7 +63,16 @@ class Stream:
                 if state.messages is not None and begins_message:
                     state.messages.begin(len(state), len(state.ids))
                 state.queue.extend(ids)
-            pool.wait_until_fed(state)
+            return len(state)
+
+    def _wait_until_fed(self, length: int) -> None:
+        """Return when so many tokens of the stream, or all of them, are in memory."""
+        with self._pool.locked(self._state) as state:
+            state.num_feeding += 1
+            try:
+                self._pool.wait(state, lambda: not state.queue or len(state.ids) >= length)
+            finally:
+                state.num_feeding -= 1
 
     def generate(
         self,
@@ -84,8 +97,7 @@ class Stream:
             RuntimeError: while it runs: a stream that is closed, has no tokens, or has such an iterator already.
         """
         stops = self._stop_strings(stop)
-        tokens = self._tokens(max_new_tokens, stop, sampling)
-        return tokens if stops is None else self._until(tokens, stops)
+        return self._tokens(self._generation(max_new_tokens, stop, sampling), stops)
 
     def generate_text(
         self,
@@ -99,10 +111,8 @@ class Stream:
         Bytes are held back until their character is complete, and text as long as it may begin a text of ``stop``,
         which is not yielded.
         """
-        if self._pool.tokenizer is None:
-            raise ValueError("tokenizer: expected one, given to StreamPool, for text, got None")
-        stops = self._stop_strings(stop) or StopStrings([])
-        return self._text(self._tokens(max_new_tokens, stop, sampling), stops)
+        stops = self._text_stops(stop)
+        return self._text(self._generation(max_new_tokens, stop, sampling), stops)
 
     def _stop_strings(self, stop: Collection[int | str]) -> StopStrings | None:
         strings = [x for x in stop if isinstance(x, str)]
@@ -112,32 +122,22 @@ class Stream:
             raise ValueError("stop: expected texts of one character or more, got ''")
         return StopStrings(strings) if strings else None
 
-    def _tokens(
+    def _text_stops(self, stop: Collection[int | str]) -> StopStrings:
+        if self._pool.tokenizer is None:
+            raise ValueError("tokenizer: expected one, given to StreamPool, for text, got None")
+        return self._stop_strings(stop) or StopStrings([])
+
+    def _generation(
         self, max_new_tokens: int | None, stop: Collection[int | str], sampling: SamplingParams | None
-    ) -> Generator[int]:
+    ) -> Generation:
         if max_new_tokens is not None and max_new_tokens < 0:
             raise ValueError(f"max_new_tokens: expected 0 or more, got {max_new_tokens}")
         sampler = None if sampling is None else self._pool.new_sampler(sampling)
         stop_ids = frozenset(x for x in stop if not isinstance(x, str))
+        return Generation(self._pool, self._state, sampler, stop_ids, max_new_tokens)
 
-        def tokens() -> Generator[int]:
-            call, count = object(), 0
-            with self._pool.exclusive(self._state) as state:
-                self._pool.begin_generation(state, call)
-                if sampler is not None:
-                    state.sampler = sampler
-            try:
-                while count != max_new_tokens:
-                    is_last = count + 1 == max_new_tokens
-                    token = self._pool.next_token(state, call, stop_ids, is_last=is_last)
-                    if token is None:
-                        return
-                    count += 1
-                    yield token
-            finally:
-                self._pool.end_generation(state, call)
-
-        return tokens()
+    def _tokens(self, generation: Generation, stops: StopStrings | None) -> Generator[int]:
+        return generation.tokens() if stops is None else self._until(generation.tokens(), stops)
 
     def _decoded(self, tokens: Iterator[int]) -> Iterator[str]:
         """Text of tokens that this stream generates."""
@@ -165,7 +165,8 @@ class Stream:
         finally:
             tokens.close()
 
-    def _text(self, tokens: Generator[int], stops: StopStrings) -> Generator[str]:
+    def _text(self, generation: Generation, stops: StopStrings) -> Generator[str]:
+        tokens = generation.tokens()
         try:
             for piece in self._decoded(tokens):
                 yield stops.add(piece)
@@ -176,8 +177,9 @@ class Stream:
             tokens.close()
 
     async def feed_async(self, tokens: str | Sequence[int] | Tensor, *, begins_message: bool = True) -> None:
-        """`feed` for asyncio."""
-        await asyncio.to_thread(self.feed, tokens, begins_message=begins_message)
+        """`feed` for asyncio. The tokens belong to the stream also if it is cancelled."""
+        length = self._append(tokens, begins_message=begins_message)
+        await asyncio.to_thread(self._wait_until_fed, length)
 
     def generate_async(
         self,
@@ -187,7 +189,8 @@ class Stream:
         sampling: SamplingParams | None = None,
     ) -> AsyncIterator[int]:
         """`generate` for asyncio."""
-        return _in_threads(self.generate(max_new_tokens, stop=stop, sampling=sampling))
+        stops, generation = self._stop_strings(stop), self._generation(max_new_tokens, stop, sampling)
+        return _without_blocking(generation, self._tokens(generation, stops))
 
     def generate_text_async(
         self,
@@ -197,7 +200,8 @@ class Stream:
         sampling: SamplingParams | None = None,
     ) -> AsyncIterator[str]:
         """`generate_text` for asyncio."""
-        return _in_threads(self.generate_text(max_new_tokens, stop=stop, sampling=sampling))
+        stops, generation = self._text_stops(stop), self._generation(max_new_tokens, stop, sampling)
+        return _without_blocking(generation, self._text(generation, stops))
 
     def fork(self) -> Stream:
         """An independent copy, which goes on from here; with the same sampling it draws the same tokens.
@@ -271,20 +275,20 @@ class Stream:
         self.close()
 
 
-async def _in_threads(items: Generator[T]) -> AsyncIterator[T]:
-    """Items of a generator, each of which is made in a thread."""
-    lock = threading.Lock()  # a cancelled task leaves a thread that is about to make the next item
+async def _without_blocking(generation: Generation, items: Generator[T]) -> AsyncIterator[T]:
+    """Items that are made of the tokens of a generation: threads wait for these, but do not take them.
 
-    def advance() -> T | None:
-        with lock:
-            return next(items, None)
-
-    def close() -> None:
-        with lock:
-            items.close()
-
+    So a stream has no token that a task that was cancelled has not got.
+    """
     try:
-        while (item := await asyncio.to_thread(advance)) is not None:
+        while True:
+            if generation.is_ready:
+                await asyncio.sleep(0)
+            else:
+                await asyncio.to_thread(generation.wait)
+            if (item := next(items, None)) is None:
+                return
             yield item
     finally:
-        await asyncio.shield(asyncio.to_thread(close))
+        items.close()
+        generation.end()  # also if the items have not begun

@@ -1,0 +1,129 @@
+"""`Generation`: one call of `Stream.generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator
+from typing import TYPE_CHECKING
+
+from sinkattn.hf.pool.state import StreamState
+from sinkattn.hf.sampling.stream_sampler import StreamSampler
+
+if TYPE_CHECKING:
+    from sinkattn.hf.pool.pool import StreamPool
+
+
+class Generation:
+    """Generates tokens of a stream until something ends it. It begins when the first one is wanted.
+
+    Args:
+        pool: of the stream.
+        state: the stream.
+        sampler: chooses the tokens; None for that of the stream.
+        stop_ids: tokens that end it, and do not belong to the stream.
+        max_new_tokens: the most tokens; None for no limit.
+    """
+
+    def __init__(
+        self,
+        pool: StreamPool,
+        state: StreamState,
+        sampler: StreamSampler | None,
+        stop_ids: Collection[int],
+        max_new_tokens: int | None,
+    ) -> None:
+        self._pool, self._state, self._sampler, self._stop_ids = pool, state, sampler, stop_ids
+        self._num_left = max_new_tokens
+        self._has_begun = self._has_ended = False
+
+    def tokens(self) -> Generator[int]:
+        """The tokens, one for each ``next``."""
+        try:
+            while (token := self._next()) is not None:
+                yield token
+        finally:
+            self.end()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the next token, or the end, can be had without waiting."""
+        with self._pool.condition:
+            return self._state.ready is not None if self._is_running else self._has_begun
+
+    def wait(self) -> None:
+        """Wait for the next token, or for the end."""
+        if not self._has_begun:
+            self._begin()
+        state = self._state
+        with self._pool.condition:
+            while self._is_running and state.ready is None:
+                self._pool.check_open(state)
+                self._ensure_logits()
+                state.wants_token = True
+                self._pool.wait(state, lambda: not self._is_running or state.ready is not None or not state.can_choose)
+
+    def end(self) -> None:
+        """End it, if it has not ended by itself.
+
+        It may be a garbage collection that does so, even within a step of this thread, so this waits for no step.
+        """
+        with self._pool.condition:
+            self._has_ended = True
+            if self._is_running:
+                self._state.drop_ready()
+                self._stop()
+
+    @property
+    def _is_running(self) -> bool:
+        return self._state.generation is self
+
+    def _begin(self) -> None:
+        with self._pool.exclusive(self._state) as state:
+            if self._has_ended:
+                return
+            if state.generation is not None:
+                raise RuntimeError("stream: generates already; finish or close the iterator of that call first")
+            self._has_begun = True
+            if self._sampler is not None:
+                state.sampler = self._sampler
+            if self._num_left != 0:
+                state.generation = self
+
+    def _stop(self) -> None:
+        self._state.generation, self._state.wants_token = None, False
+        self._pool.condition.notify_all()  # another thread may wait for the next token
+
+    def _next(self) -> int | None:
+        """The next token, which the stream gets; None at the end."""
+        state = self._state
+        while True:
+            self.wait()
+            with self._pool.condition:
+                token, is_running = state.ready, self._is_running
+                if not is_running or token in self._stop_ids:
+                    return None
+                if token is None:
+                    continue  # something was fed in between
+                state.ready = state.before_choice = None
+                state.queue.append(token)
+                if self._num_left is not None:
+                    self._num_left -= 1
+                grammar = state.sampler.grammar
+                if self._num_left == 0 or (grammar is not None and grammar.is_complete):
+                    self._stop()
+                return token
+
+    def _ensure_logits(self) -> None:
+        """Let the last token run again if the logits after it are not known; then the stream is in no step."""
+        state, engine = self._state, self._pool.engine
+        if not len(state):
+            raise RuntimeError("stream: expected tokens to go on from, got none; feed some first")
+        if state.can_choose:
+            return
+        if not engine.memory.can_go_on(state.memory, 1):
+            raise RuntimeError(
+                "stream: cannot go on, as after rollback the last token has to run again, and the headroom of "
+                f"sinkattn.enable, {state.ids.layout.headroom}, is used up; feed something"
+            )
+        [token] = state.ids.last(1)
+        engine.rollback(state, 1)
+        state.queue.appendleft(token)
