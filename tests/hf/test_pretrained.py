@@ -38,9 +38,13 @@ INT8 = {
 
 @pytest.fixture(scope="module")
 def read_once():
-    """Configuration, weights and tokenizer come from one file, which is parsed once."""
+    """Configuration, weights and tokenizer come from one file, which is parsed once.
+
+    The names of its tensors are listed once as well, not for every module.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gguf.GGUFReader", cache(gguf.GGUFReader))
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, cache(getattr(gguf, name)))
         yield
 
 
@@ -105,12 +109,15 @@ def test_values_beyond_float16_are_its_own(load):
         enable(load(torch.float16, WEIGHTS), S, W)
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "fault"),
+    # All faults where rounding is largest; `test_trial` has all of them in every dtype.
+    [*(("bf16", fault) for fault in FAULTS), *((dtype, "a_window_too_short") for dtype in ("fp32", "fp16"))],
+)
 def test_one_token_off_is_refused_in_every_dtype(dtype, fault, load, monkeypatch):
-    fault(monkeypatch)
+    FAULTS[fault](monkeypatch)
     with pytest.raises(UnsupportedModelError, match=r"patched model differs from the original by .* in the attention"):
-        enable(load(dtype), S, W)
+        enable(load(DTYPES[dtype]), S, W)
 
 
 @pytest.mark.parametrize("int8", INT8.values(), ids=INT8)
