@@ -38,15 +38,20 @@ class Record:
     Args:
         params: how its tokens are chosen.
         prefix: its first ids.
+        evict: what leaves its window at a time.
     """
 
-    def __init__(self, params=None, prefix=()):
+    def __init__(self, params=None, prefix=(), evict="token"):
         self.params, self.ids = params or SamplingParams(), [*prefix]
+        self.prefix, self.evict = [*prefix], evict
         self.num_sinks = max(len(prefix), S)
         self.draws = 0
+        self.begins, self.peak = [], 0
         self.unchecked = []
 
-    def feed(self, ids):
+    def feed(self, ids, *, begins_message=True):
+        if ids and begins_message:
+            self.begins.append(len(self.ids))
         self.ids += ids
 
     def generate(self, token):
@@ -54,17 +59,54 @@ class Record:
         self.ids.append(token)
         self.draws += not self.params.is_greedy
 
-    def check(self, model):
-        """Compare generated tokens with those that the model chooses in one run over all ids."""
+    @property
+    def sure_rollback(self):
+        """So many tokens can always be rolled back."""
+        return HEADROOM - max(0, self.peak - len(self.ids))
+
+    def rollback(self, count):
+        self.peak = max(self.peak, len(self.ids))
+        del self.ids[len(self.ids) - count :]
+        self.begins = [begin for begin in self.begins if begin < len(self.ids)]
+
+    def reset(self):
+        self.ids, self.begins, self.peak = [*self.prefix], [], 0
+
+    def in_sight(self, length):
+        """Ids that the last of so many tokens sees."""
+        sinks, recent = self.ids[:length][: self.num_sinks], self.ids[self.num_sinks : length]
+        if self.evict == "token":
+            return sinks + recent[-W:]
+        visible = []
+        for begin in sorted({self.num_sinks, *self.begins}, reverse=True):
+            message = recent[begin - self.num_sinks :] if begin >= self.num_sinks else []
+            if visible and len(visible) + len(message) > W:
+                break
+            visible = (message + visible)[-W:]
+            recent = recent[: len(recent) - len(message)]
+        return sinks + visible
+
+    def check(self, model, plain=None):
+        """Compare generated tokens with those that the model chooses in one run over all ids.
+
+        With eviction by messages from those in sight, by a ``plain`` model of one layer.
+        """
         if not self.unchecked:
             return
-        cache = sinkattn.SinkCache(model, num_sinks=self.num_sinks)
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([self.ids]), **{forward_cache(model): cache}).logits[0]
         sampler = StreamSampler(self.params, vocabulary=VOCABULARY)
+        logits = self._logits(model) if self.evict == "token" else None
         for position, sampler.draws in self.unchecked:
-            sinks, recent = self.ids[: self.num_sinks], self.ids[self.num_sinks : position][-W:]
-            in_sight = torch.tensor([sinks[:position] + recent])
-            [token] = BatchSampler().choose(logits[position - 1 : position], [sampler], in_sight).read()
+            ids = torch.tensor([self.in_sight(position)])
+            if logits is not None:
+                own = logits[position - 1 : position]
+            else:
+                with torch.no_grad():
+                    own = plain(ids).logits[:, -1]
+            [token] = BatchSampler().choose(own, [sampler], ids).read()
             assert token == self.ids[position], (position, self.params)
         self.unchecked.clear()
+
+    def _logits(self, model):
+        cache = sinkattn.SinkCache(model, num_sinks=self.num_sinks)
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([self.ids]), **{forward_cache(model): cache}).logits[0]

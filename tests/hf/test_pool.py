@@ -5,11 +5,11 @@ import copy
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import pytest
 import torch
-from hf_models import VOCABULARY, build, enabled, interrupted, random_ids
+from hf_models import VOCABULARY, build, enabled, interrupted
+from pool_streams import HEADROOM, S, W, model_in_double, some_ids
 from transformers import LogitsProcessor
 
 import sinkattn
@@ -17,14 +17,6 @@ from sinkattn import PoolFullError, SamplingParams, StreamPool
 from sinkattn.hf.sampling.batch_sampler import BatchSampler
 from sinkattn.hf.sampling.stream_sampler import StreamSampler
 from sinkattn.hf.versions import forward_cache
-
-S, W, HEADROOM = 2, 12, 4
-
-
-@cache
-def model_in_double(family="llama", **overrides):
-    """Without ties, and with the same tokens whatever the order of sums."""
-    return sinkattn.enable(build(family, torch.float64, **overrides), S, W, HEADROOM)
 
 
 @torch.no_grad()
@@ -43,10 +35,6 @@ def tokens_alone(model, ids, count, params=None, num_sinks=S, draws=0):
         ids.append(token)
         chosen.append(token)
     return chosen
-
-
-def some_ids(count, seed=0):
-    return random_ids(1, count, seed=seed)[0].tolist()
 
 
 def in_turn(iterators, count):
@@ -637,3 +625,20 @@ def test_the_first_forward_may_fail_while_others_wait_for_a_row():
         first.feed(some_ids(20))
     second.feed(some_ids(5, 1))
     assert list(first.generate(3)) == tokens_alone(model, some_ids(20), 3)
+
+
+def test_what_precedes_the_first_message_is_one():
+    """Nothing leaves before it has to: neither what follows the prefix, nor a first message that gave the sinks."""
+    pool = StreamPool(model_in_double(), 2, max_prefix=4)
+    greeting = pool.open(some_ids(4), evict="message")
+    greeted = list(greeting.generate(5))
+    greeting.feed(some_ids(6, 1))
+    assert greeting.in_sight == [*some_ids(4), *greeted, *some_ids(6, 1)]
+    greeting.feed(some_ids(2, 2))
+    assert greeting.in_sight == [*some_ids(4), *some_ids(6, 1), *some_ids(2, 2)]
+    first = pool.open(evict="message")
+    first.feed(some_ids(8))
+    first.feed(some_ids(S + W - 8, 1))
+    assert first.in_sight == [*some_ids(8), *some_ids(S + W - 8, 1)]
+    first.feed([1])
+    assert first.in_sight == [*some_ids(S), *some_ids(S + W - 8, 1), 1]

@@ -10,16 +10,18 @@ class Messages:
     """Beginnings of the messages of a stream that may still be in sight.
 
     A token sees no part of a message without the rest of it: its window begins with the first message of which it sees
-    all. Only of the message that it belongs to, if that is longer than the window, it sees the last tokens.
+    all. Only of the message that it belongs to, if that is longer than the window, it sees the last tokens. What
+    follows the sinks is a message in any case.
 
     Args:
+        num_sinks: tokens that are always in sight.
         window: the most tokens of a window.
         kept: how many tokens more than that a stream may be rolled back.
     """
 
-    def __init__(self, window: int, kept: int) -> None:
-        self._window, self._kept = window, kept
-        self._begins: list[int] = []
+    def __init__(self, num_sinks: int, window: int, kept: int) -> None:
+        self._num_sinks, self._window, self._kept = num_sinks, window, kept
+        self._begins = [num_sinks]
 
     @property
     def begins(self) -> list[int]:
@@ -32,15 +34,16 @@ class Messages:
 
     def emptied(self) -> Messages:
         """The same without messages."""
-        return Messages(self._window, self._kept)
+        return Messages(self._num_sinks, self._window, self._kept)
 
     def begin(self, token: int, seen: int) -> None:
         """A message begins with this token, which may still wait; ``seen`` tokens are in memory."""
-        self._begins = [*self._begins[bisect_left(self._begins, seen - self._window - self._kept) :], token]
+        if token > self._num_sinks:
+            self._begins = [*self._begins[bisect_left(self._begins, seen - self._window - self._kept) :], token]
 
     def rollback(self, tokens: int) -> None:
         """So many tokens are left."""
-        self._begins = self._begins[: bisect_left(self._begins, tokens)]
+        self._begins = self._begins[: bisect_left(self._begins, max(tokens, self._num_sinks + 1))]
 
     def _first_seen(self, token: int) -> int:
         """Index of the first message of which a token sees all; if there is none, of the first one that comes later."""
@@ -54,5 +57,5 @@ class Messages:
     def run_length(self, token: int, limit: int) -> int:
         """How many tokens from this one on have windows with the same `window_begin`; at most ``limit``."""
         begin = next(iter(self._begins[self._first_seen(token) :]), token + limit)
-        change = begin + self._window if begin <= token else begin
+        change = begin + self._window if begin <= max(token, self._num_sinks) else begin
         return min(limit, change - token)

@@ -122,7 +122,7 @@ class StreamPool:
             )
         layout = self._patch.layout_with(num_sinks)
         params = SamplingParams() if sampling is None else sampling
-        messages = Messages(layout.window, layout.headroom) if evict == "message" else None
+        messages = Messages(num_sinks, layout.window, layout.headroom) if evict == "message" else None
         memory = StreamMemory(num_sinks)
         state = StreamState(ids, self.new_sampler(params), memory, StreamIds(layout), messages)
         state.begin_anew()
