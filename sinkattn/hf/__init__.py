@@ -5,7 +5,8 @@ from sinkattn.hf.background import BackgroundLearner
 from sinkattn.hf.cache.load_stream import load_stream
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.learner import OnlineLearner
-from sinkattn.hf.pool.pool import PoolFullError, StreamPool
+from sinkattn.hf.pool.pool import StreamPool
+from sinkattn.hf.pool.scheduler import PoolFullError
 from sinkattn.hf.pool.stream import Stream
 from sinkattn.hf.sampling.params import SamplingParams
 from sinkattn.hf.stream import stream_text, stream_tokens

@@ -172,7 +172,7 @@ def test_nothing_of_a_closed_stream_stays_in_memory():
     pool = StreamPool(model_in_double(), 1)
     stream = pool.open()
     stream.feed(some_ids(20))
-    layers = pool.engine.memory._cache.layers
+    layers = pool.scheduler.engine.memory._cache.layers
     assert all(layer.keys.any() for layer in layers)
     stream.close()
     assert not any(layer.keys.any() or layer.values.any() for layer in layers)
@@ -339,13 +339,13 @@ def test_a_step_is_bounded():
     talking.feed(some_ids(3))
     tokens, widths = talking.generate(), []
     next(tokens)
-    run = pool.engine.memory.run
+    run = pool.scheduler.engine.memory.run
 
     def noted(inputs):
         widths.append(max(len(x.ids) for x in inputs))
         return run(inputs)
 
-    pool.engine.memory.run = noted
+    pool.scheduler.engine.memory.run = noted
     feeder = threading.Thread(target=listening.feed, args=(some_ids(100),))
     feeder.start()
     got = [next(tokens) for _ in range(30)]
@@ -540,9 +540,9 @@ def wait_for_all(streams, count, pool, steps):
     for stream in streams:
         stream._state.queue.extend(some_ids(count))
         stream._state.num_feeding = 1
-    with pool.condition:
+    with pool.scheduler.condition:
         for _ in range(steps):
-            pool._run_step()
+            pool.scheduler._run_step()
 
 
 def test_all_that_are_fed_take_turns():
@@ -563,7 +563,7 @@ def test_tokens_do_not_depend_on_the_modes_of_the_thread_that_runs_the_step(mode
         got = in_turn([stream.generate() for stream in streams], 3)
     got = [[*own, *stream.generate(3)] for own, stream in zip(got, streams, strict=True)]
     assert got == [tokens_alone(model, some_ids(20, index), 6) for index in range(3)]
-    assert pool.engine._logits.dtype == torch.float32
+    assert pool.scheduler.engine._logits.dtype == torch.float32
 
 
 def test_text_with_ids_that_the_model_lacks_is_refused():

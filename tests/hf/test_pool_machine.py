@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from pool_streams import HEADROOM, Record, W, model_in_double, some_ids
 
-from sinkattn import SamplingParams
-from sinkattn.hf.pool.pool import PoolFullError, StreamPool
+from sinkattn import PoolFullError, SamplingParams, StreamPool
 
 NUM_ROWS, MAX_STREAMS, MAX_PREFIX = 3, 64, W + 5
 

@@ -17,8 +17,7 @@ from pool_streams import Record, model_in_double, some_ids
 from transformers import LogitsProcessor
 
 import sinkattn
-from sinkattn import SamplingParams
-from sinkattn.hf.pool.pool import PoolFullError, StreamPool
+from sinkattn import PoolFullError, SamplingParams, StreamPool
 
 TIMEOUT = 60
 
@@ -86,7 +85,7 @@ def test_an_interruption_while_the_stepping_thread_waits_for_the_lock():
     has_lock, threads = threading.Event(), []
 
     def hold_the_lock():
-        with pool.condition:
+        with pool.scheduler.condition:
             has_lock.set()
             time.sleep(0.3)
             assert was_interrupted
@@ -111,7 +110,7 @@ def test_an_interruption_while_the_stepping_thread_waits_for_the_lock():
     finally:
         signal.signal(signal.SIGALRM, previous)
     join(*threads, in_thread(other.feed, some_ids(3)))
-    assert not pool._is_stepping
+    assert not pool.scheduler._is_stepping
 
 
 class SometimesBroken(LogitsProcessor):

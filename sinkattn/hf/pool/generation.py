@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Generator
-from typing import TYPE_CHECKING
 
+from sinkattn.hf.pool.scheduler import Scheduler
 from sinkattn.hf.pool.state import StreamState
 from sinkattn.hf.sampling.stream_sampler import StreamSampler
-
-if TYPE_CHECKING:
-    from sinkattn.hf.pool.pool import StreamPool
 
 
 class Generation:
     """Generates tokens of a stream until something ends it. It begins when the first one is wanted.
 
     Args:
-        pool: of the stream.
+        scheduler: of the pool.
         state: the stream.
         sampler: chooses the tokens; None for that of the stream.
         stop_ids: tokens that end it, and do not belong to the stream.
@@ -25,13 +22,13 @@ class Generation:
 
     def __init__(
         self,
-        pool: StreamPool,
+        scheduler: Scheduler,
         state: StreamState,
         sampler: StreamSampler | None,
         stop_ids: Collection[int],
         max_new_tokens: int | None,
     ) -> None:
-        self._pool, self._state, self._sampler, self._stop_ids = pool, state, sampler, stop_ids
+        self._scheduler, self._state, self._sampler, self._stop_ids = scheduler, state, sampler, stop_ids
         self._num_left = max_new_tokens
         self._has_begun = self._has_ended = False
 
@@ -46,7 +43,7 @@ class Generation:
     @property
     def is_ready(self) -> bool:
         """Whether the next token, or the end, can be had without waiting."""
-        with self._pool.condition:
+        with self._scheduler.condition:
             return self._state.ready is not None if self._is_running else self._has_begun
 
     def wait(self) -> None:
@@ -54,19 +51,21 @@ class Generation:
         if not self._has_begun:
             self._begin()
         state = self._state
-        with self._pool.condition:
+        with self._scheduler.condition:
             while self._is_running and state.ready is None:
-                self._pool.check_open(state)
+                self._scheduler.check_open(state)
                 self._ensure_logits()
                 state.wants_token = True
-                self._pool.wait(state, lambda: not self._is_running or state.ready is not None or not state.can_choose)
+                self._scheduler.wait(
+                    state, lambda: not self._is_running or state.ready is not None or not state.can_choose
+                )
 
     def end(self) -> None:
         """End it, if it has not ended by itself.
 
         It may be a garbage collection that does so, even within a step of this thread, so this waits for no step.
         """
-        with self._pool.condition:
+        with self._scheduler.condition:
             self._has_ended = True
             if self._is_running:
                 self._state.drop_ready()
@@ -77,7 +76,7 @@ class Generation:
         return self._state.generation is self
 
     def _begin(self) -> None:
-        with self._pool.exclusive(self._state) as state:
+        with self._scheduler.exclusive(self._state) as state:
             if self._has_ended:
                 return
             if state.generation is not None:
@@ -90,14 +89,14 @@ class Generation:
 
     def _stop(self) -> None:
         self._state.generation, self._state.wants_token = None, False
-        self._pool.condition.notify_all()  # another thread may wait for the next token
+        self._scheduler.condition.notify_all()  # another thread may wait for the next token
 
     def _next(self) -> int | None:
         """The next token, which the stream gets; None at the end."""
         state = self._state
         while True:
             self.wait()
-            with self._pool.condition:
+            with self._scheduler.condition:
                 token, is_running = state.ready, self._is_running
                 if not is_running or token in self._stop_ids:
                     return None
@@ -114,7 +113,7 @@ class Generation:
 
     def _ensure_logits(self) -> None:
         """Let the last token run again if the logits after it are not known; then the stream is in no step."""
-        state, engine = self._state, self._pool.engine
+        state, engine = self._state, self._scheduler.engine
         if not len(state):
             raise RuntimeError("stream: expected tokens to go on from, got none; feed some first")
         if state.can_choose:

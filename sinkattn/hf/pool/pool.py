@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkattn.hf.fingerprint import Accepted
-from sinkattn.hf.model_patch import require_patch
 from sinkattn.hf.pool import saved
 from sinkattn.hf.pool.engine import Engine
 from sinkattn.hf.pool.ids import StreamIds
 from sinkattn.hf.pool.memory import StreamMemory, memory_for
 from sinkattn.hf.pool.messages import Messages
+from sinkattn.hf.pool.model import PoolModel
+from sinkattn.hf.pool.scheduler import Scheduler
 from sinkattn.hf.pool.state import StreamState
 from sinkattn.hf.pool.stream import Stream
 from sinkattn.hf.sampling.params import SamplingParams
-from sinkattn.hf.sampling.stream_sampler import StreamSampler
-from sinkattn.hf.stream import end_ids
-
-
-class PoolFullError(RuntimeError):
-    """There is no room for another stream."""
 
 
 class StreamPool:
@@ -75,18 +67,12 @@ class StreamPool:
         ):
             if value < least:
                 raise ValueError(f"{name}: expected {least} or more, got {value}")
-        self._patch = require_patch(model)
-        self.model, self.tokenizer = model, tokenizer
+        self._model = PoolModel(model, tokenizer)
+        self._patch = self._model.patch
         self._max_sinks = max(self._patch.layout.num_sinks, max_prefix)
-        self._max_open = max_streams + max_parked
-        self._vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
-        memory = memory_for(model, max_streams, self._max_sinks)
-        self.engine = Engine(memory, max_streams, tokens_per_step, model.device.type)
-        self._streams: set[StreamState] = set()
-        self.condition = threading.Condition()
-        """Its lock protects everything but what a forward changes."""
-        self._is_stepping = False
-        self._num_exclusive = 0
+        self._memory = memory_for(model, max_streams, self._max_sinks)
+        engine = Engine(self._memory, max_streams, tokens_per_step, model.device.type)
+        self.scheduler = Scheduler(engine, max_streams + max_parked)
 
     def open(
         self,
@@ -111,11 +97,11 @@ class StreamPool:
         """
         if evict not in ("token", "message"):
             raise ValueError(f"evict: expected 'token' or 'message', got {evict!r}")
-        ids = self.ids_of("prefix", prefix, is_first=True)
+        ids = self._model.ids_of("prefix", prefix, is_first=True)
         if len(ids) > self._max_sinks:
             raise ValueError(f"prefix: expected up to {self._max_sinks} tokens (max_prefix), got {len(ids)}")
         num_sinks = max(len(ids), self._patch.layout.num_sinks)
-        if evict == "message" and not self.engine.memory.is_batched:
+        if evict == "message" and not self._memory.is_batched:
             raise ValueError(
                 "evict: expected 'token', as models with recurrent states and those that stream by re-encoding do not "
                 "evict whole messages, got 'message'"
@@ -124,9 +110,9 @@ class StreamPool:
         params = SamplingParams() if sampling is None else sampling
         messages = Messages(num_sinks, layout.window, layout.headroom) if evict == "message" else None
         memory = StreamMemory(num_sinks)
-        state = StreamState(ids, self.new_sampler(params), memory, StreamIds(layout), messages)
+        state = StreamState(ids, self._model.new_sampler(params), memory, StreamIds(layout), messages)
         state.begin_anew()
-        return self.add(state)
+        return self._open(state)
 
     def load(
         self, path: str | Path, *, sampling: SamplingParams | None = None, accept: Collection[Accepted] = ()
@@ -146,9 +132,9 @@ class StreamPool:
         state = saved.load(
             path,
             self._patch,
-            self.engine.memory,
-            self.new_sampler,
-            vocabulary=self._vocabulary,
+            self._memory,
+            self._model.new_sampler,
+            vocabulary=self._model.vocabulary,
             sampling=sampling,
             accept=accept,
         )
@@ -156,150 +142,15 @@ class StreamPool:
             raise ValueError(
                 f"path: num_sinks: expected up to {self._max_sinks} (max_prefix), got {state.memory.num_sinks}"
             )
-        return self.add(state)
+        return self._open(state)
 
-    def save(self, path: str | Path, state: StreamState) -> None:
-        """Save a stream, while no step runs."""
-        saved.save(path, self._patch, self.engine.memory, state, self.engine.logits_on_host(state))
-
-    def add(self, state: StreamState) -> Stream:
-        """Take in a stream; raises PoolFullError if there is no room."""
-        with self._no_step():
-            if len(self._streams) >= self._max_open:
-                raise PoolFullError(f"pool: {self._max_open} streams are open, the most that it takes; close one first")
-            self._streams.add(state)
-        return Stream(self, state)
-
-    def remove(self, state: StreamState) -> None:
-        """Forget a stream. Whoever waits for it gets an error."""
-        with self._no_step():
-            if state in self._streams:
-                self._streams.remove(state)
-                state.drop_ready()
-                self.engine.drop(state)
-
-    def new_sampler(self, params: SamplingParams) -> StreamSampler:
-        """Sampler of a stream; raises ValueError or ImportError as `StreamSampler`."""
-        return StreamSampler(params, vocabulary=self._vocabulary, end_ids=end_ids(self.model), tokenizer=self.tokenizer)
-
-    def ids_of(self, name: str, tokens: str | Sequence[int] | Tensor, *, is_first: bool) -> list[int]:
-        """Ids of the argument ``name``; raises ValueError if there are others than the model has.
-
-        is_first: whether text gets the special tokens that begin a stream.
-        """
-        if isinstance(tokens, str):
-            if self.tokenizer is None:
-                raise ValueError(f"{name}: expected ids, as the pool has no tokenizer, got text")
-            tokens = self.tokenizer(tokens, add_special_tokens=is_first, verbose=False).input_ids
-        ids = torch.as_tensor(tokens)
-        ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
-        if ids.ndim != 1 or (ids.is_floating_point() and len(ids)):
-            raise ValueError(f"{name}: expected text or ids [tokens], got {ids.dtype} {list(ids.shape)}")
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocabulary:
-            raise ValueError(
-                f"{name}: expected ids from 0 to {self._vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}"
-            )
-        return [int(x) for x in ids.tolist()]
-
-    @contextmanager
-    def locked(self, state: StreamState) -> Iterator[StreamState]:
-        """While it lasts, no other thread changes a stream, except by a forward; raises RuntimeError if it is closed.
-
-        That is enough for what only adds to a stream. It waits for no step.
-        """
-        with self.condition:
-            self.check_open(state)
-            yield state
-
-    @contextmanager
-    def exclusive(self, state: StreamState) -> Iterator[StreamState]:
-        """While it lasts, no step runs; raises RuntimeError if the stream is closed."""
-        with self._no_step():
-            self.check_open(state)
-            yield state
-
-    def check_open(self, state: StreamState) -> None:
-        """Raise RuntimeError if a stream is closed."""
-        if state not in self._streams:
-            raise RuntimeError("stream: is closed")
-
-    @contextmanager
-    def _no_step(self) -> Iterator[None]:
-        with self.condition:
-            self._num_exclusive += 1
-            try:
-                while self._is_stepping:
-                    self.condition.wait()
-            finally:
-                self._num_exclusive -= 1
-                self.condition.notify_all()
-            yield
-
-    def length_of(self, state: StreamState) -> int:
-        """Tokens of a stream, those that wait among them."""
-        with self.condition:  # or a step might be about to move tokens from the queue to those in memory
-            return len(state)
-
-    def wait(self, state: StreamState, is_done: Callable[[], bool]) -> None:
-        """Run steps, or wait for those of other threads, until something is done for a stream.
-
-        The lock is held, once. Raises RuntimeError if the stream is closed, or else why it cannot go on.
-        """
-        while not is_done():
-            self.check_open(state)
-            if state.error is not None:
-                error, state.error = state.error, None
-                raise error
-            if self._is_stepping or self._num_exclusive:
-                self.condition.wait()
-            else:
-                self._run_step()
-
-    def _run_step(self) -> None:
-        """Run a step; the lock is free while the model runs."""
-        self._is_stepping = True
-        sampled: list[StreamState] = []
-        try:
-            step = self.engine.plan([state for state in self._streams if state.has_work])
-            for segments in step.forwards:
-                with self._unlocked():
-                    self.engine.run(segments)
-                self.engine.commit(segments)
-            sampled = step.sampled
-            with self._unlocked():
-                tokens = self.engine.choose(sampled)
-            for state, token in zip(sampled, tokens, strict=True):
-                state.ready = token
-                if not state.wants_token or state.queue:
-                    state.drop_ready()  # the call has ended since, or something was fed
-        except BaseException:
-            for state in sampled:
-                if state.ready is None:
-                    state.undo_choice()
-            raise
-        finally:
-            self._is_stepping = False
-            self.condition.notify_all()
-
-    @contextmanager
-    def _unlocked(self) -> Iterator[None]:
-        """Without the lock, which is held again afterwards, whatever interrupts the wait for it."""
-        self.condition.release()
-        try:
-            yield
-        finally:
-            interruption, is_locked = None, False
-            while not is_locked:
-                try:
-                    is_locked = self.condition.acquire()
-                except BaseException as error:
-                    interruption = error
-            if interruption is not None:
-                raise interruption
+    def _open(self, state: StreamState) -> Stream:
+        self.scheduler.add(state)
+        return Stream(self._model, self.scheduler, state)
 
     def __len__(self) -> int:
         """Streams that are open."""
-        return len(self._streams)
+        return len(self.scheduler)
 
     def __reduce__(self) -> NoReturn:
         """Refused: threads may wait for a pool, and its streams have handles."""
@@ -308,13 +159,11 @@ class StreamPool:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values on the device."""
-        return self.engine.memory.nbytes
+        return self._memory.nbytes
 
     def close(self) -> None:
         """Close all streams."""
-        with self._no_step():
-            for state in [*self._streams]:
-                self.remove(state)
+        self.scheduler.close()
 
     def __enter__(self) -> StreamPool:
         return self

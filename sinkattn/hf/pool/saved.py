@@ -77,7 +77,9 @@ def load(
         _sampler(own, new_sampler, sampling),
         memory.from_cache(cache),
         StreamIds(layout),
-        None if own.field("message_begins", (list, NoneType)) is None else Messages(layout.window, layout.headroom),
+        None
+        if own.field("message_begins", (list, NoneType)) is None
+        else Messages(layout.num_sinks, layout.window, layout.headroom),
         queue=deque(_ids(own, "queue", vocabulary)),
     )
     shape, cpu = (own.count("num_known"),), torch.device("cpu")

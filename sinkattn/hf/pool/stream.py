@@ -6,11 +6,14 @@ import asyncio
 import copy
 from collections.abc import AsyncIterator, Collection, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
+from sinkattn.hf.pool import saved
 from sinkattn.hf.pool.generation import Generation
+from sinkattn.hf.pool.model import PoolModel
+from sinkattn.hf.pool.scheduler import Scheduler
 from sinkattn.hf.pool.state import StreamState
 from sinkattn.hf.pool.stops import StopStrings
 from sinkattn.hf.sampling.params import SamplingParams
@@ -26,16 +29,16 @@ class Stream:
     number of tokens so far, less those that were rolled back.
     """
 
-    def __init__(self, pool: Any, state: StreamState) -> None:
-        self._pool, self._state = pool, state
+    def __init__(self, model: PoolModel, scheduler: Scheduler, state: StreamState) -> None:
+        self._model, self._scheduler, self._state = model, scheduler, state
 
     def __len__(self) -> int:
-        return self._pool.length_of(self._state)
+        return self._scheduler.length_of(self._state)
 
     @property
     def in_sight(self) -> list[int]:
         """Ids that the last token sees, itself included: prefix or sinks, and window."""
-        with self._pool.locked(self._state) as state:
+        with self._scheduler.locked(self._state) as state:
             ids = copy.deepcopy(state.ids)
             ids.append([*state.queue])
             return ids.in_sight(state.window_begin(len(state.queue) - 1)).tolist()
@@ -55,9 +58,8 @@ class Stream:
 
     def _append(self, tokens: str | Sequence[int] | Tensor, *, begins_message: bool) -> int:
         """Append tokens, which wait; returns the length of the stream."""
-        pool = self._pool
-        ids = pool.ids_of("tokens", tokens, is_first=not len(self))
-        with pool.locked(self._state) as state:
+        ids = self._model.ids_of("tokens", tokens, is_first=not len(self))
+        with self._scheduler.locked(self._state) as state:
             if ids:
                 state.drop_ready()
                 if state.messages is not None and begins_message:
@@ -67,10 +69,10 @@ class Stream:
 
     def _wait_until_fed(self, length: int) -> None:
         """Return when so many tokens of the stream, or all of them, are in memory."""
-        with self._pool.locked(self._state) as state:
+        with self._scheduler.locked(self._state) as state:
             state.num_feeding += 1
             try:
-                self._pool.wait(state, lambda: not state.queue or len(state.ids) >= length)
+                self._scheduler.wait(state, lambda: not state.queue or len(state.ids) >= length)
             finally:
                 state.num_feeding -= 1
 
@@ -116,14 +118,14 @@ class Stream:
 
     def _stop_strings(self, stop: Collection[int | str]) -> StopStrings | None:
         strings = [x for x in stop if isinstance(x, str)]
-        if strings and self._pool.tokenizer is None:
+        if strings and self._model.tokenizer is None:
             raise ValueError(f"stop: expected ids, as the pool has no tokenizer, got {strings[0]!r}")
         if "" in strings:
             raise ValueError("stop: expected texts of one character or more, got ''")
         return StopStrings(strings) if strings else None
 
     def _text_stops(self, stop: Collection[int | str]) -> StopStrings:
-        if self._pool.tokenizer is None:
+        if self._model.tokenizer is None:
             raise ValueError("tokenizer: expected one, given to StreamPool, for text, got None")
         return self._stop_strings(stop) or StopStrings([])
 
@@ -132,19 +134,19 @@ class Stream:
     ) -> Generation:
         if max_new_tokens is not None and max_new_tokens < 0:
             raise ValueError(f"max_new_tokens: expected 0 or more, got {max_new_tokens}")
-        sampler = None if sampling is None else self._pool.new_sampler(sampling)
+        sampler = None if sampling is None else self._model.new_sampler(sampling)
         stop_ids = frozenset(x for x in stop if not isinstance(x, str))
-        return Generation(self._pool, self._state, sampler, stop_ids, max_new_tokens)
+        return Generation(self._scheduler, self._state, sampler, stop_ids, max_new_tokens)
 
     def _tokens(self, generation: Generation, stops: StopStrings | None) -> Generator[int]:
         return generation.tokens() if stops is None else self._until(generation.tokens(), stops)
 
     def _decoded(self, tokens: Iterator[int]) -> Iterator[str]:
         """Text of tokens that this stream generates."""
-        assert self._pool.tokenizer is not None
-        with self._pool.locked(self._state) as state:
+        assert self._model.tokenizer is not None
+        with self._scheduler.locked(self._state) as state:
             before = [*state.ids.last(DECODE_CONTEXT), *state.queue]
-        return stream_text(self._pool.tokenizer, tokens, before)
+        return stream_text(self._model.tokenizer, tokens, before)
 
     def _until(self, tokens: Generator[int], stops: StopStrings) -> Generator[int]:
         """These tokens until their text has one of the strings."""
@@ -209,9 +211,11 @@ class Stream:
         Raises:
             PoolFullError: if there is no room.
         """
-        with self._pool.exclusive(self._state) as state:
+        with self._scheduler.exclusive(self._state) as state:
             state.drop_ready()
-            return self._pool.add(self._pool.engine.fork(state))
+            fork = self._scheduler.engine.fork(state)
+        self._scheduler.add(fork)
+        return Stream(self._model, self._scheduler, fork)
 
     def rollback(self, count: int) -> None:
         """Forget the last ``count`` tokens, as if they had never come.
@@ -225,10 +229,10 @@ class Stream:
         """
         if count < 0:
             raise ValueError(f"count: expected 0 or more, got {count}")
-        with self._pool.exclusive(self._state) as state:
+        with self._scheduler.exclusive(self._state) as state:
             waiting = min(count, len(state.queue))
             in_memory = count - waiting
-            if in_memory and not self._pool.engine.memory.can_rollback(state.memory, in_memory):
+            if in_memory and not self._scheduler.engine.memory.can_rollback(state.memory, in_memory):
                 raise RuntimeError(
                     f"stream: cannot forget {count} of {len(state)} tokens; the headroom of sinkattn.enable is "
                     f"{state.ids.layout.headroom}"
@@ -239,15 +243,15 @@ class Stream:
             for _ in range(waiting):
                 state.queue.pop()
             if in_memory:
-                self._pool.engine.rollback(state, in_memory)
+                self._scheduler.engine.rollback(state, in_memory)
             if state.messages is not None:
                 state.messages.rollback(len(state))
 
     def reset(self) -> None:
         """Begin anew, with the same prefix."""
-        with self._pool.exclusive(self._state) as state:
+        with self._scheduler.exclusive(self._state) as state:
             state.drop_ready()
-            self._pool.engine.drop(state)
+            self._scheduler.engine.drop(state)
             state.begin_anew()
 
     def save(self, path: str | Path) -> None:
@@ -260,13 +264,14 @@ class Stream:
             OSError: the file cannot be written.
             RuntimeError: if the model is not enabled any more.
         """
-        with self._pool.exclusive(self._state) as state:
+        with self._scheduler.exclusive(self._state) as state:
             state.drop_ready()
-            self._pool.save(path, state)
+            engine = self._scheduler.engine
+            saved.save(path, self._model.patch, engine.memory, state, engine.logits_on_host(state))
 
     def close(self) -> None:
         """Forget the stream and free its memory."""
-        self._pool.remove(self._state)
+        self._scheduler.remove(self._state)
 
     def __enter__(self) -> Stream:
         return self

@@ -1,0 +1,155 @@
+"""`Scheduler`: the threads that use the streams of a pool take turns, and run its steps."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from sinkattn.hf.pool.engine import Engine
+from sinkattn.hf.pool.state import StreamState
+
+
+class PoolFullError(RuntimeError):
+    """There is no room for another stream."""
+
+
+class Scheduler:
+    """Runs steps of an engine in the thread that waits for one, and holds the streams that are open.
+
+    Args:
+        engine: what runs.
+        max_open: the most streams that are open.
+
+    Attributes:
+        condition: its lock protects everything but what a forward changes.
+    """
+
+    def __init__(self, engine: Engine, max_open: int) -> None:
+        self.engine = engine
+        self._max_open = max_open
+        self._streams: set[StreamState] = set()
+        self.condition = threading.Condition()
+        self._is_stepping = False
+        self._num_exclusive = 0
+
+    def __len__(self) -> int:
+        """Streams that are open."""
+        return len(self._streams)
+
+    def add(self, state: StreamState) -> None:
+        """Take in a stream; raises PoolFullError if there is no room."""
+        with self._no_step():
+            if len(self._streams) >= self._max_open:
+                raise PoolFullError(f"pool: {self._max_open} streams are open, the most that it takes; close one first")
+            self._streams.add(state)
+
+    def remove(self, state: StreamState) -> None:
+        """Forget a stream. Whoever waits for it gets an error."""
+        with self._no_step():
+            if state in self._streams:
+                self._streams.remove(state)
+                state.drop_ready()
+                self.engine.drop(state)
+
+    def close(self) -> None:
+        """Forget all streams."""
+        with self._no_step():
+            for state in [*self._streams]:
+                self.remove(state)
+
+    @contextmanager
+    def locked(self, state: StreamState) -> Iterator[StreamState]:
+        """While it lasts, no other thread changes a stream, except by a forward; raises RuntimeError if it is closed.
+
+        That is enough for what only adds to a stream. It waits for no step.
+        """
+        with self.condition:
+            self.check_open(state)
+            yield state
+
+    @contextmanager
+    def exclusive(self, state: StreamState) -> Iterator[StreamState]:
+        """While it lasts, no step runs; raises RuntimeError if the stream is closed."""
+        with self._no_step():
+            self.check_open(state)
+            yield state
+
+    def check_open(self, state: StreamState) -> None:
+        """Raise RuntimeError if a stream is closed."""
+        if state not in self._streams:
+            raise RuntimeError("stream: is closed")
+
+    @contextmanager
+    def _no_step(self) -> Iterator[None]:
+        with self.condition:
+            self._num_exclusive += 1
+            try:
+                while self._is_stepping:
+                    self.condition.wait()
+            finally:
+                self._num_exclusive -= 1
+                self.condition.notify_all()
+            yield
+
+    def length_of(self, state: StreamState) -> int:
+        """Tokens of a stream, those that wait among them."""
+        with self.condition:  # or a step might be about to move tokens from the queue to those in memory
+            return len(state)
+
+    def wait(self, state: StreamState, is_done: Callable[[], bool]) -> None:
+        """Run steps, or wait for those of other threads, until something is done for a stream.
+
+        The lock is held, once. Raises RuntimeError if the stream is closed, or else why it cannot go on.
+        """
+        while not is_done():
+            self.check_open(state)
+            if state.error is not None:
+                error, state.error = state.error, None
+                raise error
+            if self._is_stepping or self._num_exclusive:
+                self.condition.wait()
+            else:
+                self._run_step()
+
+    def _run_step(self) -> None:
+        """Run a step; the lock is free while the model runs."""
+        self._is_stepping = True
+        sampled: list[StreamState] = []
+        try:
+            step = self.engine.plan([state for state in self._streams if state.has_work])
+            for segments in step.forwards:
+                with self._unlocked():
+                    self.engine.run(segments)
+                self.engine.commit(segments)
+            sampled = step.sampled
+            with self._unlocked():
+                tokens = self.engine.choose(sampled)
+            for state, token in zip(sampled, tokens, strict=True):
+                state.ready = token
+                if not state.wants_token or state.queue:
+                    state.drop_ready()  # the call has ended since, or something was fed
+        except BaseException:
+            for state in sampled:
+                if state.ready is None:
+                    state.undo_choice()
+            raise
+        finally:
+            self._is_stepping = False
+            self.condition.notify_all()
+
+    @contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        """Without the lock, which is held again afterwards, whatever interrupts the wait for it."""
+        self.condition.release()
+        try:
+            yield
+        finally:
+            interruption, is_locked = None, False
+            while not is_locked:
+                try:
+                    is_locked = self.condition.acquire()
+                except BaseException as error:
+                    interruption = error
+            if interruption is not None:
+                raise interruption
