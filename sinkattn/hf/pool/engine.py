@@ -83,6 +83,12 @@ class Engine:
         state.ids.rollback(count)
         state.has_logits, state.parked_logits = False, None
 
+    @contextmanager
+    def modes(self) -> Iterator[None]:
+        """For a step: without gradients and autocast, whichever thread runs it, as it is one for all streams."""
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device_type, enabled=False):
+            yield
+
     def plan(self, working: Iterable[StreamState]) -> Step:
         """Choose what the next step runs of the streams that have work, and give them rows."""
         self._num_steps += 1
@@ -154,11 +160,10 @@ class Engine:
 
     def run(self, segments: Sequence[Segment]) -> None:
         """Run a forward of a step; `commit` ends it."""
-        with self._same_for_all_threads():
-            logits = self.memory.run([NewTokens(x.state.memory, x.ids, x.begin) for x in segments])
-            if self._logits is None:
-                self._logits = logits.new_zeros(len(self._rows), logits.shape[1])
-            self._logits.index_copy_(0, self._row_index([x.state for x in segments]), logits)
+        logits = self.memory.run([NewTokens(x.state.memory, x.ids, x.begin) for x in segments])
+        if self._logits is None:
+            self._logits = logits.new_zeros(len(self._rows), logits.shape[1])
+        self._logits.index_copy_(0, self._row_index([x.state for x in segments]), logits)
 
     def commit(self, segments: Sequence[Segment]) -> None:
         """Count the tokens that a forward has run."""
@@ -171,13 +176,12 @@ class Engine:
 
     def choose(self, states: Sequence[StreamState]) -> list[int | None]:
         """Choose the next tokens of streams, None where none can be. They do not belong to the streams yet."""
-        with self._same_for_all_threads():
-            try:
-                return self._choose(states)
-            except Exception:
-                for state in states:
-                    state.undo_choice()
-                return [self._choose_alone(state) for state in states]  # the fault of one of them
+        try:
+            return self._choose(states)
+        except Exception:
+            for state in states:
+                state.undo_choice()
+            return [self._choose_alone(state) for state in states]  # the fault of one of them
 
     def _choose_alone(self, state: StreamState) -> int | None:
         try:
@@ -187,12 +191,6 @@ class Engine:
             state.error = error
             return None
         return token
-
-    @contextmanager
-    def _same_for_all_threads(self) -> Iterator[None]:
-        """Without gradients and autocast, whichever thread runs the step: it is one for all streams."""
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device_type, enabled=False):
-            yield
 
     def _choose(self, states: Sequence[StreamState]) -> list[int | None]:
         if not states:

@@ -26,14 +26,11 @@ class StreamIds:
 
     def append(self, ids: Sequence[int]) -> None:
         """Append the next ids."""
-        layout, begin, end = self.layout, self._count, self._count + len(ids)
-        num_sinks = min(max(layout.num_sinks - begin, 0), len(ids))
-        self._slots[begin : begin + num_sinks] = ids[:num_sinks]
-        # Of more than the ring holds, only the last.
-        first = max(begin + num_sinks, end - layout.ring)
-        numbers = np.arange(first, end) - layout.num_sinks
-        self._slots[layout.num_sinks + numbers % layout.ring] = ids[first - begin :]
-        self._count, self._peak = end, max(self._peak, end)
+        num_sinks, ring = self.layout.num_sinks, self.layout.ring
+        for token, id_ in enumerate(ids, self._count):
+            self._slots[token if token < num_sinks else num_sinks + (token - num_sinks) % ring] = id_
+        self._count += len(ids)
+        self._peak = max(self._peak, self._count)
 
     def rollback(self, count: int) -> None:
         """Forget the last ids."""

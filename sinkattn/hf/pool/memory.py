@@ -116,7 +116,6 @@ class RingMemory:
         """See `Memory`."""
         return self._cache.nbytes
 
-    @torch.no_grad()
     def run(self, inputs: Sequence[NewTokens]) -> Tensor:
         """See `Memory`."""
         width = max(len(x.ids) for x in inputs)
@@ -218,10 +217,11 @@ class RingMemory:
 
     def _keeps(self, stream: StreamMemory, count: int, limit: int) -> bool:
         """Whether the last ``count`` tokens are there, and all are at most ``limit`` behind the furthest one."""
-        layouts = [layer.layout for layer in self._cache.layers]
+        if count > stream.seen or stream.peak - stream.seen + count <= limit:
+            return count <= stream.seen
         # Until a ring wraps around, nothing is overwritten.
-        is_whole = all(stream.peak <= (stream.num_sinks if x.num_sinks else 0) + x.ring for x in layouts)
-        return count <= stream.seen and (is_whole or stream.peak - stream.seen + count <= limit)
+        layouts = [layer.layout for layer in self._cache.layers]
+        return all(stream.peak <= (stream.num_sinks if x.num_sinks else 0) + x.ring for x in layouts)
 
     def rollback(self, stream: StreamMemory, count: int) -> None:
         """See `Memory`."""
@@ -243,7 +243,6 @@ class OwnCaches:
         """See `Memory`."""
         return sum(stream.contents.nbytes for stream in self._streams)
 
-    @torch.no_grad()
     def run(self, inputs: Sequence[NewTokens]) -> Tensor:
         """See `Memory`."""
         [(stream, ids, _)], model = inputs, self._model

@@ -117,14 +117,15 @@ class Scheduler:
         self._is_stepping = True
         sampled: list[StreamState] = []
         try:
-            step = self.engine.plan([state for state in self._streams if state.has_work])
-            for segments in step.forwards:
+            with self.engine.modes():
+                step = self.engine.plan([state for state in self._streams if state.has_work])
+                for segments in step.forwards:
+                    with self._unlocked():
+                        self.engine.run(segments)
+                    self.engine.commit(segments)
+                sampled = step.sampled
                 with self._unlocked():
-                    self.engine.run(segments)
-                self.engine.commit(segments)
-            sampled = step.sampled
-            with self._unlocked():
-                tokens = self.engine.choose(sampled)
+                    tokens = self.engine.choose(sampled)
             for state, token in zip(sampled, tokens, strict=True):
                 state.ready = token
                 if not state.wants_token or state.queue:
