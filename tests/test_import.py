@@ -35,7 +35,7 @@ HF_LAYERS = [
     {"swap"},
     {"trial", "stream", "tokenize_stream", "load", "forward_gate"},
     {"reencode", "learner", "pool"},
-    {"background", "follow"},
+    {"background", "follow", "chat"},
     {"api"},
     {"__init__"},
 ]

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 Parsed = TypeVar("Parsed")
 
+# What names a model.
+MODEL = "name on the Hugging Face hub, a folder, FILE.gguf, or FILE.gguf in either (NAME:FILE.gguf)"
+
 
 def add_command(
     commands: Commands, name: str, run: Callable[[argparse.Namespace], int], text: str
@@ -45,8 +48,12 @@ def sentence(text: str) -> str:
 
 def add_model(parser: argparse.ArgumentParser, default: str = "the small one that ships with sinkattn") -> None:
     """Add the arguments that say which model to load, where, in which dtype and with which weights."""
-    where = "name on the Hugging Face hub, a folder, FILE.gguf, or FILE.gguf in either (NAME:FILE.gguf)"
-    parser.add_argument("--model", metavar="NAME_OR_PATH", help=f"{where} (default: {default})")
+    parser.add_argument("--model", metavar="NAME_OR_PATH", help=f"{MODEL} (default: {default})")
+    add_weights(parser)
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say where a model is loaded to, in which dtype and with which weights."""
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument(
         "--dtype",

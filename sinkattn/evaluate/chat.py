@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sinkattn.evaluate.chat_template import ChatTemplate
 from sinkattn.evaluate.exact_match import QUARTERS
 from sinkattn.evaluate.methods import Streamed
 from sinkattn.hf import SamplingParams
+from sinkattn.hf.chat.template import ChatTemplate
 from sinkattn.hf.stream import end_ids, stream_tokens
 
 # Length in tokens of what counts as repeated.

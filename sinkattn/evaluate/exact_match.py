@@ -16,10 +16,10 @@ from scipy.stats import binomtest
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sinkattn.evaluate.chat_template import ChatTemplate
 from sinkattn.evaluate.interruption import Interrupted
 from sinkattn.evaluate.items import Item
 from sinkattn.evaluate.methods import Predictor
+from sinkattn.hf.chat.template import ChatTemplate
 
 QUARTERS = 4
 

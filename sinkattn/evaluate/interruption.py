@@ -19,11 +19,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def interruptible(model: nn.Module) -> Iterator[Event]:
-    """Ctrl-C sets the event, and the forwards of the model and of copies made within raise `Interrupted`.
-
-    A second Ctrl-C interrupts at once.
-    """
+def noticed() -> Iterator[Event]:
+    """Ctrl-C sets the event. A second Ctrl-C interrupts at once."""
     pressed = Event()
     before = signal.getsignal(signal.SIGINT)
 
@@ -31,17 +28,27 @@ def interruptible(model: nn.Module) -> Iterator[Event]:
         pressed.set()
         signal.signal(signal.SIGINT, before)
 
-    def check(module: nn.Module, args: object) -> None:
-        if pressed.is_set():
-            raise Interrupted
-
-    hook = model.register_forward_pre_hook(check)
     signal.signal(signal.SIGINT, press)
     try:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
-        hook.remove()
+
+
+@contextmanager
+def interruptible(model: nn.Module) -> Iterator[Event]:
+    """As `noticed`; once the event is set, the forwards of the model and of copies made within raise `Interrupted`."""
+    with noticed() as pressed:
+
+        def check(module: nn.Module, args: object) -> None:
+            if pressed.is_set():
+                raise Interrupted
+
+        hook = model.register_forward_pre_hook(check)
+        try:
+            yield pressed
+        finally:
+            hook.remove()
 
 
 @contextmanager

@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 import sinkattn
 from sinkattn.evaluate import exact_match
-from sinkattn.evaluate.chat_template import ChatTemplate
 from sinkattn.evaluate.exact_match import Tally, encode
 from sinkattn.evaluate.items import Item, code_items, line_items
 from sinkattn.evaluate.methods import CacheSize, Dense, OneShot, Recomputed, Scores, Streamed
 from sinkattn.evaluate.text import StandardLibrary
+from sinkattn.hf.chat.template import ChatTemplate
 
 
 def test_tokens_of_an_answer_are_those_that_spell_it(tokenizer):

@@ -47,10 +47,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     with open_session(args) as session:
         from sinkattn.evaluate import exact_match
-        from sinkattn.evaluate.chat_template import ChatTemplate
         from sinkattn.evaluate.items import code_items, read_items
         from sinkattn.evaluate.methods import OneShot, Streamed, dense_limit
         from sinkattn.evaluate.text import StandardLibrary
+        from sinkattn.hf.chat.template import ChatTemplate
 
         if args.questions is None:
             items = list(islice(code_items(StandardLibrary().pieces()), args.count or COUNT))

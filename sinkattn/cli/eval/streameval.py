@@ -57,10 +57,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     with open_session(args) as session:
         from sinkattn.evaluate import exact_match
-        from sinkattn.evaluate.chat_template import ChatTemplate
         from sinkattn.evaluate.interruption import Interrupted
         from sinkattn.evaluate.items import line_items
         from sinkattn.evaluate.methods import Recomputed, Streamed
+        from sinkattn.hf.chat.template import ChatTemplate
 
         template = ChatTemplate.of(session.tokenizer) if args.chat else None
         streams = {distance: line_items(distance, args.every, args.seed) for distance in sorted({*args.distances})}

@@ -1,0 +1,1 @@
+"""A chat without end in a stream: the messages of a chat template, one by one."""
