@@ -87,6 +87,7 @@ def converse(
     questions: Iterable[str],
     max_reply: int,
     sampling: SamplingParams,
+    system: str | None = None,
 ) -> Iterator[Round]:
     """Ask questions in one new stream, feeding only new tokens, and yield each round with its sampled reply.
 
@@ -96,12 +97,13 @@ def converse(
         questions: what the user says in each round.
         max_reply: tokens after which a reply is cut off and its turn closed.
         sampling: how replies are sampled; its seed is that of the first round, and each round has the next one.
+        system: the system prompt; None for what the template writes without one.
 
     Raises:
         ValueError: for a chat template that cannot be continued turn by turn, or a model without an end token.
         Interrupted: if it is raised in a forward; the round that it interrupts is not yielded.
     """
-    template = ChatTemplate.of(tokenizer)
+    template = ChatTemplate.of(tokenizer, system)
     stop_ids = end_ids(streamed.model)
     if not stop_ids:
         raise ValueError("chat: this model has no end token, so it cannot end a reply")

@@ -278,6 +278,28 @@ def test_a_chat_of_many_rounds(tmp_path, capsys, chat_model):
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_ways_of_eviction(tmp_path, capsys, chat_model):
+    arguments = ["--system", "Be brief, exact, and kind.", "--total", "48", "--max-reply", "8", "--rounds", "4"]
+    arguments += ["--model", str(chat_model), "--device", "cpu", "--json", "out.json", "--plot", "out.png"]
+    assert cli.main(["eval", "eviction", *arguments]) == 0
+    figures = json.loads((tmp_path / "out.json").read_text())
+    settings, reference, *methods = figures["settings"], *figures["methods"].values()
+    assert settings["tokens"] > settings["total"] == 48
+    assert (reference["unit"], reference["num_sinks"], reference["change"]) == ("token", 0, None)
+    sinks = [4] * 3 + [settings["prefix_tokens"]] * 3
+    assert [(x["num_sinks"], x["unit"]) for x in methods] == [
+        *zip(sinks, ["token", "message", "turn"] * 2, strict=True)
+    ]
+    out = capsys.readouterr().out
+    for method in methods:
+        assert method["num_sinks"] + method["window"] == 48
+        assert f"{method['loss']['loss']:.4f}" in out
+        assert method["change"]["loss"] == pytest.approx(method["loss"]["loss"] - reference["loss"]["loss"])
+    assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
+    assert cli.main(["eval", "eviction", *arguments, "--total", "250"]) == 2
+    assert "total: expected less than the chat has" in capsys.readouterr().err
+
+
 def test_a_table_says_that_a_text_was_started_over(tmp_path, capsys):
     (tmp_path / "short.txt").write_text("for name in names:\n    print(name)\n" * 5)
     for name in ("ppl", "endless", "sinks", "learn"):

@@ -65,6 +65,14 @@ class MessageEncoder:
             raise ValueError(f"message: expected text without special tokens, got {self._text(found[:1])!r}")
         return ids
 
+    def reply(self, text: str) -> list[int]:
+        """Ids of the text of a reply, which comes between ``before_reply`` and ``end``."""
+        return self._encode(text)
+
+    def longest_turn(self, questions: Collection[str], max_reply: int) -> int:
+        """The most tokens that one of these questions has with a reply of so many."""
+        return max(len(self.question(text)) for text in questions) + len(self.before_reply) + max_reply + len(self.end)
+
     def _has_replies_alone(self, system: str | None) -> bool:
         try:
             alone = rendered(self._tokenizer, system, [REPLY, FIRST], first_role="assistant")
