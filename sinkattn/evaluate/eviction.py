@@ -118,7 +118,7 @@ def losses(
 
 def _segments(dialogue: Dialogue, way: Way) -> Iterator[tuple[int, int, int]]:
     """Parts of a chat that have one first window token: where they begin, their number of tokens, and that token."""
-    messages, seen = Messages(way.window, 0), 0
+    messages, seen = Messages(way.num_sinks, way.window, 0), 0
     if way.unit != "token":
         # What the sinks leave of the system prompt leaves as a message, too.
         first = [way.num_sinks] if way.num_sinks < dialogue.num_prefix else []

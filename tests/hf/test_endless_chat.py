@@ -69,13 +69,13 @@ def test_token_by_token_the_chat_would_not_stay_well_formed(tokenizer, monkeypat
 
 def test_a_turn_costs_what_the_first_costs(tokenizer, monkeypatch):
     chat, work, texts = begin_chat(tokenizer, max_reply=3), [], []
-    run, encode = chat._pool.engine.memory.run, MessageEncoder._encode
+    run, encode = chat._pool.scheduler.engine.memory.run, MessageEncoder._encode
 
     def noted(inputs):
         work.append(len(inputs[0].ids))
         return run(inputs)
 
-    monkeypatch.setattr(chat._pool.engine.memory, "run", noted)
+    monkeypatch.setattr(chat._pool.scheduler.engine.memory, "run", noted)
     monkeypatch.setattr(MessageEncoder, "_encode", lambda self, text: texts.append(text) or encode(self, text))
     # No reply ends by itself, so that all turns have as many tokens.
     chat._stop_ids = {-1}
@@ -85,7 +85,8 @@ def test_a_turn_costs_what_the_first_costs(tokenizer, monkeypatch):
         texts.clear()
         list(chat.say("What is it?"))
         turns.append((work.copy(), texts.copy(), len(chat._current.messages)))
-    assert turns[0][0] == [chat.num_prefix, *turns[1][0]]
+    first, *others = turns[1][0]
+    assert turns[0][0] == [chat.num_prefix + first, *others]
     assert all(sum(fed) == sum(turns[1][0]) and encoded == turns[1][1] for fed, encoded, _ in turns[1:])
     # Question and opening of the reply; a forward for each of its tokens, the last of which is fed with what ends it.
     assert len(turns[1][0]) == 1 + 1 + 2 + 1

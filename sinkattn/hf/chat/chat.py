@@ -82,7 +82,7 @@ class Chat:
         sampling: SamplingParams | None = None,
     ) -> None:
         self._pool, self._window, self._max_reply, self._sampling = pool, window, max_reply, sampling
-        if not pool.engine.memory.is_batched:
+        if not pool.is_batched:
             raise ValueError(
                 f"chat: expected a model whose layers all attend over a ring, got {type(pool.model).__name__}, which "
                 "cannot forget whole messages"

@@ -101,7 +101,7 @@ class StreamPool:
         if len(ids) > self._max_sinks:
             raise ValueError(f"prefix: expected up to {self._max_sinks} tokens (max_prefix), got {len(ids)}")
         num_sinks = max(len(ids), self._patch.layout.num_sinks)
-        if evict == "message" and not self._memory.is_batched:
+        if evict == "message" and not self.is_batched:
             raise ValueError(
                 "evict: expected 'token', as models with recurrent states and those that stream by re-encoding do not "
                 "evict whole messages, got 'message'"
@@ -147,6 +147,21 @@ class StreamPool:
     def _open(self, state: StreamState) -> Stream:
         self.scheduler.add(state)
         return Stream(self._model, self.scheduler, state)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model."""
+        return self._model.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer."""
+        return self._model.tokenizer
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether streams share forwards, and can evict whole messages: all layers attend over rings."""
+        return self._memory.is_batched
 
     def __len__(self) -> int:
         """Streams that are open."""
