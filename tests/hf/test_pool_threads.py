@@ -232,3 +232,14 @@ def test_tasks_that_are_cancelled():
     records = asyncio.run(main())
     for record in records:
         record.check(model)
+
+
+def test_threads_share_steps():
+    """A step runs after all threads that waited for the one before have looked, not with the first of them alone."""
+    pool = StreamPool(model_in_double(), 8)
+    batches, run = [], pool.scheduler.engine.run
+    pool.scheduler.engine.run = lambda segments: batches.append(len(segments)) or run(segments)
+    streams = [pool.open(some_ids(2, index)) for index in range(8)]
+    join(*(in_thread(list, stream.generate(50)) for stream in streams))
+    assert sum(batches) == 8 * (2 + 49) - 8  # a step for each prefix, and the last token waits
+    assert len(batches) < 100  # so many for two groups that take turns

@@ -63,13 +63,20 @@ class Generation:
     def end(self) -> None:
         """End it, if it has not ended by itself.
 
-        It may be a garbage collection that does so, even within a step of this thread, so this waits for no step.
+        It may be a garbage collection that does so, at any point of this thread, so this waits for no step and wakes
+        nobody.
         """
         with self._scheduler.condition:
             self._has_ended = True
             if self._is_running:
                 self._state.drop_ready()
                 self._stop()
+
+    def cancel(self) -> None:
+        """End it, and a `wait` of another thread."""
+        with self._scheduler.condition:
+            self.end()
+            self._scheduler.notify()
 
     @property
     def _is_running(self) -> bool:
@@ -89,7 +96,6 @@ class Generation:
 
     def _stop(self) -> None:
         self._state.generation, self._state.wants_token = None, False
-        self._scheduler.condition.notify_all()  # another thread may wait for the next token
 
     def _next(self) -> int | None:
         """The next token, which the stream gets; None at the end."""

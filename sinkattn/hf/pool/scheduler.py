@@ -32,6 +32,11 @@ class Scheduler:
         self.condition = threading.Condition()
         self._is_stepping = False
         self._num_exclusive = 0
+        self._num_notices = 0
+        self._num_asleep = 0
+        """Threads in `wait` that have had no notice."""
+        self._num_waking = 0
+        """Those that have had one, and have not looked yet."""
 
     def __len__(self) -> int:
         """Streams that are open."""
@@ -89,7 +94,7 @@ class Scheduler:
                     self.condition.wait()
             finally:
                 self._num_exclusive -= 1
-                self.condition.notify_all()
+                self.notify()
             yield
 
     def length_of(self, state: StreamState) -> int:
@@ -102,15 +107,42 @@ class Scheduler:
 
         The lock is held, once. Raises RuntimeError if the stream is closed, or else why it cannot go on.
         """
-        while not is_done():
-            self.check_open(state)
-            if state.error is not None:
-                error, state.error = state.error, None
-                raise error
-            if self._is_stepping or self._num_exclusive:
-                self.condition.wait()
+        try:
+            while not is_done():
+                self.check_open(state)
+                if state.error is not None:
+                    error, state.error = state.error, None
+                    raise error
+                if self._is_stepping or self._num_exclusive or self._num_waking:
+                    self._sleep()
+                else:
+                    self._run_step()
+        finally:
+            if not self._num_waking and not self._is_stepping and self._num_asleep:
+                self.notify()  # one of them runs the next step
+
+    def _sleep(self) -> None:
+        """Wait until `notify` is called."""
+        notices = self._num_notices
+        self._num_asleep += 1
+        try:
+            self.condition.wait()
+        finally:
+            if self._num_notices == notices:
+                self._num_asleep -= 1  # interrupted
             else:
-                self._run_step()
+                self._num_waking -= 1
+
+    def notify(self) -> None:
+        """Wake all threads that wait.
+
+        The next step runs after all of them have looked whether there is a token for them, and some have come back for
+        another one: so these share it.
+        """
+        self._num_notices += 1
+        self._num_waking += self._num_asleep
+        self._num_asleep = 0
+        self.condition.notify_all()
 
     def _run_step(self) -> None:
         """Run a step; the lock is free while the model runs."""
@@ -137,7 +169,7 @@ class Scheduler:
             raise
         finally:
             self._is_stepping = False
-            self.condition.notify_all()
+            self.notify()
 
     @contextmanager
     def _unlocked(self) -> Iterator[None]:

@@ -296,4 +296,4 @@ async def _without_blocking(generation: Generation, items: Generator[T]) -> Asyn
             yield item
     finally:
         items.close()
-        generation.end()  # also if the items have not begun
+        generation.cancel()
