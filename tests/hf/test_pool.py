@@ -231,7 +231,7 @@ def test_stops():
     assert len(list(stream.generate(2))) == 2
     with pytest.raises(RuntimeError, match="stream: expected tokens to go on from, got none"):
         next(StreamPool(model, 1).open().generate())
-    for ids in ([VOCABULARY], [-1], [[1], [2]], [0.5]):
+    for ids in ([VOCABULARY], [-1], [[1], [2]], [0.5], None, ["x"]):
         with pytest.raises(ValueError, match="tokens: expected"):
             stream.feed(ids)
 
@@ -642,3 +642,11 @@ def test_what_precedes_the_first_message_is_one():
     assert first.in_sight == [*some_ids(8), *some_ids(S + W - 8, 1)]
     first.feed([1])
     assert first.in_sight == [*some_ids(S), *some_ids(S + W - 8, 1), 1]
+
+
+def test_ids_without_an_embedding_are_refused():
+    model = build("llama", torch.float64)
+    model.config.vocab_size += 8
+    stream = StreamPool(sinkattn.enable(model, S, W), 1).open()
+    with pytest.raises(ValueError, match=f"tokens: expected ids from 0 to {VOCABULARY - 1}, got {VOCABULARY}"):
+        stream.feed([VOCABULARY])

@@ -195,7 +195,7 @@ def run(machine, examples, steps):
 
 @pytest.mark.parametrize("machine", [PoolAgainstLists, OneLayer, WindowsOfTheModel])
 def test_any_order_of_calls(machine):
-    run(machine, 4, 40)
+    run(machine, 3, 40)
 
 
 @pytest.mark.slow

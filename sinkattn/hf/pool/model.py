@@ -23,13 +23,16 @@ class PoolModel:
 
     Attributes:
         patch: of the model.
-        vocabulary: number of ids.
+        vocabulary: number of ids that can be chosen.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.patch = require_patch(model)
         self.model, self.tokenizer = model, tokenizer
         self.vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
+        # Of some models not all ids that can be chosen can be fed, or the other way round.
+        embeddings = self.patch.decoder.get_input_embeddings()
+        self._num_ids: int = getattr(embeddings, "num_embeddings", self.vocabulary)
 
     def new_sampler(self, params: SamplingParams) -> StreamSampler:
         """Sampler of a stream; raises ValueError or ImportError as `StreamSampler`."""
@@ -44,12 +47,15 @@ class PoolModel:
             if self.tokenizer is None:
                 raise ValueError(f"{name}: expected ids, as the pool has no tokenizer, got text")
             tokens = self.tokenizer(tokens, add_special_tokens=is_first, verbose=False).input_ids
-        ids = torch.as_tensor(tokens)
+        try:
+            ids = torch.as_tensor(tokens)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name}: expected text or ids [tokens], got {type(tokens).__name__}: {error}") from error
         ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
         if ids.ndim != 1 or (ids.is_floating_point() and len(ids)):
             raise ValueError(f"{name}: expected text or ids [tokens], got {ids.dtype} {list(ids.shape)}")
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self._num_ids:
             raise ValueError(
-                f"{name}: expected ids from 0 to {self.vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}"
+                f"{name}: expected ids from 0 to {self._num_ids - 1}, got {int(ids.min())} to {int(ids.max())}"
             )
         return [int(x) for x in ids.tolist()]
