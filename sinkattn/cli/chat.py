@@ -13,8 +13,10 @@ import sinkattn
 from sinkattn.cli.arguments import (
     MODEL,
     add_command,
+    add_compile,
     add_sampling,
     add_weights,
+    announce_compilation,
     describe_model,
     load_model,
     model_lines,
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from sinkattn.hf.pool.pool import StreamPool
 
 # Room for a system prompt, in tokens; a longer one gets more, and a model of short texts has a quarter of their length.
-PREFIX = 512
+PREFIX = 256
 MAX_REPLY = 512
 # The most tokens of a question and its reply that can be undone.
 HEADROOM = 512
@@ -45,6 +47,7 @@ def add_parser(commands: Commands) -> None:
     parser = add_command(commands, "chat", run, "chat with a model without end; /help says what else it does")
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     add_weights(parser)
+    add_compile(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt (default: that of the model, if it has one)")
     parser.add_argument(
         "--window",
@@ -98,7 +101,8 @@ def open_chat(
     if trained is not None:
         max_prefix = max(num_prefix, min(max_prefix, trained - window))
     # The sinks are the system prompt, whose length each conversation has of its own.
-    sinkattn.enable(model, 0, window, min(window, HEADROOM))
+    announce_compilation(args)
+    sinkattn.enable(model, 0, window, min(window, HEADROOM), compile=args.compile)
     # One conversation is in the memory of the device; the others that a chat needs room for wait in that of the host.
     pool = StreamPool(model, 1, max_parked=3, tokenizer=tokenizer, max_prefix=max_prefix)
     max_reply = args.max_reply or max(1, min(MAX_REPLY, window // 2))

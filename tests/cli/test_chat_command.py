@@ -99,6 +99,16 @@ def test_in_a_pipe_stdout_has_the_replies_alone(piped, folder, capsys):
     assert capsys.readouterr().out != out
 
 
+@pytest.mark.slow
+def test_a_compiled_step_gives_the_same_replies(piped, capsys):
+    assert piped("What is it?", "Why?", options=["--temperature", "0"]) == 0
+    plain = capsys.readouterr()
+    assert piped("What is it?", "Why?", options=["--temperature", "0", "--compile"]) == 0
+    compiled = capsys.readouterr()
+    assert compiled.out == plain.out
+    assert "Compiling the decode step" in compiled.err
+
+
 def test_in_a_pipe_an_error_ends_it(piped, capsys):
     for line, message in (
         ("/nonsense", "/nonsense: no such command; /help lists them, and //nonsense is a message that begins with /"),

@@ -190,10 +190,8 @@ def test_what_is_refused(tokenizer):
     with pytest.raises(ValueError, match="max_reply: expected fewer tokens than the window has, 40, got 40"):
         begin_chat(tokenizer, window=40, max_reply=40)
     gpt2 = sinkattn.enable(build("gpt2", vocab_size=1026), 0, 40)
-    with pytest.raises(
-        ValueError, match="layers all attend over a ring, got GPT2LMHeadModel, which cannot forget whole"
-    ):
-        Chat(StreamPool(gpt2, tokenizer=tokenizer), 40, 10)
+    with pytest.raises(ValueError, match="evict: expected 'token', as models with recurrent states"):
+        Chat(StreamPool(gpt2, tokenizer=with_template(tokenizer, INST)), 40, 10)
     model = sinkattn.enable(tiny_model(tokenizer), 0, 40)
     with pytest.raises(ValueError, match="pool: expected one with a tokenizer, got None"):
         Chat(StreamPool(model), 40, 10)

@@ -82,11 +82,6 @@ class Chat:
         sampling: SamplingParams | None = None,
     ) -> None:
         self._pool, self._window, self._max_reply, self._sampling = pool, window, max_reply, sampling
-        if not pool.is_batched:
-            raise ValueError(
-                f"chat: expected a model whose layers all attend over a ring, got {type(pool.model).__name__}, which "
-                "cannot forget whole messages"
-            )
         self._encoder = MessageEncoder(_tokenizer(pool), system)
         self._stop_ids = {*end_ids(pool.model), *self._encoder.special_ids}
         if not self._stop_ids:
