@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from hf_models import build
+from hf_models import build, interrupted
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -91,6 +91,16 @@ class PoolAgainstLists(RuleBasedStateMachine):
         ids = some_ids(count, seed)
         stream.feed(ids, begins_message=begins_message)
         record.feed(ids, begins_message=begins_message)
+
+    @precondition(lambda self: self.streams)
+    @rule(index=any_stream, count=st.integers(1, HEADROOM), seed=st.integers(0, 99))
+    def feed_in_a_step_that_fails(self, index, count, seed):
+        stream, record, _ = self.pick(index)
+        ids = some_ids(count, seed)
+        with interrupted(self.model.model.layers[-1], 0, RuntimeError):
+            stream.feed(ids)
+        record.feed(ids)
+        stream.feed([])  # runs them again
 
     @precondition(lambda self: self.streams)
     @rule(index=any_stream, counts=st.lists(st.integers(1, 2 * W), min_size=1, max_size=4), seed=st.integers(0, 99))
@@ -195,7 +205,7 @@ def run(machine, examples, steps):
 
 @pytest.mark.parametrize("machine", [PoolAgainstLists, OneLayer, WindowsOfTheModel])
 def test_any_order_of_calls(machine):
-    run(machine, 3, 40)
+    run(machine, 6, 50)
 
 
 @pytest.mark.slow
