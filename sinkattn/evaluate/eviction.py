@@ -122,7 +122,8 @@ def _segments(dialogue: Dialogue, way: Way) -> Iterator[tuple[int, int, int]]:
     if way.unit != "token":
         # What the sinks leave of the system prompt leaves as a message, too.
         first = [way.num_sinks] if way.num_sinks < dialogue.num_prefix else []
-        messages.restore([*first, *dialogue.begins[way.unit]])
+        begins = [*first, *dialogue.begins[way.unit]]
+        messages.restore(begins, begins)
     while seen < len(dialogue.ids):
         count = min(CHUNK_TOKENS, len(dialogue.ids) - seen)
         count = count if way.unit == "token" else messages.run_length(seen, count)

@@ -156,9 +156,9 @@ class Chat:
         self.reply_tokens = 0
         self._note("user", text)
         conversation.num_turns += 1
-        stream.feed(ids)
+        stream.feed(ids, wait=False)
         reply = self._note("assistant")
-        stream.feed(encoder.before_reply, begins_message=encoder.replies_stand_alone)
+        stream.feed(encoder.before_reply, begins_message=encoder.replies_stand_alone, wait=False)
         begin = len(stream)
         pieces = stream.generate_text(self._max_reply, stop=self._stop_ids)
         try:

@@ -42,6 +42,7 @@ def save(path: str | Path, patch: ModelPatch, memory: Memory, state: StreamState
         "num_ids": len(state.ids),
         "num_known": len(ids),
         "message_begins": None if state.messages is None else state.messages.begins,
+        "message_ends": [] if state.messages is None else state.messages.ends,
         "logits_dtype": None if logits is None else str(logits.dtype),
         "sampling": {x.name: getattr(params, x.name) for x in fields(params) if x.name != "processors"},
         "has_processors": bool(params.processors),
@@ -89,7 +90,10 @@ def load(
         raise ValueError(f"path: pool.ids: expected those of {cache.tokens_seen} tokens")
     state.ids.restore(count, numbers, ids)
     if state.messages is not None:
-        state.messages.restore(sorted(own.counts("message_begins")))
+        begins, ends = own.counts("message_begins"), own.counts("message_ends")
+        if not begins or len(ends) != len(begins) or begins != sorted(begins):
+            raise ValueError(f"path: pool.message_begins: expected a message or more in order, got {begins} and {ends}")
+        state.messages.restore(begins, ends)
     if (name := own.field("logits_dtype", (str, NoneType))) is not None:
         dtype = next((x for x in DTYPES if str(x) == name), torch.float32)
         state.parked_logits, state.has_logits = own.tensor("logits", (vocabulary,), dtype, cpu)[0], True

@@ -43,18 +43,21 @@ class Stream:
             ids.append([*state.queue])
             return ids.in_sight(state.window_begin(len(state.queue) - 1)).tolist()
 
-    def feed(self, tokens: str | Sequence[int] | Tensor, *, begins_message: bool = True) -> None:
+    def feed(self, tokens: str | Sequence[int] | Tensor, *, begins_message: bool = True, wait: bool = True) -> None:
         """Append tokens; returns when they are in memory.
 
         Args:
             tokens: text, or ids ``[tokens]`` or ``[1, tokens]``. The first text of a stream gets the special tokens
                 that begin one.
             begins_message: whether they begin a message; of effect only with ``evict="message"``.
+            wait: if False, returns at once; the tokens run with those that are fed or generated next.
 
         Raises:
             ValueError: for text without a tokenizer, or ids that the model does not have.
         """
-        self._wait_until_fed(self._append(tokens, begins_message=begins_message))
+        length = self._append(tokens, begins_message=begins_message)
+        if wait:
+            self._wait_until_fed(length)
 
     def _append(self, tokens: str | Sequence[int] | Tensor, *, begins_message: bool) -> int:
         """Append tokens, which wait; returns the length of the stream."""
@@ -63,7 +66,7 @@ class Stream:
             if ids:
                 state.drop_ready()
                 if state.messages is not None and begins_message:
-                    state.messages.begin(len(state), len(state.ids))
+                    state.messages.begin(len(state), len(ids), len(state.ids))
                 state.queue.extend(ids)
             return len(state)
 
