@@ -88,7 +88,7 @@ def test_a_turn_costs_what_the_first_costs(tokenizer, monkeypatch):
     first, *others = turns[1][0]
     assert turns[0][0] == [chat.num_prefix + first, *others]
     assert all(sum(fed) == sum(turns[1][0]) and encoded == turns[1][1] for fed, encoded, _ in turns[1:])
-    # Question with the opening of the reply; a forward for each of its tokens, the last of which is fed with what ends it.
+    # Question with the opening of the reply; a forward for each token of it, the last one with what ends the reply.
     assert len(turns[1][0]) == 1 + 2 + 1
     # What leaves the window for the question leaves it before, in no forward of its own; the reply may make more leave.
     assert max(len(fed) for fed, *_ in turns) <= len(turns[1][0]) + 1
