@@ -16,6 +16,7 @@ import pytest
 import torch
 from continued import FedTokenCounter, left_padded
 from hf_models import build, enabled, interrupted, random_ids, tensors_of
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import sinkattn
@@ -307,12 +308,13 @@ def test_what_is_on_disk_before_the_file_is_replaced(path, monkeypatch):
     assert calls == ["fsync", "replace", "fsync"]
 
 
-def test_a_save_that_fails_changes_nothing(path, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_a_save_that_fails_changes_nothing(kind, path, monkeypatch):
     model = enabled("llama", S, W, R)
     fed(model).save(path)
     before = path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("sinkattn.hf.cache.stream_file.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr("sinkattn.hf.cache.stream_file.save_file", lambda *_: (_ for _ in ()).throw(kind("disk full")))
         with pytest.raises(OSError, match=r"disk full"):
             fed(model, 10).save(path)
     assert path.read_bytes() == before

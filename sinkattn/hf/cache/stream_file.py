@@ -42,7 +42,10 @@ def write_streams(path: str | Path, tensors: dict[str, Tensor], model: dict[str,
     header = json.dumps({"versions": versions, "model": model, "state": state}, separators=(",", ":"))
     metadata = {FORMAT_KEY: FORMAT, HEADER: header, CHECKSUM: _checksum(header, tensors)}
     with _replaced(Path(path)) as new:
-        save_file(tensors, new, metadata)
+        try:
+            save_file(tensors, new, metadata)
+        except SafetensorError as error:  # also for a disk that is full
+            raise OSError(f"cannot write {path}: {error}") from error
 
 
 @contextmanager
