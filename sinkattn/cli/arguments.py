@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -186,9 +187,11 @@ def new_folder(text: str) -> Path:
 
 
 def open_stdin() -> TextIO:
-    """Stdin; raises UserError if it is closed."""
+    """Stdin, in which bytes that are no text are replaced; raises UserError if it is closed."""
     if sys.stdin is None:
         raise UserError("stdin is closed")
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     return sys.stdin
 
 

@@ -136,7 +136,7 @@ class _Dialogue:
                         if line.startswith("/") and not line.startswith("//"):
                             if (answer := obey(self._chat, line)) is None:
                                 return
-                            self._notes.print(answer)
+                            self._notes.print(answer, markup=False)
                         elif line.strip():
                             self._reply(line.removeprefix("/"))
                 except UserError as error:

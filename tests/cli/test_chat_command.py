@@ -99,6 +99,14 @@ def test_in_a_pipe_stdout_has_the_replies_alone(piped, folder, capsys):
     assert capsys.readouterr().out != out
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_text_are_replaced(errors, folder, monkeypatch, capsys):
+    options = ["chat", str(folder), *OPTIONS, "--temperature", "0"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"One \xff?\n"), encoding="utf-8", errors=errors))
+    assert cli.main(options) == 0
+    assert capsys.readouterr().out == "".join(f"{x}\n" for x in replies(folder, "One \ufffd?", options=options[-2:]))
+
+
 @pytest.mark.slow
 def test_a_compiled_step_gives_the_same_replies(piped, capsys):
     assert piped("What is it?", "Why?", options=["--temperature", "0"]) == 0
@@ -179,12 +187,12 @@ def test_a_picture_of_what_is_in_sight(typed, opened, capsys):
 
 def test_save_and_load(typed, opened, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert typed("One.", "Two.", "/save ~/a chat", "/save /no/such/folder/b") == 0
-    assert "saved in ~/a chat" in capsys.readouterr().out
-    assert (tmp_path / "a chat").is_file()
-    assert typed("/load ~/other", "Three?", "/load ~/a chat", "/show") == 0
+    assert typed("One.", "Two.", "/save ~/[b]a chat", "/save /no/such/folder/b") == 0
+    assert "saved in ~/[b]a chat" in capsys.readouterr().out
+    assert (tmp_path / "[b]a chat").is_file()
+    assert typed("/load ~/other", "Three?", "/load ~/[b]a chat", "/show") == 0
     out = capsys.readouterr().out
-    assert f"loaded from ~/a chat: turn 0, {opened[0].num_in_sight} tokens in sight" in out
+    assert f"loaded from ~/[b]a chat: turn 0, {opened[0].num_in_sight} tokens in sight" in out
     assert "loaded messages" in out
     assert text_in_sight(opened[1]) == text_in_sight(opened[0])
 
