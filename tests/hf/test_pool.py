@@ -217,6 +217,9 @@ def test_stops():
     assert list(stream.generate(0)) == []
     for arguments, message in (
         ({"max_new_tokens": -1}, "max_new_tokens: expected 0 or more, got -1"),
+        ({"max_new_tokens": 2.5}, r"max_new_tokens: expected 0 or more, got 2\.5"),
+        ({"stop": [None]}, "stop: expected ids and texts, got None"),
+        ({"stop": [torch.tensor(third)]}, r"stop: expected ids and texts, got tensor\("),
         ({"stop": ["x"]}, "stop: expected ids, as the pool has no tokenizer, got 'x'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -234,6 +237,24 @@ def test_stops():
     for ids in ([VOCABULARY], [-1], [[1], [2]], [0.5], None, ["x"]):
         with pytest.raises(ValueError, match="tokens: expected"):
             stream.feed(ids)
+
+
+def test_texts_that_stop(tokenizer):
+    pool = StreamPool(model_in_double(), 1, tokenizer=tokenizer)
+    stream = pool.open()
+    stream.feed(some_ids(9))
+    text = "".join(pieces(stream, 3))
+    stop = text[-2:]
+    for stops in (stop, [stop], [stop, "never there"]):
+        assert "".join(pieces(stream, 3, stop=stops)) == text[: text.index(stop)]
+    assert "".join(pieces(stream, 3, stop=text[::-1])) == text  # not one of its characters
+
+
+def pieces(stream, count, **options):
+    """The text that a stream would generate, after which it is as it was."""
+    length, text = len(stream), list(stream.generate_text(count, **options))
+    stream.rollback(len(stream) - length)
+    return text
 
 
 def test_threads_share_the_steps():

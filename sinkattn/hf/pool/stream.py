@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import AsyncIterator, Collection, Generator, Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TypeVar
 
@@ -93,8 +94,8 @@ class Stream:
 
         Args:
             max_new_tokens: the most tokens; None for no limit.
-            stop: ids and texts that end it. Such an id is not yielded and does not belong to the stream; a text ends
-                with the token that completes it.
+            stop: ids and texts that end it, or one text. Such an id is not yielded and does not belong to the stream; a
+                text ends with the token that completes it.
             sampling: how tokens are chosen from now on; default: as before.
 
         Raises:
@@ -120,7 +121,7 @@ class Stream:
         return self._text(self._generation(max_new_tokens, stop, sampling), stops)
 
     def _stop_strings(self, stop: Collection[int | str]) -> StopStrings | None:
-        strings = [x for x in stop if isinstance(x, str)]
+        strings = [x for x in _each(stop) if isinstance(x, str)]
         if strings and self._model.tokenizer is None:
             raise ValueError(f"stop: expected ids, as the pool has no tokenizer, got {strings[0]!r}")
         if "" in strings:
@@ -135,10 +136,10 @@ class Stream:
     def _generation(
         self, max_new_tokens: int | None, stop: Collection[int | str], sampling: SamplingParams | None
     ) -> Generation:
-        if max_new_tokens is not None and max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens: expected 0 or more, got {max_new_tokens}")
+        if max_new_tokens is not None and not (isinstance(max_new_tokens, Integral) and max_new_tokens >= 0):
+            raise ValueError(f"max_new_tokens: expected 0 or more, got {max_new_tokens!r}")
         sampler = None if sampling is None else self._model.new_sampler(sampling)
-        stop_ids = frozenset(x for x in stop if not isinstance(x, str))
+        stop_ids = frozenset(x for x in _each(stop) if not isinstance(x, str))
         return Generation(self._scheduler, self._state, sampler, stop_ids, max_new_tokens)
 
     def _tokens(self, generation: Generation, stops: StopStrings | None) -> Generator[int]:
@@ -281,6 +282,14 @@ class Stream:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _each(stop: Collection[int | str]) -> list[int | str]:
+    """Ids and texts that end a generation; raises ValueError for anything else, which would never end it."""
+    each: list[int | str] = [stop] if isinstance(stop, str) else [*stop]
+    if others := [x for x in each if not isinstance(x, (str, Integral))]:
+        raise ValueError(f"stop: expected ids and texts, got {others[0]!r}")
+    return each
 
 
 async def _without_blocking(generation: Generation, items: Generator[T]) -> AsyncIterator[T]:
