@@ -178,6 +178,17 @@ def test_nothing_of_a_closed_stream_stays_in_memory():
     assert not any(layer.keys.any() or layer.values.any() for layer in layers)
 
 
+def test_a_closed_pool_opens_no_stream():
+    with StreamPool(model_in_double(), 2) as pool:
+        stream = pool.open()
+    for call in (pool.open, stream.fork, lambda: stream.feed([1])):
+        with pytest.raises(RuntimeError, match="is closed"):
+            call()
+    stream.close()
+    pool.close()
+    assert len(pool) == 0
+
+
 def test_forks_rollbacks_and_resets():
     model = model_in_double()
     pool = StreamPool(model, 4)

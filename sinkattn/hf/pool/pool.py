@@ -93,6 +93,7 @@ class StreamPool:
 
         Raises:
             PoolFullError: if there is no room.
+            RuntimeError: if the pool is closed.
             ValueError: for a prefix longer than ``max_prefix``, or another invalid argument.
         """
         if evict not in ("token", "message"):
@@ -126,6 +127,7 @@ class StreamPool:
 
         Raises:
             PoolFullError: if there is no room.
+            RuntimeError: if the pool is closed.
             ValueError, OSError: as `sinkattn.load_stream`; for a longer prefix than this pool takes; and for a stream
                 with logits processors, without ``sampling``.
         """
@@ -177,7 +179,7 @@ class StreamPool:
         return self._memory.nbytes
 
     def close(self) -> None:
-        """Close all streams."""
+        """Close all streams; no more can be opened."""
         self.scheduler.close()
 
     def __enter__(self) -> StreamPool:

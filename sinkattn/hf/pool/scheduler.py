@@ -31,6 +31,7 @@ class Scheduler:
         self._streams: set[StreamState] = set()
         self.condition = threading.Condition()
         self._is_stepping = False
+        self._is_closed = False
         self._num_exclusive = 0
         self._num_notices = 0
         self._num_asleep = 0
@@ -43,8 +44,10 @@ class Scheduler:
         return len(self._streams)
 
     def add(self, state: StreamState) -> None:
-        """Take in a stream; raises PoolFullError if there is no room."""
+        """Take in a stream; raises PoolFullError if there is no room, RuntimeError after `close`."""
         with self._no_step():
+            if self._is_closed:
+                raise RuntimeError("pool: is closed")
             if len(self._streams) >= self._max_open:
                 raise PoolFullError(f"pool: {self._max_open} streams are open, the most that it takes; close one first")
             self._streams.add(state)
@@ -58,8 +61,9 @@ class Scheduler:
                 self.engine.drop(state)
 
     def close(self) -> None:
-        """Forget all streams."""
+        """Forget all streams, and take in no more."""
         with self._no_step():
+            self._is_closed = True
             for state in [*self._streams]:
                 self.remove(state)
 
