@@ -113,6 +113,28 @@ def test_an_interruption_while_the_stepping_thread_waits_for_the_lock():
     assert not pool.scheduler._is_stepping
 
 
+@pytest.mark.parametrize("name", ["release", "acquire"])
+def test_an_interruption_as_soon_as_the_lock_is_released_or_acquired(name, monkeypatch):
+    pool = StreamPool(sinkattn.enable(build("llama", torch.float64), 2, 12), 2)
+    stream, other = pool.open(), pool.open()
+    condition, calls = pool.scheduler.condition, []
+    call = getattr(condition, name)
+
+    def interrupted():
+        call()
+        calls.append(name)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(condition, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stream.feed(some_ids(5))
+    assert calls
+    join(in_thread(other.feed, some_ids(3)))
+    stream.feed([3])
+    assert stream.in_sight == [*some_ids(5), 3]
+
+
 class SometimesBroken(LogitsProcessor):
     def __init__(self, rng):
         self.rng = rng

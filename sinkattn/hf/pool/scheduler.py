@@ -5,9 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from sinkattn.hf.pool.engine import Engine
 from sinkattn.hf.pool.state import StreamState
+
+Arg = TypeVar("Arg")
+Result = TypeVar("Result")
 
 
 class PoolFullError(RuntimeError):
@@ -156,12 +160,10 @@ class Scheduler:
             with self.engine.modes():
                 step = self.engine.plan([state for state in self._streams if state.has_work])
                 for segments in step.forwards:
-                    with self._unlocked():
-                        self.engine.run(segments)
+                    self._without_lock(self.engine.run, segments)
                     self.engine.commit(segments)
                 sampled = step.sampled
-                with self._unlocked():
-                    tokens = self.engine.choose(sampled)
+                tokens = self._without_lock(self.engine.choose, sampled)
             for state, token in zip(sampled, tokens, strict=True):
                 state.ready = token
                 if not state.wants_token or state.queue:
@@ -175,18 +177,29 @@ class Scheduler:
             self._is_stepping = False
             self.notify()
 
-    @contextmanager
-    def _unlocked(self) -> Iterator[None]:
-        """Without the lock, which is held again afterwards, whatever interrupts the wait for it."""
-        self.condition.release()
+    def _without_lock(self, function: Callable[[Arg], Result], arg: Arg) -> Result:
+        """Call a function without the lock, which is held again afterwards, once, whatever interrupts this.
+
+        An interruption may come after the lock has been released or acquired and before the call that did so returns,
+        also between the methods of a context manager.
+        """
         try:
-            yield
+            self.condition.release()
+            return function(arg)
         finally:
             interruption, is_locked = None, False
             while not is_locked:
                 try:
-                    is_locked = self.condition.acquire()
+                    is_locked = self._holds_lock() or self.condition.acquire()
                 except BaseException as error:
                     interruption = error
             if interruption is not None:
                 raise interruption
+
+    def _holds_lock(self) -> bool:
+        """Whether this thread holds the lock."""
+        try:
+            self.condition.notify(0)
+        except RuntimeError:
+            return False
+        return True
