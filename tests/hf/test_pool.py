@@ -522,11 +522,13 @@ class BrokenAfter(LogitsProcessor):
         return scores
 
 
-def test_a_token_that_cannot_be_chosen_costs_others_no_draw():
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_token_that_cannot_be_chosen_costs_others_no_draw(temperature):
     model = model_in_double()
     pool, params = StreamPool(model, 2), SamplingParams(temperature=1.0, seed=4)
     good = pool.open(sampling=params)
-    bad = pool.open(sampling=SamplingParams(temperature=1.0, logit_bias=dict.fromkeys(range(VOCABULARY), -torch.inf)))
+    bias = dict.fromkeys(range(VOCABULARY), -torch.inf)
+    bad = pool.open(sampling=SamplingParams(temperature=temperature, logit_bias=bias))
     for each in (good, bad):
         each.feed(some_ids(9))
     tokens, failing = good.generate(), bad.generate()

@@ -50,7 +50,8 @@ class Chosen:
         A stream that asks for log-probabilities gets a `ScoredToken`.
 
         Raises:
-            RuntimeError: if none can be sampled: logits with NaN or infinity, or all of them forbidden.
+            RuntimeError: if none can be chosen: all of them forbidden, or logits with NaN or, to sample from, infinity.
+                With nothing but greedy streams whose logits nothing changes, logits are not looked at so closely.
         """
         tokens = self.ids.tolist()
         for row, (token, stream) in enumerate(zip(tokens, self._streams, strict=True)):
@@ -136,7 +137,7 @@ class _Plan:
             changed = apply(_of_rows(scores, rows), None if ids is None else _of_rows(ids, rows))
             scores = changed if rows is None else scores.index_copy_(0, rows, changed)
         if not self._sampled:
-            return scores.argmax(dim=1)
+            return _likeliest(scores)
         cumulative = weights(_of_rows(scores, self._sampled_rows)).cumsum_(dim=1)
         # The first token at which the sum is above the target has a weight above zero.
         target = self._draws.uniform().unsqueeze(1) * cumulative[:, -1:]
@@ -145,7 +146,7 @@ class _Plan:
             stream.draws = self._drawn[row] = stream.draws + 1
         if self._sampled_rows is None:
             return drawn
-        return scores.argmax(dim=1).index_copy(0, self._sampled_rows, drawn)
+        return _likeliest(scores).index_copy(0, self._sampled_rows, drawn)
 
     def logprobs(self, logits: Tensor, chosen: Tensor) -> _Logprobs | None:
         """Log-probabilities for the rows that ask for them; None if no row does."""
@@ -155,6 +156,12 @@ class _Plan:
         own = logprobs.gather(1, _of_rows(chosen, self._scored_rows).clamp(max=logits.shape[1] - 1).unsqueeze(1))
         largest = logprobs.topk(min(self._most_logprobs, logits.shape[1]), dim=1)
         return self._scored, own.squeeze(1), largest.indices, largest.values
+
+
+def _likeliest(scores: Tensor) -> Tensor:
+    """The first token with the highest score in each row; if there is none, the size of the vocabulary."""
+    highest, tokens = scores.max(dim=1)
+    return tokens.masked_fill_(~(highest > -torch.inf), scores.shape[1])
 
 
 def _of_rows(values: Tensor, rows: _Rows) -> Tensor:
