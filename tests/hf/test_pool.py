@@ -14,6 +14,8 @@ from transformers import LogitsProcessor
 
 import sinkattn
 from sinkattn import PoolFullError, SamplingParams, StreamPool
+from sinkattn.hf.pool.engine import Engine
+from sinkattn.hf.pool.ids import StreamIds
 from sinkattn.hf.sampling.batch_sampler import BatchSampler
 from sinkattn.hf.sampling.stream_sampler import StreamSampler
 from sinkattn.hf.versions import forward_cache
@@ -684,3 +686,45 @@ def test_ids_without_an_embedding_are_refused():
     stream = StreamPool(sinkattn.enable(model, S, W), 1).open()
     with pytest.raises(ValueError, match=f"tokens: expected ids from 0 to {VOCABULARY - 1}, got {VOCABULARY}"):
         stream.feed([VOCABULARY])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("place", ["commit", "write"])
+def test_an_interruption_after_a_forward_feeds_nothing_twice(family, place, monkeypatch):
+    model = model_in_double(family)
+    pool = StreamPool(model, 2)
+    stream = pool.open()
+    stream.feed(some_ids(20))
+    owner = pool.scheduler.engine.memory if place == "commit" else StreamIds
+    original, interrupted_calls = getattr(owner, place), []
+
+    def interrupt(*arguments):
+        original(*arguments)
+        if not interrupted_calls:
+            interrupted_calls.append(arguments)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, place, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        stream.feed(some_ids(3, 1))
+    assert interrupted_calls
+    assert list(stream.generate(9)) == tokens_alone(model, some_ids(20) + some_ids(3, 1), 9)
+    assert len(stream) == 32
+
+
+def test_an_interruption_before_tokens_are_counted_runs_them_again(monkeypatch):
+    """Of models with a cache for each stream, which has counted them."""
+    model = model_in_double("gpt2")
+    pool = StreamPool(model, 2)
+    stream = pool.open()
+    stream.feed(some_ids(20))
+    commit = Engine.commit
+
+    def interrupt(self, segments):
+        monkeypatch.setattr(Engine, "commit", commit)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "commit", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        stream.feed(some_ids(3, 1))
+    assert list(stream.generate(9)) == tokens_alone(model, some_ids(20) + some_ids(3, 1), 9)

@@ -167,12 +167,21 @@ class Engine:
 
     def commit(self, segments: Sequence[Segment]) -> None:
         """Count the tokens that a forward has run."""
-        for state, ids, _ in segments:
-            self.memory.commit(state.memory, len(ids))
-            state.ids.append(ids)
-            state.has_logits = True
-            for _ in ids:
-                state.queue.popleft()
+        goals = [(state, ids, len(state.ids), len(state.queue) - len(ids)) for state, ids, _ in segments]
+        interruption, is_done = None, False
+        while not is_done:
+            try:
+                for state, ids, begin, num_waiting in goals:
+                    self.memory.commit(state.memory, begin + len(ids))
+                    state.ids.write(begin, ids)
+                    state.has_logits = True
+                    while len(state.queue) > num_waiting:
+                        state.queue.popleft()
+                is_done = True
+            except KeyboardInterrupt as error:
+                interruption = error  # what is done already is not done twice
+        if interruption is not None:
+            raise interruption
 
     def choose(self, states: Sequence[StreamState]) -> list[int | None]:
         """Choose the next tokens of streams, None where none can be. They do not belong to the streams yet."""

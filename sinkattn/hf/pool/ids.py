@@ -26,10 +26,14 @@ class StreamIds:
 
     def append(self, ids: Sequence[int]) -> None:
         """Append the next ids."""
+        self.write(self._count, ids)
+
+    def write(self, begin: int, ids: Sequence[int]) -> None:
+        """Let the ids from token ``begin`` on, which has to be there or the next one, be these."""
         num_sinks, ring = self.layout.num_sinks, self.layout.ring
-        for token, id_ in enumerate(ids, self._count):
+        for token, id_ in enumerate(ids, begin):
             self._slots[token if token < num_sinks else num_sinks + (token - num_sinks) % ring] = id_
-        self._count += len(ids)
+        self._count = begin + len(ids)
         self._peak = max(self._peak, self._count)
 
     def rollback(self, count: int) -> None:

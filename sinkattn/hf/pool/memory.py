@@ -60,8 +60,8 @@ class Memory(Protocol):
         They count only after `commit`.
         """
 
-    def commit(self, stream: StreamMemory, count: int) -> None:
-        """Count tokens that a forward has appended to a stream."""
+    def commit(self, stream: StreamMemory, seen: int) -> None:
+        """Count the tokens that a forward has appended to a stream, which has so many then."""
 
     def bring_in(self, stream: StreamMemory, row: int) -> None:
         """Give a stream a free row."""
@@ -130,9 +130,9 @@ class RingMemory:
         output = self._model(input_ids=ids.to(self._model.device), attention_mask=mask, **self._options)
         return output.logits[:, -1]
 
-    def commit(self, stream: StreamMemory, count: int) -> None:
+    def commit(self, stream: StreamMemory, seen: int) -> None:
         """See `Memory`."""
-        stream.seen += count
+        stream.seen = seen
 
     def _tensors(self, row: int) -> list[Tensor]:
         """Keys and values of a row, of all layers that have memory."""
@@ -246,11 +246,14 @@ class OwnCaches:
     def run(self, inputs: Sequence[NewTokens]) -> Tensor:
         """See `Memory`."""
         [(stream, ids, _)], model = inputs, self._model
+        if (uncounted := stream.contents.tokens_seen - stream.seen) > 0:
+            stream.contents.crop(-uncounted)  # of a forward after which an interruption came
         options = {forward_cache(model): stream.contents, "use_cache": True, **keep_last_logits(model)}
         return model(input_ids=torch.tensor([[*ids]], device=model.device), **options).logits[:, -1]
 
-    def commit(self, stream: StreamMemory, count: int) -> None:
-        """See `Memory`; the cache has counted them."""
+    def commit(self, stream: StreamMemory, seen: int) -> None:
+        """See `Memory`; the cache has counted them, too."""
+        stream.seen = seen
 
     def bring_in(self, stream: StreamMemory, row: int) -> None:
         """See `Memory`."""
@@ -268,7 +271,7 @@ class OwnCaches:
         """See `Memory`."""
         if stream.row is not None:
             self.park(stream)
-        stream.contents = None
+        stream.contents, stream.seen = None, 0
 
     def copy(self, stream: StreamMemory) -> StreamMemory:
         """See `Memory`; the contents stay on the device."""
@@ -281,7 +284,7 @@ class OwnCaches:
 
     def from_cache(self, cache: SinkCache) -> StreamMemory:
         """See `Memory`."""
-        return StreamMemory(cache.layout.num_sinks, contents=cache)
+        return StreamMemory(cache.layout.num_sinks, contents=cache, seen=cache.tokens_seen)
 
     def can_rollback(self, stream: StreamMemory, count: int) -> bool:
         """See `Memory`."""
@@ -298,6 +301,7 @@ class OwnCaches:
         """See `Memory`."""
         if count:
             stream.contents.crop(-count)
+            stream.seen -= count
 
 
 def _row(stream: StreamMemory) -> int:
