@@ -116,7 +116,12 @@ class BackgroundLearner:
             self._stream = torch.cuda.Stream(model.device)
             self._stream.wait_stream(torch.cuda.current_stream(model.device))
         self._thread = threading.Thread(target=self._run, name="sinkattn-learner", daemon=True)
+        self._has_started = threading.Event()
+        threads_here = torch.get_num_threads()
         self._thread.start()
+        self._has_started.wait()
+        # The number of the thread that sets it last is also that of threads that start later.
+        torch.set_num_threads(threads_here)
         self._gate.install()
         atexit.register(self._stop)
 
@@ -251,6 +256,11 @@ class BackgroundLearner:
 
     def _run(self) -> None:
         """The thread."""
+        torch.get_num_threads()  # or the first operator would set the number that another thread has set last
+        # With a second pool of threads libgomp counts more threads than CPUs: then all pools wait asleep instead of
+        # spinning, and a token takes twice as long.
+        torch.set_num_threads(1)
+        self._has_started.set()
         # Kernels of a CUDA device are launched ahead, and its gradients computed in a thread that others use as well.
         turns = before_operators(self._gate.pause) if self._stream is None else torch.cuda.stream(self._stream)
         try:

@@ -728,3 +728,9 @@ def test_an_interruption_before_tokens_are_counted_runs_them_again(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         stream.feed(some_ids(3, 1))
     assert list(stream.generate(9)) == tokens_alone(model, some_ids(20) + some_ids(3, 1), 9)
+
+
+def test_text_that_is_not_unicode_is_refused(tokenizer):
+    stream = StreamPool(model_in_double(), 1, tokenizer=tokenizer).open()
+    with pytest.raises(ValueError, match="tokens: expected text or ids"):
+        stream.feed("\ud800")

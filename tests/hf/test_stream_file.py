@@ -657,3 +657,15 @@ def test_after_anything_that_a_cache_can_do(family, path):
         elif rng.random() < 0.5:
             cache = reload(model, cache, path)
     reload(model, cache, path)
+
+
+def test_the_mode_and_the_target_of_a_link_stay(tmp_path):
+    cache = sinkattn.SinkCache(enabled("llama", 4, 28))
+    (tmp_path / "plain").touch()
+    cache.save(tmp_path / "new")
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "new").chmod(0o640)
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    cache.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640

@@ -55,6 +55,7 @@ def _replaced(path: Path) -> Iterator[Path]:
     It is in a folder of its own, where safetensors has temporary files too. The next save to ``path`` removes what a
     killed one has left there.
     """
+    path = path.resolve()  # the file that a link names, not the link
     folder = path.with_name(f".{path.name}.saving")
     directory = os.open(path.parent, os.O_RDONLY)
     try:
@@ -64,7 +65,10 @@ def _replaced(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         try:
+            (folder / "mode").touch()
             yield folder / path.name
+            # safetensors writes for the owner alone.
+            os.chmod(folder / path.name, (path if path.exists() else folder / "mode").stat().st_mode & 0o777)
             with open(folder / path.name, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(folder / path.name, path)

@@ -43,13 +43,14 @@ class PoolModel:
 
         is_first: whether text gets the special tokens that begin a stream.
         """
-        if isinstance(tokens, str):
-            if self.tokenizer is None:
-                raise ValueError(f"{name}: expected ids, as the pool has no tokenizer, got text")
-            tokens = self.tokenizer(tokens, add_special_tokens=is_first, verbose=False).input_ids
+        if isinstance(tokens, str) and self.tokenizer is None:
+            raise ValueError(f"{name}: expected ids, as the pool has no tokenizer, got text")
         try:
+            if isinstance(tokens, str):
+                assert self.tokenizer is not None
+                tokens = self.tokenizer(tokens, add_special_tokens=is_first, verbose=False).input_ids
             ids = torch.as_tensor(tokens)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:  # also for text that is not Unicode
             raise ValueError(f"{name}: expected text or ids [tokens], got {type(tokens).__name__}: {error}") from error
         ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
         if ids.ndim != 1 or (ids.is_floating_point() and len(ids)):

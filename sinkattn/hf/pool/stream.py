@@ -90,7 +90,7 @@ class Stream:
         """Generate tokens, one for each ``next``, without end unless something ends it.
 
         A token belongs to the stream when it is yielded. A stream has one such iterator at a time: close one that is
-        left before its end.
+        left before its end. The model's end token is a token like others unless ``stop`` has it.
 
         Args:
             max_new_tokens: the most tokens; None for no limit.
