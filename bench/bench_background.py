@@ -3,10 +3,10 @@
     python -m pytest bench/bench_background.py --benchmark-json=background.json
 
 A Llama of 116 million random parameters generates greedily from a window of 1028 tokens. The learner learns adapters
-from chunks of 64 tokens, and the model takes over its weights; each has two threads, and they take turns. Turns of
-tokens with a learner that has nothing to do alternate with turns while it has.
+from chunks of 64 tokens, and the model takes over its weights; the model has two threads, the learner one, and they take
+turns. Turns of tokens with a learner that has nothing to do alternate with turns while it has.
 
-``share 0.1`` is the default of `BackgroundLearner`.
+``share 0.05`` is the default of `BackgroundLearner`.
 """
 
 import statistics
@@ -47,7 +47,7 @@ class Turns:
         return statistics.quantiles(self.seconds, n=100, method="inclusive")[percentile - 1] * 1e3
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3])
+@pytest.mark.parametrize("share", [0.05, 0.1])
 def test_token(bench, share: float) -> None:
     torch.manual_seed(0)
     with torch.inference_mode(False):
@@ -78,5 +78,5 @@ def test_token(bench, share: float) -> None:
     }
     bench.add_row("A token while the process learns", shape, figures)
     ratio = figures["p95 / p95"]
-    if share == 0.1:
+    if share == 0.05:
         bench.add_target("token while learning / alone, 95th percentile, at most 1.2", shape, ratio, ratio <= 1.2)

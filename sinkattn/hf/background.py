@@ -86,7 +86,7 @@ class BackgroundLearner:
         *,
         automatic: bool = True,
         capacity: int = 4096,
-        share: float = 0.1,
+        share: float = 0.05,
         **options: Any,
     ) -> None:
         if capacity < 1:
