@@ -3,8 +3,8 @@
     python -m pytest bench/bench_background.py --benchmark-json=background.json
 
 A Llama of 116 million random parameters generates greedily from a window of 1028 tokens. The learner learns adapters
-from chunks of 64 tokens, and the model takes over its weights; the model has two threads, the learner one, and they take
-turns. Turns of tokens with a learner that has nothing to do alternate with turns while it has.
+from chunks of 64 tokens, and the model takes over its weights; the model has two threads, the learner one, and they
+take turns. Turns of tokens with a learner that has nothing to do alternate with turns while it has.
 
 ``share 0.05`` is the default of `BackgroundLearner`.
 """
