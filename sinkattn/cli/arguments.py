@@ -186,11 +186,11 @@ def new_folder(text: str) -> Path:
     return path
 
 
-def open_stdin() -> TextIO:
-    """Stdin, in which bytes that are no text are replaced; raises UserError if it is closed."""
+def open_stdin(*, replaces: bool = False) -> TextIO:
+    """Stdin; ``replaces``: bytes that are no text are replaced, and not an error. Raises UserError if it is closed."""
     if sys.stdin is None:
         raise UserError("stdin is closed")
-    if isinstance(sys.stdin, TextIOWrapper):
+    if replaces and isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     return sys.stdin
 

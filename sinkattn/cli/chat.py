@@ -66,7 +66,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    is_piped = not (open_stdin().isatty() and sys.stdout.isatty())
+    is_piped = not (open_stdin(replaces=True).isatty() and sys.stdout.isatty())
     require("rich")
     model, tokenizer = load_model(args)
     print(model_lines(describe_model(model, args)), file=sys.stderr, flush=True)

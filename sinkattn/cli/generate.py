@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         return follow.run(args)
     prompt = args.prompt
     if prompt is None:
-        if open_stdin().isatty():
+        if open_stdin(replaces=True).isatty():
             raise UserError("prompt: give --prompt TEXT, or pipe a text into stdin")
         prompt = sys.stdin.read()
     model, tokenizer = load_model(args)

@@ -138,3 +138,15 @@ def test_what_a_grammar_needs(loaded, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ImportError, match=r"grammar: needs llguidance, pip install 'sinkattn\[grammar\]'"):
         stream_of(loaded, SCHEMA)
+
+
+def test_after_a_rollback_or_reset_of_a_stream_the_text_begins_anew(loaded):
+    model, tokenizer = loaded
+    pool = sinkattn.StreamPool(model, 1, tokenizer=tokenizer)
+    stream = pool.open(sampling=SamplingParams(grammar=SCHEMA, temperature=1.0, seed=2))
+    for restart in (lambda: stream.rollback(3), stream.reset):
+        stream.feed("x = ")
+        assert len(list(stream.generate(3))) == 3
+        restart()
+        stream.feed("y = ")
+        assert set(json.loads("".join(stream.generate_text()))) == {"name", "slots"}

@@ -59,6 +59,12 @@ class StreamState:
         self.messages = None if self.messages is None else self.messages.emptied()
         self.queue.clear()
         self.queue.extend(self.prefix)
+        self.begin_text()
+
+    def begin_text(self) -> None:
+        """Let the next token begin a text of the grammar, if there is one."""
+        if self.sampler.grammar is not None:
+            self.sampler.grammar.begin_anew()
 
     @property
     def is_wanted(self) -> bool:

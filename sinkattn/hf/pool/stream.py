@@ -224,6 +224,8 @@ class Stream:
     def rollback(self, count: int) -> None:
         """Forget the last ``count`` tokens, as if they had never come.
 
+        But random numbers go on, so that what is generated again may be something else; a grammar begins its text anew.
+
         Until the ring is full any number can be forgotten, then up to the headroom of `sinkattn.enable`. If the next
         thing is `generate`, it runs the last token again, so for a model that streams by re-encoding it is one fewer.
 
@@ -244,6 +246,7 @@ class Stream:
             if not count:
                 return
             state.drop_ready()
+            state.begin_text()
             for _ in range(waiting):
                 state.queue.pop()
             if in_memory:

@@ -73,6 +73,10 @@ class Grammar:
             raise ValueError(f"grammar: {message.splitlines()[0]}")
         return cls(LLMatcher(tokens, text, log_level=0), never)
 
+    def begin_anew(self) -> None:
+        """Let the next token begin another text."""
+        self.is_complete = True
+
     def allowed(self) -> Tensor:
         """Tokens that may come next: uint8 ``[at least vocabulary / 8]``, one bit each, the lowest first.
 
