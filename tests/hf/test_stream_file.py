@@ -273,7 +273,7 @@ def test_a_killed_save_leaves_the_old_file_or_the_new_one(path):
     caches = [fed(model, tokens, rows=8) for tokens in (50, 60)]
     started = time.perf_counter()
     caches[0].save(path)
-    duration = time.perf_counter() - started
+    longest = 3 * (time.perf_counter() - started)
     found, interrupted, rng = set(), 0, random.Random(0)
     for begin in range(50):
         child = os.fork()
@@ -283,13 +283,15 @@ def test_a_killed_save_leaves_the_old_file_or_the_new_one(path):
                     caches[i % 2].save(path)
             finally:
                 os._exit(1)
-        time.sleep(rng.uniform(0, 3 * duration))
+        time.sleep(rng.uniform(0, longest))
         os.kill(child, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         interrupted += len(os.listdir(path.parent)) > 1
         loaded = sinkattn.load_stream(model, path)
         assert_same(caches[loaded.tokens_seen == 60], loaded)
         found.add(loaded.tokens_seen)
+        if len(found) < 2:
+            longest *= 1.2  # a save may take longer in a new process than it took here
     assert found == {50, 60}
     assert interrupted > 10  # kills do hit saves
     caches[0].save(path)
