@@ -117,11 +117,22 @@ class Rope:
         ``seen``: int64 ``[batch]`` tokens appended before. ``row_sinks``, ``begins``: as for `ops.sink_attention_`.
         """
         stream = seen.unsqueeze(-1) + torch.arange(tokens, device=seen.device)
-        sinks = num_sinks if row_sinks is None else row_sinks.unsqueeze(-1)
-        cache = stream.clamp(max=sinks + window - 1)
-        if begins is not None:
-            cache = torch.minimum(cache, stream - begins.unsqueeze(-1) + sinks)
+        cache = cache_positions(stream, num_sinks if row_sinks is None else row_sinks, window, begins)
         return self.tables(torch.stack((stream, cache)), dtype)
+
+
+def cache_positions(positions: Tensor, num_sinks: int | Tensor, window: int, begins: Tensor | None = None) -> Tensor:
+    """Number of tokens that each token sees before itself, which is its position relative to the cache.
+
+    Args:
+        positions: int64 ``[1 or batch, tokens]`` in the stream.
+        num_sinks: of all rows, or int64 ``[batch]``.
+        window: of all rows.
+        begins: int64 ``[batch]``, the first token that the window of a row may hold.
+    """
+    sinks = num_sinks.unsqueeze(-1) if isinstance(num_sinks, Tensor) else num_sinks
+    cache = positions.clamp(max=sinks + window - 1)
+    return cache if begins is None else torch.minimum(cache, positions - begins.unsqueeze(-1) + sinks)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:

@@ -104,7 +104,7 @@ def open_chat(
     announce_compilation(args)
     sinkattn.enable(model, 0, window, min(window, HEADROOM), compile=args.compile)
     # One conversation is in the memory of the device; the others that a chat needs room for wait in that of the host.
-    pool = StreamPool(model, 1, max_parked=3, tokenizer=tokenizer, max_prefix=max_prefix)
+    pool = StreamPool(model, 1, max_parked=2, tokenizer=tokenizer, max_prefix=max_prefix)
     max_reply = args.max_reply or max(1, min(MAX_REPLY, window // 2))
     return pool, Chat(pool, window, max_reply, system=args.system, sampling=sampling(args, model))
 

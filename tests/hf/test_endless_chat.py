@@ -25,7 +25,7 @@ QUESTIONS = [
 def begin_chat(tokenizer, template=CHATML, window=WINDOW, headroom=64, max_reply=12, **options):
     tokenizer = with_template(tokenizer, template)
     model = sinkattn.enable(tiny_model(tokenizer), 0, window, headroom)
-    pool = StreamPool(model, 1, max_parked=3, tokenizer=tokenizer, max_prefix=64)
+    pool = StreamPool(model, 1, max_parked=2, tokenizer=tokenizer, max_prefix=64)
     # Only ASCII, so that text and tokens say the same, and an end now and then.
     bias = {number: 0.0 if tokenizer.decode([number]).isascii() else -torch.inf for number in range(len(tokenizer))}
     sampling = SamplingParams(temperature=1.0, seed=0, logit_bias={**bias, len(tokenizer) - 1: 4.0})

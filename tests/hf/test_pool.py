@@ -734,3 +734,25 @@ def test_text_that_is_not_unicode_is_refused(tokenizer):
     stream = StreamPool(model_in_double(), 1, tokenizer=tokenizer).open()
     with pytest.raises(ValueError, match="tokens: expected text or ids"):
         stream.feed("\ud800")
+
+
+def test_a_stream_saved_after_a_rollback_records_the_same_ids(tmp_path):
+    pool = StreamPool(model_in_double(), 2)
+    stream = pool.open()
+    stream.feed(some_ids(40))
+    stream.rollback(3)
+    stream.save(tmp_path / "a")
+    again = pool.load(tmp_path / "a")
+    for mine, theirs in zip(again._state.ids.known(), stream._state.ids.known(), strict=True):
+        assert mine.tolist() == theirs.tolist()
+    assert again._state.ids.known()[0].tolist() == [0, 1, *range(40 - W - HEADROOM, 37)]
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**64 - 1])
+def test_any_seed_is_saved(seed, tmp_path):
+    pool = StreamPool(model_in_double(), 2)
+    stream = pool.open(sampling=SamplingParams(temperature=1.0, seed=seed))
+    stream.feed(some_ids(9))
+    list(stream.generate(2))
+    stream.save(tmp_path / "a")
+    assert list(pool.load(tmp_path / "a").generate(9)) == list(stream.generate(9))

@@ -20,6 +20,7 @@ from sinkattn.hf.fingerprint import fingerprint
 from sinkattn.hf.model_patch import ModelPatch, find_patch, get_patch, require_patch
 from sinkattn.ops import RingLayout
 from sinkattn.ring_cache import RingKVCache
+from sinkattn.rope import cache_positions
 
 
 class SinkCache(Cache):
@@ -94,7 +95,7 @@ class SinkCache(Cache):
 
     def relative_positions(self, positions: Tensor) -> Tensor:
         """Ranks of tokens at stream positions ``[1 or batch, tokens]`` among those that they see."""
-        return positions.clamp(max=self.max_seq_length)
+        return cache_positions(positions, self.layout.num_sinks, self.layout.window)
 
     def ring_counters(self, ring: RingKVCache) -> tuple[Tensor, Tensor]:
         """Tokens of each row of a forward in a ring, int64 ``[batch]``, and counters for `ops.sink_attention_`."""

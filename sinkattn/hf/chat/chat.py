@@ -234,10 +234,7 @@ class Chat:
     def load(self, path: str | Path) -> None:
         """Go on in a conversation that was saved, with its system prompt and sampling; raises as `StreamPool.load`."""
         stream = self._pool.load(path)
-        with stream.fork() as begun:
-            begun.reset()
-            prefix = begun.in_sight
-        self._replace(Conversation(stream, prefix, messages=[Message("earlier", len(prefix))]))
+        self._replace(Conversation(stream, stream.prefix, messages=[Message("earlier", len(stream.prefix))]))
 
     def _begin(self, encoder: MessageEncoder) -> Conversation:
         stream = self._pool.open(encoder.prefix, sampling=self._sampling, evict="message")

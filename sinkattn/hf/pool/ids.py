@@ -61,9 +61,14 @@ class StreamIds:
         numbers = np.concatenate((np.arange(num_sinks), np.arange(begin, self._count)))
         return numbers, np.concatenate((self._slots[:num_sinks], self._recent(begin)))
 
-    def restore(self, count: int, numbers: np.ndarray, ids: np.ndarray) -> None:
+    @property
+    def peak(self) -> int:
+        """The most tokens that there ever were; ids that later ones have replaced are not recorded any more."""
+        return self._peak
+
+    def restore(self, count: int, peak: int, numbers: np.ndarray, ids: np.ndarray) -> None:
         """Become a stream of ``count`` tokens of which these are recorded."""
-        layout, self._count, self._peak = self.layout, count, count
+        layout, self._count, self._peak = self.layout, count, peak
         in_ring = layout.num_sinks + (numbers - layout.num_sinks) % layout.ring
         self._slots[np.where(numbers < layout.num_sinks, numbers, in_ring)] = ids
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.ops import RingLayout
 from sinkattn.ring_cache import RingKVCache
+from sinkattn.rope import cache_positions
 
 # Numbers of streams whose steps are compiled; the kernel for few tokens takes no more.
 COMPILED_SIZES = (1, 2, 4)
@@ -82,9 +83,7 @@ class RowCache(SinkCache):
     def relative_positions(self, positions: Tensor) -> Tensor:
         """Ranks of tokens of the selected rows, at stream positions ``[batch, tokens]``, among those they see."""
         assert self._selection is not None
-        num_sinks, begins = self._selection.num_sinks.unsqueeze(1), self._selection.begins.unsqueeze(1)
-        window_begin = torch.maximum(torch.maximum(positions - self.layout.window + 1, begins), num_sinks)
-        return torch.minimum(positions, num_sinks + positions - window_begin)
+        return cache_positions(positions, self._selection.num_sinks, self.layout.window, self._selection.begins)
 
     def ring_counters(self, ring: RingKVCache) -> tuple[Tensor, Tensor]:
         """Tokens of the selected rows, and as many counters."""

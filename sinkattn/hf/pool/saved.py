@@ -40,6 +40,7 @@ def save(path: str | Path, patch: ModelPatch, memory: Memory, state: StreamState
         "prefix": state.prefix,
         "queue": [*state.queue],
         "num_ids": len(state.ids),
+        "peak_ids": state.ids.peak,
         "num_known": len(ids),
         "message_begins": None if state.messages is None else state.messages.begins,
         "message_ends": [] if state.messages is None else state.messages.ends,
@@ -88,7 +89,7 @@ def load(
     count = own.count("num_ids")
     if count != cache.tokens_seen or not ((numbers >= 0) & (numbers < count) & (ids >= 0) & (ids < vocabulary)).all():
         raise ValueError(f"path: pool.ids: expected those of {cache.tokens_seen} tokens")
-    state.ids.restore(count, numbers, ids)
+    state.ids.restore(count, max(count, own.count("peak_ids")), numbers, ids)
     if state.messages is not None:
         begins, ends = own.counts("message_begins"), own.counts("message_ends")
         if not begins or len(ends) != len(begins) or begins != sorted(begins):
@@ -121,7 +122,11 @@ def _sampler(
         bias = {int(token): float(value) for token, value in saved.get("logit_bias", {}).items()}
         sampler = new_sampler(SamplingParams(**{**saved, "logit_bias": bias}))
         sampler.restore(
-            {name: drawn.count(name) for name in ("seed", "draws")} | {"grammar_ids": drawn.counts("grammar_ids")}
+            {
+                "seed": drawn.field("seed", int),  # of 64 bits
+                "draws": drawn.count("draws"),
+                "grammar_ids": drawn.counts("grammar_ids"),
+            }
         )
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"path: pool.sampling: {error}") from error

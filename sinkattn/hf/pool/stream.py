@@ -37,6 +37,11 @@ class Stream:
         return self._scheduler.length_of(self._state)
 
     @property
+    def prefix(self) -> list[int]:
+        """Ids that stay in sight for ever."""
+        return [*self._state.prefix]
+
+    @property
     def in_sight(self) -> list[int]:
         """Ids that the last token sees, itself included: prefix or sinks, and window."""
         with self._scheduler.locked(self._state) as state:
