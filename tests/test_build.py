@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import sinkattn
+import sinkattn.ops
 from sinkattn import _C
 
 PACKAGE = Path(sinkattn.__file__).parent

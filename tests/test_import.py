@@ -63,10 +63,59 @@ def test_import_works_without_transformers_and_triton():
     assert "transformers" in result.stdout
 
 
-def test_import_loads_neither_transformers_nor_triton():
-    code = "import sys, sinkattn; print([name for name in ('transformers', 'triton') if name in sys.modules])"
-    result = run_python(code)
-    assert (result.returncode, result.stdout) == (0, "[]\n"), result.stderr
+def loaded_by(code: str, *, after: str = "") -> set[str]:
+    """The modules, other than those of the standard library, that ``code`` loads when it runs after other code."""
+    names = "{name for name in sys.modules if name.partition('.')[0] not in sys.stdlib_module_names}"
+    result = run_python(f"import sys\n{after}\nbefore = {names}\n{code}\nprint(*({names} - before), sep='\\n')")
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.splitlines())
+
+
+def packages(modules: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules}
+
+
+def test_a_name_loads_what_it_needs_and_no_more():
+    assert loaded_by("import sinkattn") == {"sinkattn"}
+    loaded = loaded_by("import sinkattn; sinkattn.RingKVCache")
+    assert {"torch", "sinkattn.ops"} <= loaded
+    assert not packages(loaded) & {"transformers", "triton"}
+
+
+def test_usage_needs_only_the_standard_library():
+    code = (
+        "import contextlib, io\n"
+        "from sinkattn.cli import main\n"
+        "for words in ('--version', '--help', 'info --help', 'eval ppl --help'):\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as printed:\n"
+        "        main(words.split())\n"
+        "assert '--recompute-every' in printed.getvalue()\n"
+    )
+    assert packages(loaded_by(code)) == {"sinkattn"}
+
+
+def test_generate_loads_nothing_that_its_model_does_not_need():
+    """Compilers, quantization, adapters, measurements: each would take up to a second."""
+    model = "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T\n" + "\n".join(
+        f"{name}.from_pretrained('sinkattn/demo_model')" for name in "MT"
+    )
+    words = ["generate", "--prompt", "def f(x):", "--max-new-tokens", "2"]
+    code = f"import io\nfrom sinkattn.cli import main\nout, sys.stdout = sys.stdout, io.StringIO()\nmain({words})\n"
+    loaded = loaded_by(code + "sys.stdout = out", after=model)
+    assert "sinkattn.hf.swap.ring_patch" in loaded
+    assert packages(loaded) <= {"sinkattn", "transformers"}
+    assert not {name for name in loaded if name.startswith("sinkattn.kernels")}
+
+
+def test_every_name_is_there_and_listed():
+    import sinkattn
+
+    every = {*sinkattn.__all__, "evaluate", "hf", "ops", "reference"}
+    assert every <= set(dir(sinkattn))
+    assert {name for name in every if getattr(sinkattn, name, None) is None} == set()
+    from sinkattn.hf.pool.pool import StreamPool
+
+    assert vars(sinkattn)["StreamPool"] is sinkattn.StreamPool is StreamPool
 
 
 def test_unknown_attribute_is_refused():
@@ -107,25 +156,12 @@ def test_imports_go_one_way(path):
     ours = {name.split(".")[1] for name in imports if name.startswith("sinkattn.")} - {layer, "_C"}
     assert not {name for name in ours if HEIGHT.get(name, len(LAYERS)) >= HEIGHT[layer]}
     if HEIGHT[layer] < HEIGHT["hf"]:
-        assert not {name for name in imports if name.partition(".")[0] == "transformers"}
+        assert "transformers" not in packages(imports)
 
 
 def test_measurements_leave_arguments_tables_and_pictures_to_the_command_line():
     for path in (PACKAGE / "evaluate").rglob("*.py"):
-        packages = {name.partition(".")[0] for name in imports_of(path)}
-        assert not packages & {"argparse", "matplotlib", "psutil", "rich"}, path
-
-
-def test_usage_needs_no_optional_package():
-    code = (
-        "import sys\n"
-        "sys.modules.update(dict.fromkeys(['transformers', 'matplotlib', 'psutil', 'rich', 'scipy'], None))\n"
-        "from sinkattn.cli import main\n"
-        "main(['eval', 'ppl', '--help'])\n"
-    )
-    result = run_python(code)
-    assert result.returncode == 0, result.stderr
-    assert "--recompute-every" in result.stdout
+        assert not packages(imports_of(path)) & {"argparse", "matplotlib", "psutil", "rich"}, path
 
 
 def test_imports_within_hf_go_one_way():
@@ -187,9 +223,3 @@ def test_no_circle_of_imports():
 
 def test_a_circle_of_imports_is_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == {"b", "c"}
-
-
-def test_inductor_is_imported_only_to_compile():
-    """It takes most of a second."""
-    code = "import sys, sinkattn.hf; assert 'torch._inductor.compile_fx' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)

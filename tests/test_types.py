@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Torch and transformers are Any here: checking them takes half a minute.
 CONFIG = """
 [mypy]
+no_implicit_reexport = True
 [mypy-torch.*,transformers.*,tokenizers.*]
 follow_imports = skip
 [mypy-sinkattn.*]
@@ -24,7 +25,6 @@ from collections.abc import Iterator
 import torch
 
 import sinkattn
-import sinkattn.hf
 
 def call(model: torch.nn.Module, ids: torch.Tensor) -> None:
     {}
@@ -34,6 +34,7 @@ RIGHT = [
     "cache = sinkattn.SinkCache(model, max_batch_size=2); forks: int = cache.tokens_seen",
     "tokens: Iterator[int] = sinkattn.hf.stream_tokens(model, [1, 2], top_k=3)",
     "k: int = sinkattn.SamplingParams(temperature=0.8, logit_bias={3: -1.0}, grammar='start: /a+/').top_k",
+    "name: str = sinkattn.ops.cpu_capability(); width: int = sinkattn.reference.visible(5, 1, 2)[0]",
     "slot: int = sinkattn.RingLayout(4, 60).slot(7)",
     "ring = sinkattn.RingKVCache(1, 2, 8, window=16); out: torch.Tensor = sinkattn.sink_attention(ids, ids, ids, ring)",
 ]

@@ -3,8 +3,8 @@
 Exit codes: 0 when done, 2 for an error that the user can correct (one line on stderr says how), 130 when interrupted.
 `generate`, `chat` and `learn` run until Ctrl-C, so they exit with 0 when interrupted; `learn` once it has read a chunk.
 
-Each command has a module here with its arguments and what it prints. The modules import what needs transformers or the
-packages of the extra ``cli`` only when a command runs.
+Each command has a module here with its arguments and what it prints. The modules import torch, transformers, the
+packages of the extra ``cli``, and what needs them, only when a command runs.
 """
 
 from __future__ import annotations

@@ -12,8 +12,6 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-import torch
-
 from sinkattn.cli.errors import UserError, as_user_error
 from sinkattn.cli.formatting import size_text
 
@@ -207,6 +205,8 @@ def open_text(name: str | None) -> Text:
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model that the arguments name, and its tokenizer."""
     with as_user_error(ImportError):
+        import torch
+
         from sinkattn.hf.load import load
     with as_user_error(ValueError, RuntimeError, ImportError):
         model, tokenizer = load(args.model, device=args.device, dtype=args.dtype, quantize=args.quantize)

@@ -9,10 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 import sinkattn
-from sinkattn import ops
 from sinkattn.cli.arguments import (
     add_command,
     add_layout,
@@ -23,9 +20,9 @@ from sinkattn.cli.arguments import (
     window_of,
 )
 from sinkattn.cli.formatting import size_text
-from sinkattn.evaluate.environment import machine, versions
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from sinkattn.cli.arguments import Commands
@@ -54,12 +51,16 @@ def run(args: argparse.Namespace) -> int:
 
 def collect() -> dict[str, Any]:
     """Versions, build, machine and, for each device, the backend that runs and why each backend can or cannot."""
+    import torch
+
+    from sinkattn.evaluate.environment import machine, versions
+
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     return {
         "versions": versions(),
         "build": sinkattn.build_info(),
         "machine": machine(),
-        "cpu_capability": ops.cpu_capability(),
+        "cpu_capability": sinkattn.ops.cpu_capability(),
         "SINKATTN_BACKEND": os.environ.get("SINKATTN_BACKEND"),
         "devices": [_device(device) for device in devices],
     }
@@ -67,6 +68,8 @@ def collect() -> dict[str, Any]:
 
 def model_facts(model: PreTrainedModel, num_sinks: int, window: int) -> dict[str, Any]:
     """Whether `sinkattn.enable` accepts a model and, if so, how it streams. The model is not changed."""
+    import torch
+
     from sinkattn.hf import SinkCache, decode_steps, disable, enable
     from sinkattn.hf.dry_run import evaluation_mode, preserve_state
     from sinkattn.hf.model_patch import get_patch
@@ -140,23 +143,24 @@ def _device(device: torch.device) -> dict[str, Any]:
     override = os.environ.get("SINKATTN_BACKEND")
     runs: str | None
     try:
-        runs, why = ops.select_backend(device), f"SINKATTN_BACKEND={override}" if override else "chosen by auto"
+        runs = sinkattn.ops.select_backend(device)
+        why = f"SINKATTN_BACKEND={override}" if override else "chosen by auto"
     except (RuntimeError, ValueError) as error:
         runs, why = None, str(error)
     with _no_override():
-        reasons = {name: _why_not(device, name) for name in ops.BACKENDS if name != "auto"}
+        reasons = {name: _why_not(device, name) for name in sinkattn.ops.BACKENDS if name != "auto"}
     return {"device": str(device), "runs": runs, "why": why, "backends": reasons}
 
 
-def _why_not(device: torch.device, backend: ops.Backend) -> str | None:
+def _why_not(device: torch.device, backend: sinkattn.ops.Backend) -> str | None:
     try:
-        ops.select_backend(device, backend)
+        sinkattn.ops.select_backend(device, backend)
     except RuntimeError as error:
         return str(error)
     return None
 
 
-def _kept(layout: ops.RingLayout) -> str:
+def _kept(layout: sinkattn.RingLayout) -> str:
     """The tokens that a layer keeps."""
     sinks = f"{layout.num_sinks} sinks + " if layout.num_sinks else ""
     return f"{sinks}window of {layout.window}"

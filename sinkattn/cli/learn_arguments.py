@@ -9,13 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from sinkattn.cli.arguments import as_argument, count, positive
 from sinkattn.cli.errors import UserError, as_user_error, require
 from sinkattn.evaluate.variant import Variant, parse_rate
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from sinkattn.cli.eval.session import Session
@@ -59,6 +58,8 @@ def with_rate(variants: Sequence[Variant], rate: float | None) -> tuple[Variant,
 
 def held_out(session: Session) -> dict[str, torch.Tensor]:
     """The ids of the text that is given to be held out, by name; none if none is given."""
+    import torch
+
     from sinkattn.evaluate.text import TextError, TextFile, TokenStream
 
     if session.args.held_out is None:

@@ -8,8 +8,6 @@ import platform
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sinkattn.cli.arguments import add_command, add_model, describe_text, positive
 from sinkattn.cli.budget import SHARES, add_minutes, choose, stream_length
 from sinkattn.cli.errors import UserError
@@ -70,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("drift: this is a text of its own; leave out --text, --dataset, --split and --column")
     variants = with_rate(args.variants or [*map(Variant.parse, VARIANTS)], args.rate)
     with open_session(args) as session:
+        import torch
+
         from sinkattn.evaluate import learn
         from sinkattn.evaluate.methods import CacheSize
         from sinkattn.evaluate.sections import NUM_TEXTS, Sections
