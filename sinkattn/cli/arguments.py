@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -208,6 +209,8 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
         import torch
 
         from sinkattn.hf.load import load
+    gc.freeze()  # what was imported stays: no collection, between tokens either, need look through it
+    gc.enable()  # `main` has disabled it
     with as_user_error(ValueError, RuntimeError, ImportError):
         model, tokenizer = load(args.model, device=args.device, dtype=args.dtype, quantize=args.quantize)
     if args.model is None and "OMP_NUM_THREADS" not in os.environ:

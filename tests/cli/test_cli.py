@@ -1,6 +1,7 @@
 """The command line: what it prints, its exit codes, and one clear line for what a user can put right."""
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -341,6 +342,23 @@ def test_info(capsys, monkeypatch):
     assert "cpu: cpu runs" in text
     assert "refused with 4 sinks + window of 300" in text
     assert "256 positions" in text
+
+
+def test_garbage_is_collected_while_a_model_runs(monkeypatch):
+    seen = []
+
+    def note(*_):
+        seen.append((gc.isenabled(), gc.get_freeze_count() > 0))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "collect", note)
+    monkeypatch.setattr(info, "model_facts", note)
+    assert cli.main(["info"]) == 130
+    monkeypatch.setattr(info, "collect", dict)
+    assert cli.main(["info", "--model", "demo", "--device", "cpu"]) == 130
+    assert seen == [(False, False), (True, True)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
 
 
 def test_info_says_which_models_stream_by_re_encoding():
