@@ -232,3 +232,14 @@ def test_a_conversation_is_saved_and_loaded(tokenizer, tmp_path):
     assert [message.role for message in chat.in_sight()] == ["earlier", "user", "assistant"]
     chat.undo()
     assert text_in_sight(chat) == before
+
+
+def test_a_chat_that_is_closed_frees_its_streams(tokenizer):
+    chat = begin_chat(tokenizer)
+    list(chat.say("Why?"))
+    chat.fork()
+    assert len(chat._pool) == 2
+    chat.close()
+    assert not len(chat._pool)
+    with pytest.raises(RuntimeError, match="closed"):
+        list(chat.say("Why?"))

@@ -236,6 +236,11 @@ class Chat:
         stream = self._pool.load(path)
         self._replace(Conversation(stream, stream.prefix, messages=[Message("earlier", len(stream.prefix))]))
 
+    def close(self) -> None:
+        """Forget the conversation and its copy, and free their memory."""
+        for conversation in filter(None, (self._current, self._other)):
+            conversation.stream.close()
+
     def _begin(self, encoder: MessageEncoder) -> Conversation:
         stream = self._pool.open(encoder.prefix, sampling=self._sampling, evict="message")
         return Conversation(stream, encoder.prefix)
