@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "argument_checks.h"
+#include "operators.h"
 #include "require.h"
 #include "torch_workers.h"
 
@@ -185,11 +186,11 @@ std::string cpu_capability() { return instruction_set().name; }
 }  // namespace
 }  // namespace sinkattn
 
-STABLE_TORCH_LIBRARY_IMPL(sinkattn, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(SINKATTN_OPERATORS, CPU, m) {
   m.impl("sink_attention_", TORCH_BOX(&sinkattn::sink_attention_));
   m.impl("sink_attention_gradients", TORCH_BOX(&sinkattn::sink_attention_gradients));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(sinkattn, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(SINKATTN_OPERATORS, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&sinkattn::cpu_capability));
 }

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "operators.h"
 #include "require.h"
 #include "torch_workers.h"
 
@@ -88,4 +89,4 @@ Tensor linear(
 }  // namespace
 }  // namespace sinkattn
 
-STABLE_TORCH_LIBRARY_IMPL(sinkattn, CPU, m) { m.impl("linear", TORCH_BOX(&sinkattn::linear)); }
+STABLE_TORCH_LIBRARY_IMPL(SINKATTN_OPERATORS, CPU, m) { m.impl("linear", TORCH_BOX(&sinkattn::linear)); }

@@ -20,7 +20,12 @@
 //   arrivals                   [batch, kv_heads] int32, completion counters of KV splits on GPUs, zero between calls
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(sinkattn, m) {
+#include "operators.h"
+
+// Torch's macro takes the namespace as it is written.
+#define DEFINE_OPERATORS(operators, m) STABLE_TORCH_LIBRARY(operators, m)
+
+DEFINE_OPERATORS(SINKATTN_OPERATORS, m) {
   m.def(
       "append_(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor seen, Tensor? lengths, "
       "Tensor? cos, Tensor? sin, int num_sinks, bool interleaved, Tensor? rows, Tensor? row_sinks) -> ()");

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "argument_checks.h"
+#include "operators.h"
 #include "require.h"
 #include "ring.h"
 #include "rotary.h"
@@ -195,7 +196,7 @@ std::tuple<Tensor, Tensor> linearise(
 }  // namespace
 }  // namespace sinkattn
 
-STABLE_TORCH_LIBRARY_IMPL(sinkattn, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(SINKATTN_OPERATORS, CPU, m) {
   m.impl("append_", TORCH_BOX(&sinkattn::append_));
   m.impl("rollback_", TORCH_BOX(&sinkattn::rollback_));
   m.impl("reorder_", TORCH_BOX(&sinkattn::reorder_));

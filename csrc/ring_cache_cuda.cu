@@ -17,6 +17,7 @@
 #include <tuple>
 
 #include "argument_checks.h"
+#include "operators.h"
 #include "require.h"
 #include "ring.h"
 #include "ring_cache_kernels.cuh"
@@ -215,7 +216,7 @@ std::tuple<Tensor, Tensor> linearise(
 }  // namespace
 }  // namespace sinkattn
 
-STABLE_TORCH_LIBRARY_IMPL(sinkattn, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(SINKATTN_OPERATORS, CUDA, m) {
   m.impl("append_", TORCH_BOX(&sinkattn::append_));
   m.impl("rollback_", TORCH_BOX(&sinkattn::rollback_));
   m.impl("reorder_", TORCH_BOX(&sinkattn::reorder_));
