@@ -41,7 +41,7 @@ CORE := $(addprefix tests/hf/test_,swap.py trial.py versions.py generate.py gene
 
 STRICT := -std=c++17 -Wall -Wextra -Werror
 
-.PHONY: help setup demo test test-oldest test-newest check check-python check-cpp real bench compare bench-gpu gpu clean
+.PHONY: help setup demo test test-oldest test-newest check check-python check-cpp real bench compare bench-gpu gpu hub clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
@@ -137,6 +137,9 @@ bench-gpu: $(READY)  ## run the GPU benchmarks; under ten minutes on an H100, AR
 gpu: $(READY)  ## all that needs a GPU: its tests, then its benchmarks
 	@$(PY) -m pytest tests/test_gpu.py tests/kernels/test_attention.py tests/kernels/test_kernel_rows.py tests/kernels/test_backward.py tests/kernels/test_model.py
 	@$(MAKE) --no-print-directory bench-gpu
+
+hub: $(READY)  ## the operators as a kernel for the Kernel Hub of Hugging Face, in build/hub
+	@$(PY) hub/assemble.py build/hub
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info sinkattn/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks $(READY)

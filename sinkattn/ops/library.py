@@ -11,6 +11,12 @@ except ImportError as error:
         "sinkattn: the compiled part is missing; build it with: pip install --no-build-isolation -e . "
         "(or: python setup.py build_ext --inplace)"
     ) from error
-torch.ops.load_library(Path(__file__).parents[1] / "_ops.abi3.so")
+_library = (Path(__file__).parents[1] / "_ops.abi3.so").resolve()
+if hasattr(torch.ops.sinkattn, "append_") and str(_library) not in torch.ops.loaded_libraries:
+    raise ImportError(
+        "sinkattn: torch.ops.sinkattn is taken already, by a kernel that hub/assemble.py has made of the package or by "
+        "another copy of the package; a process can load one of them"
+    )
+torch.ops.load_library(_library)
 
 __all__ = ["RingLayout", "build_info"]
