@@ -41,7 +41,7 @@ CORE := $(addprefix tests/hf/test_,swap.py trial.py versions.py generate.py gene
 
 STRICT := -std=c++17 -Wall -Wextra -Werror
 
-.PHONY: help setup demo test test-oldest test-newest check check-python check-cpp real bench compare bench-gpu gpu hub clean
+.PHONY: help setup demo test test-oldest test-newest check check-python check-cpp docs real bench compare bench-gpu gpu hub clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
@@ -75,9 +75,9 @@ test-newest: $(READY)  ## the same on the newest transformers that there is
 	  status=0; \
 	fi; exit $$status
 
-check: $(READY)  ## lint, formatting, types, strict compilation, C++ tests under sanitizers
+check: $(READY)  ## lint, formatting, types, strict compilation, C++ tests under sanitizers, documentation
 	@rm -rf build/tests
-	+@$(PARALLEL) check-python $(CHECKED)
+	+@$(PARALLEL) check-python docs $(CHECKED)
 
 check-python: $(READY)
 	@echo "==> ruff"
@@ -85,6 +85,11 @@ check-python: $(READY)
 	@$(PY) -m ruff format --check .
 	@echo "==> mypy"
 	@$(PY) -m mypy
+
+docs: $(READY)  ## the documentation as a site, build/docs/index.html; warnings are errors
+	@echo "==> documentation"
+	@$(PY) -m sphinx --quiet --fresh-env --fail-on-warning --keep-going --doctree-dir build/doctrees docs build/docs
+	@! grep -rnE '<(script|link|img)[^>]* (src|href)="(https?:)?//' --include=*.html build/docs
 
 # Headers and kernel are free of torch, so their tests run alone, under sanitizers.
 check-cpp: $(READY)
