@@ -16,6 +16,7 @@ version = release = sinkattn.__version__
 html_title = f"sinkattn {version}"
 html_theme = "furo"
 html_show_copyright = False
+html_static_path = html_css_files = ["site.css"]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["evaluation/real-quick"]  # which `make real` writes

@@ -18,7 +18,7 @@ from markdown_it.token import Token
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 SITE = sorted(file for file in DOCS.rglob("*.md") if file.parent.name != "real-quick")  # which `make real` writes
-PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *SITE]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("examples/*.md")), *SITE]
 MARKDOWN = MarkdownIt().enable("table")
 OPERATORS = {"|", "||", "&&", "&", ";"}
 
