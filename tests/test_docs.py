@@ -171,6 +171,18 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
 
+def figures_in(text: str) -> list[str]:
+    return re.findall(r"(?<![\w.,])\d[\d,]*\.?\d*(?![\w.])", text)
+
+
+def test_the_figures_of_the_readme_are_measured_ones():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
+    figures = set(figures_in(" ".join(rows)))
+    assert len(figures) > 30
+    assert figures_in("37.1 | (1.37 to 1,023) 1.0") == ["37.1", "1.37", "1,023", "1.0"]
+    assert figures <= set(figures_in("".join((DOCS / page).read_text() for page in ("benchmarks.md", "evaluation.md"))))
+
+
 def test_every_page_of_the_site_is_in_a_table_of_contents():
     index = "".join(block.code for block in documents.blocks(DOCS / "index.md", "{toctree}"))
     listed = {DOCS / "index.md"} | {DOCS / line for line in index.splitlines() if line.endswith((".md", ".rst"))}
