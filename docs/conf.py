@@ -35,6 +35,7 @@ ROOT = DOCS.parent
 FILES = {
     "changelog": ROOT / "CHANGELOG.md",
     "contributing": ROOT / "CONTRIBUTING.md",
+    "examples": ROOT / "examples" / "README.md",
     "demo-model": ROOT / "sinkattn" / "demo_model" / "README.md",
 }
 
