@@ -42,6 +42,7 @@ class Part:
 PARTS = {
     "decode": Part(["gpu_attention.py::test_decode"], 240),
     "model": Part(["gpu_model.py"], 180),
+    "pool": Part(["gpu_pool.py"], 120),
     "chunk": Part(["gpu_attention.py::test_chunk", "gpu_attention.py::test_append"], 90),
     "gradients": Part(["gpu_gradients.py"], 90),
     "compiled": Part(["gpu_compiled.py"], 240),

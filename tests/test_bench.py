@@ -19,6 +19,7 @@ TITLES = [
     "Append alone",
     "Whole model, 8 B parameters in bf16, one stream: a token\n",
     "Constancy",
+    "Whole model, 8 B parameters in bf16, many streams: tokens of all\n",
     "Whole model, 8 B parameters in bf16, one stream: a token of generate\n",
     "Decode: one token per stream, one layer, bf16, with flex\n",
     "Whole model, 8 B parameters in bf16, one stream: a token, with torch.compile\n",
@@ -26,7 +27,7 @@ TITLES = [
 ]
 BENCHMARKS = {
     *("test_decode", "test_chunk", "test_append", "test_token", "test_constancy", "test_generate"),
-    *("test_backward", "test_flex_decode", "test_flex_chunk", "test_static_cache"),
+    *("test_backward", "test_flex_decode", "test_flex_chunk", "test_static_cache", "test_streams"),
 }
 # What cannot run on a CPU, or need not be installed.
 LEFT_OUT = ("sdpa cudnn", "flash-attn", "flashinfer", "flex, B=1 W=24 T=24: left out: NotImplementedError")

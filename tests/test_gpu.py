@@ -19,6 +19,8 @@ from test_ops import op_calls
 import sinkattn
 from sinkattn import RingKVCache, ops, reference, sink_attention
 from sinkattn.hf import decode_steps
+from sinkattn.hf.model_patch import get_patch
+from sinkattn.hf.pool.engine import Engine
 from sinkattn.rope import table_dtype
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -337,3 +339,39 @@ def test_a_pool_gives_the_tokens_of_the_cpu():
         running = [stream.generate() for stream in streams]
         tokens[device] = [[next(each) for each in running] for _ in range(40)]
     assert tokens["cuda"] == tokens["cpu"]
+
+
+def test_a_pool_replays_its_steps(monkeypatch):
+    """Of streams of different ages, sinks and windows, of which more and more generate; and such a step never waits."""
+    run, watched = Engine.run, False
+
+    def watch(engine, segments):
+        torch.cuda.set_sync_debug_mode("error" if watched else "default")
+        try:
+            run(engine, segments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Engine, "run", watch)
+    results = []
+    for graphs in (False, "auto"):
+        model, tokens = sinkattn.enable(build("llama").cuda(), 2, 20, 4, graphs=graphs), []
+        pool = sinkattn.StreamPool(model, 6, max_prefix=7)
+        streams = [
+            pool.open(random_ids(1, 2 + index)[0], evict="message" if index % 2 else "token") for index in range(5)
+        ]
+        for index, stream in enumerate(streams):
+            for seed in range(index):
+                stream.feed(random_ids(1, 9, seed=seed)[0])
+        running = [stream.generate() for stream in streams]
+        for count in (1, 2, 3, 4, 5, 3):
+            for round_ in range(12):
+                watched = graphs == "auto" and round_ > 8  # a new graph is compared with the step
+                tokens.append([next(each) for each in running[:count]])
+            watched = False
+        results.append(tokens)
+    assert results[1] == results[0]
+    [steps] = get_patch(model)._step_graphs._steps.values()
+    assert sorted(steps) == [1, 2, 4, 6]
+    assert all(each.is_replayed for each in steps.values())
+    assert len({each.captured.graph._graph.pool() for each in steps.values()}) == 1

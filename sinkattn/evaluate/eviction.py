@@ -106,8 +106,7 @@ def losses(
     cache = RowCache(model, 1, num_sinks=way.num_sinks)
     out, ids = torch.full((len(dialogue.ids),), torch.nan, dtype=torch.float64), torch.tensor(dialogue.ids)
     for seen, count, begin in _segments(dialogue, way):
-        cache.select([RowInput(0, seen, way.num_sinks, begin)])
-        fed = ids[None, seen : seen + count].to(model.device)
+        fed, _ = cache.select([RowInput(0, seen, way.num_sinks, begin, dialogue.ids[seen : seen + count])])
         with torch.inference_mode():
             logits = model(input_ids=fed, **{forward_cache(model): cache}, use_cache=True).logits[0].float()
         targets = ids[seen + 1 : seen + count + 1].to(model.device)

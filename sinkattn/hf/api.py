@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -18,7 +18,7 @@ from sinkattn.hf.model_config import rope_parameters, trained_length
 from sinkattn.hf.model_patch import get_patch, require_patch
 from sinkattn.hf.probe.probe import probe
 from sinkattn.hf.reencode.trial import enable_by_reencoding, has_absolute_positions
-from sinkattn.hf.swap.captured_step import CudaGraph, Graph
+from sinkattn.hf.swap.captured_step import CudaGraph, NewGraph
 from sinkattn.hf.swap.ring_patch import RingPatch
 from sinkattn.hf.trial.compiled import compile_step
 from sinkattn.hf.trial.trial import run_trial
@@ -64,9 +64,9 @@ def enable(
             disk less. On a CPU, linear layers of up to four streams then run in a kernel of sinkattn; those with
             quantized weights of torchao do so in any case. Nothing is frozen: other weights, adapters and hooks take
             effect, but quantize weights before.
-        graphs: whether decode steps are captured in a CUDA graph and replayed, after the first few of a cache. "auto":
-            on a CUDA device. A step that cannot be captured, or whose replay gives other values, runs as without
-            graphs; `decode_steps` says why.
+        graphs: whether decode steps are captured in a CUDA graph and replayed, after the first few of a cache; of a
+            `StreamPool` in one for each of a few numbers of streams. "auto": on a CUDA device. A step that cannot be
+            captured, or whose replay gives other values, runs as without graphs; `decode_steps` says why.
 
     Returns:
         The same model.
@@ -135,7 +135,7 @@ def decode_steps(model: nn.Module, cache: SinkCache) -> str:
     return patch.describe_steps(cache)
 
 
-def _graph_class(device: torch.device, graphs: bool | Literal["auto"]) -> Callable[[], Graph] | None:
+def _graph_class(device: torch.device, graphs: bool | Literal["auto"]) -> NewGraph | None:
     """What captures the decode steps of a model; None if nothing does."""
     if not isinstance(graphs, bool) and graphs != "auto":
         raise ValueError(f"graphs: expected True, False or 'auto', got {graphs!r}")

@@ -50,8 +50,8 @@ def new_token_mask(attention_mask: Tensor | None, cache: SinkCache, tokens: int)
         if can_read_on_host(attention_mask, tokens):
             cache.state.check_past_mask(attention_mask[:, :-tokens])
             token_mask = None if token_mask.all() else token_mask
-    if cache.ended_rows is not None and tokens == 1:
-        not_ended = ~cache.ended_rows.unsqueeze(1)
+    if tokens == 1 and (ended_rows := cache.ended_rows) is not None:
+        not_ended = ~ended_rows.unsqueeze(1)
         token_mask = not_ended if token_mask is None else token_mask & not_ended
     return token_mask
 

@@ -32,12 +32,13 @@ class RecordedGraph:
     As in a CUDA graph, a replay reads and writes the memory of the capture, and runs nothing of Python.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, beside: "RecordedGraph | None" = None) -> None:
+        self.beside = beside
         self.calls: list[tuple[Callable, tuple, dict, list[Tensor | None]]] = []
         self.num_replays = 0
 
     def capture(self, function: Callable[[], Any]) -> Any:
-        with _NoWaits(), _Recorder(self.calls):
+        with NoWaits(), _Recorder(self.calls):
             return function()
 
     @torch.no_grad()
@@ -49,7 +50,9 @@ class RecordedGraph:
                     y.copy_(x)
 
 
-class _NoWaits(TorchFunctionMode):
+class NoWaits(TorchFunctionMode):
+    """Lets what would wait for a device raise an error."""
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in WAITS:
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -77,8 +80,8 @@ class Graphs:
     def __init__(self) -> None:
         self.made = []
 
-    def __call__(self) -> RecordedGraph:
-        self.made.append(RecordedGraph())
+    def __call__(self, beside: RecordedGraph | None = None) -> RecordedGraph:
+        self.made.append(RecordedGraph(beside))
         return self.made[-1]
 
     @property

@@ -1,6 +1,7 @@
 """`enable(model, compile=True)`: the compiled decode step gives what the plain one gives, whatever changes."""
 
 import copy
+import inspect
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,6 +15,8 @@ from torch._dynamo.utils import counters
 
 import sinkattn
 from sinkattn.hf import UnsupportedModelError, stream_tokens
+from sinkattn.hf.model_patch import get_patch
+from sinkattn.hf.pool import row_cache
 from sinkattn.hf.quantize import quantize_weights
 from sinkattn.hf.swap import compiled_step
 from sinkattn.hf.swap.ring_patch import RingPatch
@@ -100,6 +103,41 @@ def test_steps_of_a_pool_are_compiled():
             tokens[-1] += [next(stream) for _ in range(10) for stream in running[:count]]
     assert tokens[1] == tokens[0]
     assert num_graphs() == 3  # one is of `enable`, with a cache
+
+
+class RepeatedFunction:
+    """In place of a CUDA graph of a compiled step, whose operators nothing records here: runs the step itself again."""
+
+    def __init__(self, beside=None):
+        self.num_replays = 0
+
+    def capture(self, function):
+        self.function, self.output = function, function()
+        return self.output
+
+    def replay(self):
+        self.num_replays += 1
+        running = inspect.getclosurevars(self.function).nonlocals["fixed"]
+        running.num_layers_run, running.tables = 0, {}
+        for name, x in self.function().items():
+            if isinstance(x, torch.Tensor):
+                self.output[name].copy_(x)
+
+
+def test_compiled_steps_of_a_pool_are_captured(monkeypatch):
+    """With an idle row: of three streams."""
+    monkeypatch.setattr(row_cache, "COMPILED_SIZES", (4,))
+    plain, model = enabled_pair("llama")
+    get_patch(model).capture_steps(RepeatedFunction)
+    tokens = []
+    for each in (plain, model):
+        pool = sinkattn.StreamPool(each, 4, max_prefix=12)
+        running = [pool.open(random_ids(1, length)[0]).generate() for length in (9, 3, 12)]
+        tokens.append([next(stream) for _ in range(NEW) for stream in running])
+    assert tokens[1] == tokens[0]
+    assert num_graphs() == 2  # one is of `enable`
+    [steps] = get_patch(model)._step_graphs._steps.values()
+    assert steps[4].captured.graph.num_replays > 5
 
 
 @torch._dynamo.config.patch(recompile_limit=2)

@@ -9,9 +9,11 @@ from hf_models import build, interrupted
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from pool_streams import HEADROOM, Record, W, model_in_double, some_ids
+from pool_streams import HEADROOM, Record, S, W, some_ids
+from recorded_graph import Graphs
 
-from sinkattn import PoolFullError, SamplingParams, StreamPool
+from sinkattn import PoolFullError, SamplingParams, StreamPool, enable
+from sinkattn.hf.model_patch import get_patch
 
 NUM_ROWS, MAX_STREAMS, MAX_PREFIX = 3, 64, W + 5
 
@@ -20,7 +22,8 @@ NUM_ROWS, MAX_STREAMS, MAX_PREFIX = 3, 64, W + 5
 def models(family, layers):
     """An enabled model, and one of the same weights that is not."""
     overrides = {"num_hidden_layers": 1} if layers == 1 else {}
-    return model_in_double(family, **overrides), build(family, torch.float64, **overrides)
+    model, plain = (build(family, torch.float64, **overrides) for _ in range(2))
+    return enable(model, S, W, HEADROOM), plain
 
 
 def sampling():
@@ -193,8 +196,14 @@ class OneLayer(PoolAgainstLists):
     layers = 1
 
 
-class WindowsOfTheModel(PoolAgainstLists):
-    family = "gemma2"
+class CapturedSteps(PoolAgainstLists):
+    """Replayed from graphs. With windows of the model's own, too."""
+
+    family, graphs = "gemma2", Graphs()
+
+    def __init__(self):
+        super().__init__()
+        get_patch(self.model).capture_steps(self.graphs)
 
 
 def run(machine, examples, steps):
@@ -203,9 +212,10 @@ def run(machine, examples, steps):
     )
 
 
-@pytest.mark.parametrize("machine", [PoolAgainstLists, OneLayer, WindowsOfTheModel])
+@pytest.mark.parametrize("machine", [PoolAgainstLists, OneLayer, CapturedSteps])
 def test_any_order_of_calls(machine):
     run(machine, 6, 50)
+    assert machine is not CapturedSteps or machine.graphs.num_replays
 
 
 @pytest.mark.slow

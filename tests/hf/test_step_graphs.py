@@ -317,7 +317,7 @@ def test_graphs_go_with_their_cache_and_keep_no_weights():
     assert graph() is None
     cache = warm(model)
     graphs.made.clear()
-    get_patch(model)._step_graphs._steps[cache].captured._graph.calls.clear()  # a CUDA graph holds no tensors
+    get_patch(model)._step_graphs._steps[cache][0].captured.graph.calls.clear()  # a CUDA graph holds no tensors
     weight = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
     model.model.layers[0].mlp.up_proj = torch.nn.Linear(1, 1)
     gc.collect()
@@ -372,8 +372,8 @@ def test_a_capture_that_fails_is_cleaned_up_once(ends, monkeypatch):
     done = []
 
     class Graph:
-        def capture_begin(self, **options):
-            done.append("begin")
+        def capture_begin(self, *, pool, **options):
+            done.append(f"begin in {pool}")
 
         def capture_end(self):
             if not ends:
@@ -387,13 +387,18 @@ def test_a_capture_that_fails_is_cleaned_up_once(ends, monkeypatch):
         "stream": lambda given: nullcontext(),
         "current_stream": lambda: stream,
         "current_device": lambda: 0,
-        "graph_pool_handle": lambda: (0, 1),
+        "graph_pool_handle": iter("ab").__next__,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-        monkeypatch.setattr(torch._C, name, lambda device, pool, name=name: done.append(name), raising=False)
-    with pytest.raises(ZeroDivisionError):
-        CudaGraph().capture(lambda: 1 / 0)
-    assert done == ["begin", *(["end"] if ends else ["_cuda_endAllocateToPool", "_cuda_releasePool"])]
+        monkeypatch.setattr(
+            torch._C, name, lambda device, pool, name=name: done.append(f"{name} {pool}"), raising=False
+        )
+    for beside, pool in ((CudaGraph(), "a"), (None, "b")):
+        with pytest.raises(ZeroDivisionError):
+            CudaGraph(beside).capture(lambda: 1 / 0)
+        ended = ["end"] if ends else [f"_cuda_endAllocateToPool {pool}", f"_cuda_releasePool {pool}"]
+        assert done == [f"begin in {pool}", *ended]
+        done.clear()
     assert CudaGraph._lock.acquire(blocking=False)
     CudaGraph._lock.release()

@@ -89,9 +89,14 @@ class SinkCache(Cache):
         return self.state.counter_ring is not None
 
     @property
-    def can_capture(self) -> bool:
-        """Whether they may be captured: only if a step finds its tensors where the one before had them."""
+    def can_compile(self) -> bool:
+        """Whether the decode step in progress may be compiled."""
         return True
+
+    @property
+    def graph_key(self) -> int | None:
+        """Steps with the same key find their tensors at the same places, so one graph serves all; None: none may be."""
+        return 0
 
     def relative_positions(self, positions: Tensor) -> Tensor:
         """Ranks of tokens at stream positions ``[1 or batch, tokens]`` among those that they see."""

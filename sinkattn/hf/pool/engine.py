@@ -15,6 +15,7 @@ from torch import Tensor
 from sinkattn.hf.cache.id_history import UNKNOWN_ID
 from sinkattn.hf.pool.memory import Memory, NewTokens
 from sinkattn.hf.pool.state import StreamState
+from sinkattn.hf.pool.transfer import to_device
 from sinkattn.hf.sampling.batch_sampler import BatchSampler
 
 # Steps for which a stream that has work keeps its row while another one waits for a row.
@@ -207,7 +208,8 @@ class Engine:
         assert self._logits is not None
         samplers, ids = [state.sampler for state in states], None
         if any(sampler.params.needs_ids for sampler in samplers):
-            ids = _padded([state.ids.in_sight(state.window_begin(-1)) for state in states]).to(self._logits.device)
+            in_sight = [state.ids.in_sight(state.window_begin(-1)) for state in states]
+            ids = to_device(_padded(in_sight), self._logits.device)
         for state in states:
             state.begin_choice()
         logits = self._logits.index_select(0, self._row_index(states))
@@ -215,7 +217,7 @@ class Engine:
 
     def _row_index(self, states: Sequence[StreamState]) -> Tensor:
         assert self._logits is not None
-        return torch.tensor([_row(state) for state in states]).to(self._logits.device, non_blocking=True)
+        return to_device(torch.tensor([_row(state) for state in states]), self._logits.device)
 
 
 def _segment(state: StreamState, most: int) -> Segment:

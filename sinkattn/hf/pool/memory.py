@@ -118,17 +118,13 @@ class RingMemory:
 
     def run(self, inputs: Sequence[NewTokens]) -> Tensor:
         """See `Memory`."""
-        width = max(len(x.ids) for x in inputs)
-        # Padding is at the left, so that the last column has the last token of each stream.
-        ids, mask = torch.tensor([[0] * (width - len(x.ids)) + [*x.ids] for x in inputs]), None
-        if any(len(x.ids) < width for x in inputs):
-            lengths = torch.tensor([len(x.ids) for x in inputs])
-            mask = (torch.arange(width) >= width - lengths.unsqueeze(1)).to(self._model.device)
-        self._cache.select([RowInput(_row(x.stream), x.stream.seen, x.stream.num_sinks, x.begin) for x in inputs])
+        ids, mask = self._cache.select(
+            [RowInput(_row(x.stream), x.stream.seen, x.stream.num_sinks, x.begin, x.ids) for x in inputs]
+        )
         for x in inputs:
             x.stream.peak = max(x.stream.peak, x.stream.seen + len(x.ids))
-        output = self._model(input_ids=ids.to(self._model.device), attention_mask=mask, **self._options)
-        return output.logits[:, -1]
+        output = self._model(input_ids=ids, attention_mask=mask, **self._options)
+        return output.logits[: len(inputs), -1]
 
     def commit(self, stream: StreamMemory, seen: int) -> None:
         """See `Memory`."""

@@ -54,35 +54,44 @@ class Graph(Protocol):
         """Do what was recorded, on the current stream."""
 
 
+NewGraph = Callable[[Any], Graph]
+"""Makes a graph. It may use the memory of another one, or None, that it made and that never runs at the same time."""
+
+
 class CudaGraph:
-    """A `Graph` on the current CUDA device."""
+    """A `Graph` on the current CUDA device.
+
+    Args:
+        beside: another one, whose memory it uses as well, and which must be there while this one is captured. A replay
+            of either overwrites what the other one has written.
+    """
 
     # Of any thread: PyTorch records one graph at a time.
     _lock = threading.Lock()
 
-    def __init__(self) -> None:
+    def __init__(self, beside: CudaGraph | None = None) -> None:
         self._graph = torch.cuda.CUDAGraph()
+        self._pool: Any = torch.cuda.graph_pool_handle() if beside is None else beside._pool
 
     def capture(self, function: Callable[[], Any]) -> Any:
         """See `Graph`. Other threads may use the device, but must not wait for all of it."""
         # Not torch.cuda.graph: that empties the allocator's cache, may choose a stream of another device, and stays on
         # it if the capture fails.
-        device, pool = torch.cuda.current_device(), torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()
+        device, stream = torch.cuda.current_device(), torch.cuda.Stream()
         with self._lock:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     result = function()
                     self._graph.capture_end()
                 except BaseException:
-                    self._abandon(device, pool)
+                    self._abandon(device)
                     raise
             torch.cuda.current_stream().wait_stream(stream)
         return result
 
-    def _abandon(self, device: int, pool: Any) -> None:
+    def _abandon(self, device: int) -> None:
         """End a capture that failed, with the allocator as it was before."""
         try:
             self._graph.capture_end()
@@ -90,8 +99,8 @@ class CudaGraph:
             # It left the allocator as it is while a graph is captured, unless the first call raises an error too. In
             # all other cases the graph itself releases the pool, and must not find it released.
             with suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(device, pool)
-                torch._C._cuda_releasePool(device, pool)
+                torch._C._cuda_endAllocateToPool(device, self._pool)
+                torch._C._cuda_releasePool(device, self._pool)
 
     def replay(self) -> None:
         """See `Graph`."""
@@ -143,7 +152,7 @@ class CapturedStep:
     def __init__(
         self, step: Step, state: ModelState, graph: Graph, running: RunningForward, kwargs: dict[str, Any]
     ) -> None:
-        self._graph = graph
+        self.graph = graph
         self._inputs = {name: x.clone() for name, x in input_tensors(running, kwargs).items()}
         self._constants = constants(running, kwargs)
         fixed = replace(running, positions=self._inputs["position_ids"], num_layers_run=0, tables={})
@@ -182,7 +191,7 @@ class CapturedStep:
             return None
         for name, x in given.items():
             self._inputs[name].copy_(x)
-        self._graph.replay()
+        self.graph.replay()
         if not self._state.is_same():
             return None
         running.num_layers_run = self._num_layers_run
@@ -265,7 +274,7 @@ def ring_addresses(cache: SinkCache) -> list[tuple[int, ...] | None]:
 
 def newest_tokens(cache: SinkCache) -> list[Tensor]:
     """Copies of the keys and values that the step in progress has written."""
-    return [x.gather(2, slot) for x, slot in _newest_slots(cache)]
+    return [x[index] for x, index in _newest_slots(cache)]
 
 
 def erase_newest_tokens(cache: SinkCache, num_new: Tensor | None) -> None:
@@ -273,17 +282,20 @@ def erase_newest_tokens(cache: SinkCache, num_new: Tensor | None) -> None:
 
     num_new: int64 ``[batch]``, 0 for rows that have got padding.
     """
-    for x, slot in _newest_slots(cache):
-        kept = 0 if num_new is None else x.gather(2, slot) * (num_new == 0)[:, None, None, None]
-        x.scatter_(2, slot, torch.zeros_like(slot, dtype=x.dtype) + kept)
+    for x, index in _newest_slots(cache):
+        x[index] = 0 if num_new is None else torch.where((num_new == 0)[:, None, None], x[index], 0)
 
 
-def _newest_slots(cache: SinkCache) -> Iterator[tuple[Tensor, Tensor]]:
-    """Keys, then values, of each ring, and the index ``[batch, KV heads, 1, dim]`` of the slots of the newest token."""
+def _newest_slots(cache: SinkCache) -> Iterator[tuple[Tensor, tuple[Tensor, slice, Tensor]]]:
+    """Keys, then values, of each ring, and the index of the vectors ``[batch, KV heads, dim]`` of the newest token."""
     for layer in ring_layers(cache):
         ring, layout = layer.ring, layer.layout
         assert ring is not None
-        in_ring = layout.num_sinks + (ring.seen - layout.num_sinks) % layout.ring
-        slot = torch.where(ring.seen < layout.num_sinks, ring.seen, in_ring)[:, None, None, None]
+        seen, _ = cache.ring_counters(ring)
+        options = cache.row_options(layout)
+        rows, num_sinks = options.get("rows"), options.get("row_sinks")
+        rows = torch.arange(len(seen), device=seen.device) if rows is None else rows
+        num_sinks = layout.num_sinks if num_sinks is None else num_sinks
+        slots = torch.where(seen < num_sinks, seen, layout.num_sinks + (seen - num_sinks) % layout.ring)
         for x in (ring.keys, ring.values):
-            yield x, slot.expand(*x.shape[:2], 1, x.shape[3])
+            yield x, (rows, slice(None), slots)

@@ -28,7 +28,7 @@ from sinkattn.hf.model_config import config_with_attention, modules_with_config,
 from sinkattn.hf.model_patch import get_patch
 from sinkattn.hf.probe.result import ProbeResult, Rotation
 from sinkattn.hf.probe.rotations import identity_rotation_hook
-from sinkattn.hf.swap.captured_step import Graph
+from sinkattn.hf.swap.captured_step import NewGraph
 from sinkattn.hf.swap.compiled_step import CompiledStep, has_replaced_weights, is_quantized, linear_forward
 from sinkattn.hf.swap.layer_attention import ATTENTION_NAME, LayerGroup, Padding, RunningForward, attend_over_ring
 from sinkattn.hf.swap.step_graphs import StepGraphs
@@ -188,12 +188,17 @@ class RingPatch(StreamPatch):
                     if is_quantized(module):
                         self._quantized_forwards.append(forward)
 
-    def capture_steps(self, new_graph: Callable[[], Graph]) -> None:
+    def capture_steps(self, new_graph: NewGraph) -> None:
         """Capture decode steps in graphs from now on."""
         is_compiled = self._compiled_step is not None
         self._step_graphs = StepGraphs(
             self._plain_step, self._fixed_step, self.decoder, new_graph, is_compiled=is_compiled
         )
+
+    @property
+    def captures_steps(self) -> bool:
+        """Whether decode steps are captured, if they can be."""
+        return self._step_graphs is not None and not self._step_graphs.has_given_up
 
     def describe_steps(self, cache: SinkCache) -> str:
         """How the decode steps of a cache run, and why."""
@@ -212,18 +217,20 @@ class RingPatch(StreamPatch):
 
     def _plain_step(self, running: RunningForward, kwargs: dict[str, Any]) -> Any:
         """A decode step in this forward, compiled if it can be."""
-        step = self._usable_compiled_step()
+        step = self._usable_compiled_step(running.cache)
         return self.run_decoder(**kwargs) if step is None else step(running, kwargs)
 
-    def _usable_compiled_step(self) -> CompiledStep | None:
-        """The compiled step, unless it was compiled for quantized weights that have been replaced."""
-        return None if any(map(has_replaced_weights, self._quantized_forwards)) else self._compiled_step
+    def _usable_compiled_step(self, cache: SinkCache) -> CompiledStep | None:
+        """The compiled step of a cache, unless it was compiled for quantized weights that have been replaced."""
+        if not cache.can_compile or any(map(has_replaced_weights, self._quantized_forwards)):
+            return None
+        return self._compiled_step
 
     def _fixed_step(self, running: RunningForward, kwargs: dict[str, Any]) -> Any:
         """A decode step for a graph of any length of the stream, within another forward."""
         previous = self._set_running(running)
         try:
-            return (self._usable_compiled_step() or self._run_step)(running, kwargs)
+            return (self._usable_compiled_step(running.cache) or self._run_step)(running, kwargs)
         finally:
             self._set_running(previous)
 
@@ -341,7 +348,8 @@ class RingPatch(StreamPatch):
         self, padding: Padding | None, cache: SinkCache
     ) -> Callable[[RunningForward, dict[str, Any]], Any] | None:
         """What runs a decode step of streams that have memory; None if nothing but the decoder does."""
-        if self._step_graphs is not None and cache.can_capture and not torch.compiler.is_dynamo_compiling():
+        is_captured = self._step_graphs is not None and cache.graph_key is not None
+        if is_captured and not torch.compiler.is_dynamo_compiling():
             return self._step_graphs
         # On a GPU there may be padding in any step, as the mask is not read; on a CPU it would take another graph.
         is_compiled = self._compiled_step is not None and (padding is None or padding.num_new.is_cuda)

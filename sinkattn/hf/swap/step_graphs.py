@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.swap.captured_step import (
     CapturedStep,
-    Graph,
+    NewGraph,
     NotCapturableError,
     Step,
     WaitRecorder,
@@ -50,7 +50,7 @@ MAX_ERROR_EPS = 8
 
 @dataclass
 class CacheSteps:
-    """The steps of one cache."""
+    """The steps of one cache with one `SinkCache.graph_key`."""
 
     captured: CapturedStep | None = None
     num_compared: int = 0
@@ -84,26 +84,31 @@ class StepGraphs:
         step: a decode step; takes the state of the running forward, and the arguments of the decoder by name.
         fixed_step: the same, with nothing on the host that depends on how long the stream is.
         decoder: the decoder.
-        new_graph: makes a graph.
+        new_graph: makes a graph, which shares memory with the others of its cache.
         is_compiled: whether the step is compiled; then it waits for nothing, and cannot be watched.
     """
 
     def __init__(
-        self, step: Step, fixed_step: Step, decoder: nn.Module, new_graph: Callable[[], Graph], *, is_compiled: bool
+        self, step: Step, fixed_step: Step, decoder: nn.Module, new_graph: NewGraph, *, is_compiled: bool
     ) -> None:
         self._arguments = step, fixed_step, decoder, new_graph
         self._is_compiled = is_compiled
-        # A graph writes to the rings of its cache, and is gone with it.
-        self._steps: WeakKeyDictionary[SinkCache, CacheSteps] = WeakKeyDictionary()
+        # A graph writes to the rings of its cache, and is gone with it. By `graph_key`.
+        self._steps: WeakKeyDictionary[SinkCache, dict[int | None, CacheSteps]] = WeakKeyDictionary()
         self._obstacle: str | None = None  # why nothing of this model is captured any more
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, of a copied or saved model, captures its own graphs."""
         return partial(StepGraphs, is_compiled=self._is_compiled), self._arguments
 
+    @property
+    def has_given_up(self) -> bool:
+        """Whether nothing of this model is captured any more."""
+        return self._obstacle is not None
+
     def describe(self, cache: SinkCache) -> str:
         """How the steps of a cache run now, and why."""
-        steps = self._steps.get(cache, CacheSteps())
+        steps = self._steps.get(cache, {}).get(cache.graph_key, CacheSteps())
         if steps.is_replayed:
             return "replayed from a graph"
         reason = self._obstacle or steps.reason
@@ -114,7 +119,7 @@ class StepGraphs:
         step, *_ = self._arguments
         if _is_capturing(running.positions):
             return step(running, kwargs)
-        steps = self._steps.setdefault(running.cache, CacheSteps())
+        steps = self._steps_of(running.cache).setdefault(running.cache.graph_key, CacheSteps())
         steps.num_steps += 1
         if steps.is_replayed:
             assert steps.captured is not None
@@ -124,6 +129,9 @@ class StepGraphs:
         if steps.captured is None and (self._obstacle is not None or steps.num_steps <= steps.steps_before):
             return step(running, kwargs)
         return self._run_and_compare(steps, running, kwargs)
+
+    def _steps_of(self, cache: SinkCache) -> dict[int | None, CacheSteps]:
+        return self._steps.setdefault(cache, {})
 
     def _run_and_compare(self, steps: CacheSteps, running: RunningForward, kwargs: dict[str, Any]) -> Any:
         """Run a step; then repeat it with its graph, which is captured if there is none, and compare."""
@@ -159,8 +167,8 @@ class StepGraphs:
                 steps.num_compared += 1
                 if steps.is_replayed:
                     steps.num_steps, steps.reason = 0, None
-                    batch = len(running.cache.state.counters.seen)
-                    logger.info("decode steps of a batch of %d are replayed from a graph", batch)
+                    assert running.cache.seen is not None
+                    logger.info("decode steps of a batch of %d are replayed from a graph", len(running.cache.seen))
                 return output
             self._give_up("a replay gives other values than the step itself")
             self._steps.clear()
@@ -179,7 +187,9 @@ class StepGraphs:
         """Capture the step that gave this output, and whether its replay gives it too."""
         _, fixed_step, _, new_graph = self._arguments
         tensors_of(output)  # another kind of output is no reason to capture
-        captured = CapturedStep(fixed_step, state, new_graph(), running, kwargs)
+        # Only one step of a cache runs at a time, and what it returns are copies.
+        others = (x.captured.graph for x in self._steps_of(running.cache).values() if x.captured is not None)
+        captured = CapturedStep(fixed_step, state, new_graph(next(others, None)), running, kwargs)
         is_same = self._is_repeated(captured, output, running, kwargs)
         steps.captured = captured
         return is_same
