@@ -401,6 +401,7 @@ def test_saved_streams_go_on_in_another_pool(family, tmp_path):
         seen = stream.in_sight
     ids = [*some_ids(5, 1), *some_ids(30)]
     assert drawn + want == tokens_alone(model, ids, 27, params, num_sinks=5)
+    assert list(StreamPool(model, 2, max_prefix=5).load(tmp_path / "a").generate(20)) == want  # before any forward
     pool = StreamPool(model, 1, max_parked=1, max_prefix=9)
     pool.open().feed(some_ids(20))
     again = pool.load(tmp_path / "a")

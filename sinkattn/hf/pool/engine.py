@@ -46,12 +46,12 @@ class Engine:
         memory: of the streams.
         num_rows: its rows.
         tokens_per_step: the most tokens of a step that are fed rather than generated.
-        device_type: of the model.
+        device: of the model.
     """
 
-    def __init__(self, memory: Memory, num_rows: int, tokens_per_step: int, device_type: str) -> None:
+    def __init__(self, memory: Memory, num_rows: int, tokens_per_step: int, device: torch.device) -> None:
         self.memory = memory
-        self._device_type = device_type
+        self._device = device
         self._tokens_per_step = tokens_per_step
         self._rows: list[StreamState | None] = [None] * num_rows
         """The last stream that got each row; it may have lost it since."""
@@ -87,7 +87,7 @@ class Engine:
     @contextmanager
     def modes(self) -> Iterator[None]:
         """For a step: without gradients and autocast, whichever thread runs it, as it is one for all streams."""
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device_type, enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             yield
 
     def plan(self, working: Iterable[StreamState]) -> Step:
@@ -127,9 +127,10 @@ class Engine:
             row = _row(victim)
             victim.parked_logits = self.logits_on_host(victim)
             self.memory.park(victim.memory)
-        if state.parked_logits is not None:
-            assert self._logits is not None
-            self._logits[row].copy_(state.parked_logits)
+        if (logits := state.parked_logits) is not None:
+            if self._logits is None:  # of a stream that was loaded
+                self._logits = logits.new_zeros(len(self._rows), len(logits), device=self._device)
+            self._logits[row].copy_(logits)
         self._rows[row], state.row_since = state, self._num_steps
         self.memory.bring_in(state.memory, row)
         state.parked_logits = None

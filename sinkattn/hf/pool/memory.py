@@ -136,9 +136,12 @@ class RingMemory:
 
     def bring_in(self, stream: StreamMemory, row: int) -> None:
         """See `Memory`."""
-        if stream.contents is not None:
-            for x, content in zip(self._tensors(row), stream.contents, strict=True):
-                x.copy_(content)
+        if (contents := stream.contents) is not None:
+            for layer, keys, values in zip(self._cache.layers, contents[::2], contents[1::2], strict=True):
+                if not layer.is_initialized:  # it was loaded before the first forward
+                    layer.lazy_initialization(*(x.unsqueeze(0).to(self._model.device) for x in (keys, values)))
+                layer.keys[row].copy_(keys)
+                layer.values[row].copy_(values)
         stream.row, stream.contents = row, None
 
     def park(self, stream: StreamMemory) -> None:

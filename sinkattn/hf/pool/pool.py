@@ -71,7 +71,7 @@ class StreamPool:
         self._patch = self._model.patch
         self._max_sinks = max(self._patch.layout.num_sinks, max_prefix)
         self._memory = memory_for(model, max_streams, self._max_sinks)
-        engine = Engine(self._memory, max_streams, tokens_per_step, model.device.type)
+        engine = Engine(self._memory, max_streams, tokens_per_step, model.device)
         self.scheduler = Scheduler(engine, max_streams + max_parked)
 
     def open(
