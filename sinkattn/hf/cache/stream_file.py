@@ -37,15 +37,20 @@ def write_streams(path: str | Path, tensors: dict[str, Tensor], model: dict[str,
     Raises:
         OSError: the file cannot be written; what was there is left as it was.
     """
-    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     versions = {module.__name__: module.__version__ for module in (sinkattn, transformers, torch)}
     header = json.dumps({"versions": versions, "model": model, "state": state}, separators=(",", ":"))
-    metadata = {FORMAT_KEY: FORMAT, HEADER: header, CHECKSUM: _checksum(header, tensors)}
     with _replaced(Path(path)) as new:
-        try:
-            save_file(tensors, new, metadata)
-        except SafetensorError as error:  # also for a disk that is full
-            raise OSError(f"cannot write {path}: {error}") from error
+        write_tensors(new, tensors, header)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: str = "") -> None:
+    """Write a file of tensors, on any device, with a checksum; raises OSError if it cannot be written."""
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    metadata = {FORMAT_KEY: FORMAT, HEADER: header, CHECKSUM: _checksum(header, tensors)}
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # also for a disk that is full
+        raise OSError(f"cannot write {path.name}: {error}") from error
 
 
 @contextmanager
@@ -175,6 +180,15 @@ def read_streams(path: str | Path) -> SavedStreams:
         OSError: the file cannot be read.
         ValueError: it was not written by `write_streams`, or is damaged.
     """
+    text, tensors = read_tensors(path)
+    header = json.loads(text)
+    saved = SavedStreams(header.get("model"), header.get("state"), tensors)
+    saved.rows = saved.count("rows")
+    return saved
+
+
+def read_tensors(path: str | Path) -> tuple[str, dict[str, Tensor]]:
+    """Header and tensors of a file of `write_tensors`; raises OSError and ValueError as `read_streams`."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -189,7 +203,4 @@ def read_streams(path: str | Path) -> SavedStreams:
     got = _checksum(text, tensors)
     if got != want:
         raise ValueError(f"path: checksum: expected {want}, got {got}; {path} is damaged")
-    header = json.loads(text)
-    saved = SavedStreams(header.get("model"), header.get("state"), tensors)
-    saved.rows = saved.count("rows")
-    return saved
+    return text, tensors

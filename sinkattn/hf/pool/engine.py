@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sinkattn.hf.cache.id_history import UNKNOWN_ID
-from sinkattn.hf.pool.memory import Memory, NewTokens
+from sinkattn.hf.pool.disk import OnDisk
+from sinkattn.hf.pool.memory import Memory, NewTokens, StreamMemory
 from sinkattn.hf.pool.state import StreamState
 from sinkattn.hf.pool.transfer import to_device
 from sinkattn.hf.sampling.batch_sampler import BatchSampler
@@ -45,13 +48,25 @@ class Engine:
     Args:
         memory: of the streams.
         num_rows: its rows.
+        max_parked: the most streams that are parked in host memory while all rows are in use.
+        park_folder: where others are parked; None for the system's folder for temporary files.
         tokens_per_step: the most tokens of a step that are fed rather than generated.
         device: of the model.
     """
 
-    def __init__(self, memory: Memory, num_rows: int, tokens_per_step: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        num_rows: int,
+        max_parked: int,
+        park_folder: Path | None,
+        tokens_per_step: int,
+        device: torch.device,
+    ) -> None:
         self.memory = memory
         self._device = device
+        self._max_in_memory = num_rows + max_parked
+        self._park_folder = park_folder
         self._tokens_per_step = tokens_per_step
         self._rows: list[StreamState | None] = [None] * num_rows
         """The last stream that got each row; it may have lost it since."""
@@ -67,16 +82,28 @@ class Engine:
 
     def fork(self, state: StreamState) -> StreamState:
         """A copy of a stream; nothing is wanted of it, and no token is ready."""
+        memory, logits = self.snapshot(state)
         return StreamState(
             state.prefix,
             state.sampler.fork(),
-            self.memory.copy(state.memory),
+            memory,
             copy.deepcopy(state.ids),
             copy.deepcopy(state.messages),
             queue=state.queue.copy(),
             has_logits=state.has_logits,
-            parked_logits=self.logits_on_host(state),
+            parked_logits=logits,
+            last_step=state.last_step,
         )
+
+    def snapshot(self, state: StreamState) -> tuple[StreamMemory, Tensor | None]:
+        """A copy in host memory of what a stream has, and the logits after its last token if they are known.
+
+        Raises OSError if it is on disk and cannot be read.
+        """
+        if isinstance(state.memory.contents, OnDisk):
+            contents, logits = state.memory.contents.read()
+            return replace(state.memory, contents=contents), logits if state.has_logits else None
+        return self.memory.copy(state.memory), self._logits_on_host(state)
 
     def rollback(self, state: StreamState, count: int) -> None:
         """Forget the last tokens in memory, which must be possible."""
@@ -90,12 +117,22 @@ class Engine:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             yield
 
+    def give_rows(self, streams: Collection[StreamState]) -> None:
+        """Give rows to those of all streams that have work and none; others are parked for it.
+
+        Whose row cannot be had, such as if no file can be written or read, has the `StreamState.error`.
+        """
+        working = sorted((x for x in streams if x.has_work), key=lambda x: x.last_step)
+        for state in [x for x in working if x.memory.row is None]:
+            try:
+                self._bring_in(state, working, streams)
+            except Exception as error:
+                state.error = error
+
     def plan(self, working: Iterable[StreamState]) -> Step:
-        """Choose what the next step runs of the streams that have work, and give them rows."""
+        """Choose what the next step runs of the streams that have work and a row."""
         self._num_steps += 1
         working = sorted(working, key=lambda x: x.last_step)
-        for state in [x for x in working if x.memory.row is None]:
-            self._bring_in(state, working)
         running = [state for state in working if state.memory.row is not None and self._check_usable(state)]
         single = [_segment(state, 1) for state in running if len(state.queue) == 1]
         feeding = self._feeding([state for state in running if len(state.queue) > 1])
@@ -108,24 +145,32 @@ class Engine:
             return Step([group for group in (single, feeding) if group], sampled)
         return Step([[segment] for segment in segments], sampled)
 
-    def _bring_in(self, state: StreamState, working: Sequence[StreamState]) -> None:
+    def _bring_in(self, state: StreamState, working: Sequence[StreamState], streams: Collection[StreamState]) -> None:
         """Give a stream a row, if there is one or another stream can be parked.
 
         In an order in which an interruption leaves every stream as it was, or parked, or with its row.
         """
         residents = {i: x for i, x in enumerate(self._rows) if x is not None and x.memory.row == i}
         row = next((i for i in range(len(self._rows)) if i not in residents), None)
+        victim: StreamState | None = None
         if row is None:
             idle = [x for x in residents.values() if x not in working]
             if idle:
                 # One of which nothing is wanted, or else one whose next token is ready: that has been so for longest.
-                victim = min(idle, key=lambda x: (x.is_wanted, x.last_step))
+                victim = min(idle, key=_idleness)
             else:
                 victim = min(residents.values(), key=lambda x: x.row_since)
                 if self._num_steps - victim.row_since < MIN_STEPS:
                     return
             row = _row(victim)
-            victim.parked_logits = self.logits_on_host(victim)
+        if state.memory.place != "host":
+            self.make_room(streams)  # where an exchange with the disk has left one too many in host memory
+        if isinstance(state.memory.contents, OnDisk):
+            contents, logits = state.memory.contents.read()
+            state.parked_logits = logits if state.has_logits else None
+            state.memory.contents = contents
+        if victim is not None:
+            victim.parked_logits = self._logits_on_host(victim)
             self.memory.park(victim.memory)
         if (logits := state.parked_logits) is not None:
             if self._logits is None:  # of a stream that was loaded
@@ -134,9 +179,22 @@ class Engine:
         self._rows[row], state.row_since = state, self._num_steps
         self.memory.bring_in(state.memory, row)
         state.parked_logits = None
+        with suppress(OSError):  # on a full disk there is room for it now, if this stream has come from there
+            self.make_room(streams)
 
-    def logits_on_host(self, state: StreamState) -> Tensor | None:
-        """The logits after the last token of a stream; None if they are not known."""
+    def make_room(self, streams: Collection[StreamState]) -> None:
+        """Let no more of these streams be in memory than may be: the parked ones that are idle for longest go to disk.
+
+        Raises OSError if a file cannot be written; the stream stays in host memory.
+        """
+        held = [x for x in streams if x.memory.place in ("device", "host")]
+        parked = sorted((x for x in held if x.memory.place == "host"), key=_idleness)
+        for state in parked[: max(0, len(held) - self._max_in_memory)]:
+            state.memory.contents = OnDisk(state.memory.contents, state.parked_logits, self._park_folder)
+            state.parked_logits = None
+
+    def _logits_on_host(self, state: StreamState) -> Tensor | None:
+        """The logits after the last token of a stream that is not on disk; None if they are not known."""
         if not state.has_logits or state.memory.row is None:
             return state.parked_logits
         assert self._logits is not None
@@ -227,6 +285,11 @@ def _segment(state: StreamState, most: int) -> Segment:
     if state.messages is not None:
         count = state.messages.run_length(len(state.ids), count)
     return Segment(state, [*islice(state.queue, count)], state.window_begin(0))
+
+
+def _idleness(state: StreamState) -> tuple[bool, int]:
+    """Least for the stream that has been idle for longest."""
+    return state.is_wanted, state.last_step
 
 
 def _row(state: StreamState) -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +13,8 @@ from transformers import PreTrainedModel
 
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.model_patch import require_patch
+from sinkattn.hf.pool.disk import OnDisk
+from sinkattn.hf.pool.moved import moved
 from sinkattn.hf.pool.row_cache import RowCache, RowInput
 from sinkattn.hf.stream import keep_last_logits
 from sinkattn.hf.swap.ring_patch import RingPatch
@@ -28,11 +29,18 @@ class StreamMemory:
     row: int | None = None
     """Its row; None while it is parked."""
     contents: Any = field(default=None, repr=False)
-    """Keys and values while it is parked, or its cache; None for none."""
+    """Keys and values while it is parked, in host memory or `OnDisk`, or its cache; None for none."""
     seen: int = 0
     """Tokens of the stream in rings."""
     peak: int = 0
     """The most ever written there, by failed forwards too; a rollback does not lower it."""
+
+    @property
+    def place(self) -> Literal["device", "host", "disk"] | None:
+        """Where its keys and values are; None without any."""
+        if self.row is not None:
+            return "device"
+        return None if self.contents is None else "disk" if isinstance(self.contents, OnDisk) else "host"
 
 
 class NewTokens(NamedTuple):
@@ -64,7 +72,7 @@ class Memory(Protocol):
         """Count the tokens that a forward has appended to a stream, which has so many then."""
 
     def bring_in(self, stream: StreamMemory, row: int) -> None:
-        """Give a stream a free row."""
+        """Give a stream, which is not on disk, a free row."""
 
     def park(self, stream: StreamMemory) -> None:
         """Free the row of a stream, whose contents go to host memory."""
@@ -73,13 +81,13 @@ class Memory(Protocol):
         """Free the row of a stream, which is empty then."""
 
     def copy(self, stream: StreamMemory) -> StreamMemory:
-        """A copy, without a row."""
+        """A copy, in host memory, of a stream that is not on disk."""
 
     def to_cache(self, stream: StreamMemory) -> SinkCache:
-        """A copy of the contents as the cache of one stream, on any device, without its history of ids."""
+        """The contents of a stream in host memory, which must not be used any more, as a cache without recorded ids."""
 
     def from_cache(self, cache: SinkCache) -> StreamMemory:
-        """The contents of such a cache, without a row; the cache must not be used any more."""
+        """The contents of such a cache in host memory; the cache must not be used any more."""
 
     def can_rollback(self, stream: StreamMemory, count: int) -> bool:
         """Whether the last ``count`` tokens can be forgotten, and after that the one before be run again."""
@@ -172,7 +180,7 @@ class RingMemory:
     def to_cache(self, stream: StreamMemory) -> SinkCache:
         """See `Memory`."""
         cache = SinkCache(self._model, num_sinks=stream.num_sinks)
-        contents = self.copy(stream).contents or []
+        contents = stream.contents or []
         for layer, num_sinks, keys, values in zip(
             cache.layers, self._reserved_sinks(), contents[::2], contents[1::2], strict=False
         ):
@@ -196,7 +204,7 @@ class RingMemory:
             own = layer.layout.num_sinks
             for x in (layer.keys[0], layer.values[0]):
                 sinks = functional.pad(x[:, :own], (0, 0, 0, num_sinks - own))
-                contents.append(torch.cat((sinks, x[:, own:]), dim=1))
+                contents.append(torch.cat((sinks, x[:, own:]), dim=1).cpu())
         stream.contents, stream.seen, stream.peak = contents, cache.tokens_seen, cache.state.peak_columns
         return stream
 
@@ -235,18 +243,19 @@ class OwnCaches:
     def __init__(self, model: PreTrainedModel, num_sinks: int) -> None:
         SinkCache(model, num_sinks=num_sinks)  # raises ValueError if the model does not take so many
         self._model = model
-        self._streams: list[StreamMemory] = []
+        self._rows: dict[int, StreamMemory] = {}
+        """The last stream that got each row; it may have lost it since."""
 
     @property
     def nbytes(self) -> int:
         """See `Memory`."""
-        return sum(stream.contents.nbytes for stream in self._streams)
+        residents = [stream for row, stream in [*self._rows.items()] if stream.row == row]
+        return sum(cache.nbytes for stream in residents if (cache := stream.contents) is not None)
 
     def run(self, inputs: Sequence[NewTokens]) -> Tensor:
         """See `Memory`."""
         [(stream, ids, _)], model = inputs, self._model
-        if (uncounted := stream.contents.tokens_seen - stream.seen) > 0:
-            stream.contents.crop(-uncounted)  # of a forward after which an interruption came
+        _drop_uncounted(stream)
         options = {forward_cache(model): stream.contents, "use_cache": True, **keep_last_logits(model)}
         return model(input_ids=torch.tensor([[*ids]], device=model.device), **options).logits[:, -1]
 
@@ -256,51 +265,67 @@ class OwnCaches:
 
     def bring_in(self, stream: StreamMemory, row: int) -> None:
         """See `Memory`."""
-        if stream.contents is None:
-            stream.contents = SinkCache(self._model, num_sinks=stream.num_sinks)
-        stream.row = row
-        self._streams.append(stream)
+        cache = stream.contents
+        if cache is None:
+            cache = SinkCache(self._model, num_sinks=stream.num_sinks)
+        stream.contents = moved(cache, self._model.device)
+        self._rows[row], stream.row = stream, row
 
     def park(self, stream: StreamMemory) -> None:
-        """See `Memory`; the contents stay where they are."""
-        self._streams.remove(stream)
+        """See `Memory`."""
         stream.row = None
+        stream.contents = moved(stream.contents, "cpu")
 
     def drop(self, stream: StreamMemory) -> None:
         """See `Memory`."""
-        if stream.row is not None:
-            self.park(stream)
-        stream.contents, stream.seen = None, 0
+        stream.row, stream.contents, stream.seen = None, None, 0
 
     def copy(self, stream: StreamMemory) -> StreamMemory:
-        """See `Memory`; the contents stay on the device."""
-        return replace(stream, row=None, contents=copy.deepcopy(stream.contents))
+        """See `Memory`."""
+        return replace(stream, row=None, contents=moved(stream.contents, "cpu"))
 
     def to_cache(self, stream: StreamMemory) -> SinkCache:
         """See `Memory`."""
-        cache = stream.contents
-        return SinkCache(self._model, num_sinks=stream.num_sinks) if cache is None else copy.deepcopy(cache)
+        if stream.contents is None:
+            return SinkCache(self._model, num_sinks=stream.num_sinks)
+        _drop_uncounted(stream)
+        cache: SinkCache = stream.contents
+        return cache
 
     def from_cache(self, cache: SinkCache) -> StreamMemory:
         """See `Memory`."""
-        return StreamMemory(cache.layout.num_sinks, contents=cache, seen=cache.tokens_seen)
+        return StreamMemory(cache.layout.num_sinks, contents=moved(cache, "cpu"), seen=cache.tokens_seen)
 
     def can_rollback(self, stream: StreamMemory, count: int) -> bool:
         """See `Memory`."""
-        cache = stream.contents
-        return cache is not None and count <= cache.tokens_seen and cache.can_rollback(*torch.tensor([[count], [0]]))
+        cache = _outline(stream)
+        if cache is None or count > stream.seen:
+            return False
+        return cache.can_rollback(*torch.tensor([[cache.tokens_seen - stream.seen + count], [0]]))
 
     def can_go_on(self, stream: StreamMemory, count: int) -> bool:
         """See `Memory`."""
         if count:
             return self.can_rollback(stream, count)
-        return stream.contents is None or stream.contents.is_usable
+        cache = _outline(stream)
+        return cache is None or cache.is_usable
 
     def rollback(self, stream: StreamMemory, count: int) -> None:
-        """See `Memory`."""
-        if count:
-            stream.contents.crop(-count)
-            stream.seen -= count
+        """See `Memory`; the cache forgets them before it is used again."""
+        stream.seen -= count
+
+
+def _outline(stream: StreamMemory) -> SinkCache | None:
+    """The cache of a stream, maybe without the data of its tensors."""
+    contents = stream.contents
+    cache: SinkCache | None = contents.outline if isinstance(contents, OnDisk) else contents
+    return cache
+
+
+def _drop_uncounted(stream: StreamMemory) -> None:
+    """Let a cache forget tokens that were rolled back, or of a forward after which an interruption came."""
+    if (uncounted := stream.contents.tokens_seen - stream.seen) > 0:
+        stream.contents.crop(-uncounted)
 
 
 def _row(stream: StreamMemory) -> int:

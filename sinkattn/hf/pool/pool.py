@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -27,8 +28,8 @@ class StreamPool:
 
     Streams of any age share the forwards. A stream's tokens are those of the stream run alone: its logits are equal up
     to rounding, as the order of sums depends on the shape of a batch. A stream of which nobody wants anything costs
-    memory alone. If more streams are open than there are rows, those of which nobody wants anything are parked in host
-    memory, and come back by themselves; if all are wanted, they take turns.
+    memory alone. If more streams are open than there are rows, those of which nobody wants anything are parked, in host
+    memory and then on disk, and come back by themselves; if all are wanted, they take turns.
 
     Whoever waits for something, in `Stream.feed` or `Stream.generate`, runs steps for all streams until it is there;
     other threads wait for these steps. A step runs a token of each stream that generates, which gets the next one ready
@@ -40,7 +41,11 @@ class StreamPool:
     Args:
         model: prepared by `sinkattn.enable`.
         max_streams: rows: how many streams are in the memory of the device at once.
-        max_parked: how many streams more may be open.
+        max_parked: how many streams more may be open, parked in host memory.
+        max_on_disk: how many streams more than that may be open, parked in files. The host keeps their ids and how
+            their tokens are chosen.
+        park_folder: an existing folder for these files, which are removed when streams come back, are closed or
+            forgotten, and at the end of the process unless it is killed; default: the system's for temporary files.
         tokenizer: for text.
         max_prefix: the most tokens of a prefix; each row has slots for so many sinks. Default: the sinks of `enable`.
         tokens_per_step: the most tokens of a step that are fed rather than generated.
@@ -55,6 +60,8 @@ class StreamPool:
         max_streams: int = 64,
         *,
         max_parked: int = 0,
+        max_on_disk: int = 0,
+        park_folder: str | Path | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_prefix: int = 0,
         tokens_per_step: int = 512,
@@ -62,17 +69,21 @@ class StreamPool:
         for name, value, least in (
             ("max_streams", max_streams, 1),
             ("max_parked", max_parked, 0),
+            ("max_on_disk", max_on_disk, 0),
             ("max_prefix", max_prefix, 0),
             ("tokens_per_step", tokens_per_step, 1),
         ):
             if value < least:
                 raise ValueError(f"{name}: expected {least} or more, got {value}")
+        folder = None if park_folder is None else Path(park_folder)
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"park_folder: expected a folder, got {folder}")
         self._model = PoolModel(model, tokenizer)
         self._patch = self._model.patch
         self._max_sinks = max(self._patch.layout.num_sinks, max_prefix)
         self._memory = memory_for(model, max_streams, self._max_sinks)
-        engine = Engine(self._memory, max_streams, tokens_per_step, model.device)
-        self.scheduler = Scheduler(engine, max_streams + max_parked)
+        engine = Engine(self._memory, max_streams, max_parked, folder, tokens_per_step, model.device)
+        self.scheduler = Scheduler(engine, max_streams + max_parked + max_on_disk)
 
     def open(
         self,
@@ -128,9 +139,11 @@ class StreamPool:
         Raises:
             PoolFullError: if there is no room.
             RuntimeError: if the pool is closed.
+            OSError: if another stream has to go to disk for it, and cannot.
             ValueError, OSError: as `sinkattn.load_stream`; for a longer prefix than this pool takes; and for a stream
                 with logits processors, without ``sampling``.
         """
+        self.scheduler.check_room()
         state = saved.load(
             path,
             self._patch,
@@ -168,6 +181,12 @@ class StreamPool:
     def __len__(self) -> int:
         """Streams that are open."""
         return len(self.scheduler)
+
+    def __repr__(self) -> str:
+        """The model, how many streams are open, and where they are."""
+        places = Counter(state.memory.place for state in self.scheduler.streams)
+        where = "".join(f", {place}={places[place]}" for place in ("device", "host", "disk"))
+        return f"StreamPool({type(self.model).__name__}, streams={len(self)}{where})"
 
     def __reduce__(self) -> NoReturn:
         """Refused: threads may wait for a pool, and its streams have handles."""

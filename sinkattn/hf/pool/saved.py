@@ -7,13 +7,15 @@ from collections.abc import Callable, Collection
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sinkattn.hf.cache.id_history import MAX_PREFIX_IDS, UNKNOWN_ID, IdHistory
 from sinkattn.hf.cache.load_stream import load_cache, read_saved
-from sinkattn.hf.cache.stream_file import SavedStreams, write_streams
+from sinkattn.hf.cache.sink_cache import SinkCache
+from sinkattn.hf.cache.stream_file import SavedStreams
 from sinkattn.hf.fingerprint import Accepted, fingerprint
 from sinkattn.hf.model_patch import ModelPatch
 from sinkattn.hf.pool.ids import StreamIds
@@ -27,9 +29,18 @@ from sinkattn.ops import DTYPES
 POOL = "pool"
 
 
-def save(path: str | Path, patch: ModelPatch, memory: Memory, state: StreamState, logits: Tensor | None) -> None:
-    """Save a stream; see `Stream.save`. ``logits``: those after its last token, None if they are not known."""
-    cache, params = memory.to_cache(state.memory), state.sampler.params
+def file_parts(
+    patch: ModelPatch, state: StreamState, cache: SinkCache, logits: Tensor | None
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """What `write_streams` writes for `Stream.save`.
+
+    Args:
+        patch: of the model.
+        state: the stream.
+        cache: what it has in memory, without recorded ids.
+        logits: those after its last token; None if they are not known.
+    """
+    params = state.sampler.params
     if cache.state.history.prefix_ids is None:
         _record(cache.state.history, state.ids)
     numbers, ids = (torch.from_numpy(x) for x in state.ids.known())
@@ -49,8 +60,7 @@ def save(path: str | Path, patch: ModelPatch, memory: Memory, state: StreamState
         "has_processors": bool(params.processors),
         "sampler": state.sampler.state(),
     }
-    write_streams(
-        path,
+    return (
         cache.state_tensors() | {f"{POOL}.{name}": x.unsqueeze(0) for name, x in tensors.items()},
         fingerprint(patch),
         {**cache.state_fields(), POOL: own_fields},

@@ -47,13 +47,29 @@ class Scheduler:
         """Streams that are open."""
         return len(self._streams)
 
+    @property
+    def streams(self) -> list[StreamState]:
+        """Those that are open."""
+        return [*self._streams]
+
+    def check_room(self) -> None:
+        """Raise PoolFullError if there is no room for another stream, RuntimeError after `close`."""
+        if self._is_closed:
+            raise RuntimeError("pool: is closed")
+        if len(self._streams) >= self._max_open:
+            raise PoolFullError(f"pool: {self._max_open} streams are open, the most that it takes; close one first")
+
     def add(self, state: StreamState) -> None:
-        """Take in a stream; raises PoolFullError if there is no room, RuntimeError after `close`."""
+        """Take in a stream; raises as `check_room`, and OSError if one has to go to disk for it and cannot."""
         with self._no_step():
-            if self._is_closed:
-                raise RuntimeError("pool: is closed")
-            if len(self._streams) >= self._max_open:
-                raise PoolFullError(f"pool: {self._max_open} streams are open, the most that it takes; close one first")
+            self.check_room()
+            if state.memory.contents is not None:
+                self._is_stepping = True
+                try:
+                    self._without_lock(self.engine.make_room, [*self._streams, state])
+                finally:
+                    self._is_stepping = False
+                    self.notify()
             self._streams.add(state)
 
     def remove(self, state: StreamState) -> None:
@@ -158,6 +174,8 @@ class Scheduler:
         sampled: list[StreamState] = []
         try:
             with self.engine.modes():
+                if any(state.has_work and state.memory.row is None for state in self._streams):
+                    self._without_lock(self.engine.give_rows, self._streams)
                 step = self.engine.plan([state for state in self._streams if state.has_work])
                 for segments in step.forwards:
                     self._without_lock(self.engine.run, segments)

@@ -7,10 +7,11 @@ import copy
 from collections.abc import AsyncIterator, Collection, Generator, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from torch import Tensor
 
+from sinkattn.hf.cache.stream_file import write_streams
 from sinkattn.hf.pool import saved
 from sinkattn.hf.pool.generation import Generation
 from sinkattn.hf.pool.model import PoolModel
@@ -35,6 +36,17 @@ class Stream:
 
     def __len__(self) -> int:
         return self._scheduler.length_of(self._state)
+
+    def __repr__(self) -> str:
+        """Number of tokens, and where they are."""
+        state = self._state
+        if state not in self._scheduler.streams:
+            return "Stream(closed)"
+        return f"Stream(tokens={len(state)}, prefix={len(state.prefix)}, memory={state.memory.place!r})"
+
+    def __reduce__(self) -> NoReturn:
+        """Refused: it is a handle on a stream of a pool."""
+        raise TypeError("a Stream can be neither copied nor pickled; use fork() for a copy, save() for a file")
 
     @property
     def prefix(self) -> list[int]:
@@ -219,8 +231,10 @@ class Stream:
 
         Raises:
             PoolFullError: if there is no room.
+            OSError: if it, or another stream for it, has to go to disk or come back, and cannot.
         """
         with self._scheduler.exclusive(self._state) as state:
+            self._scheduler.check_room()
             state.drop_ready()
             fork = self._scheduler.engine.fork(state)
         self._scheduler.add(fork)
@@ -273,13 +287,15 @@ class Stream:
         last token, and little more; a file that exists is replaced as a whole.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: the file cannot be written, or the stream is parked on disk and cannot come back.
             RuntimeError: if the model is not enabled any more.
         """
         with self._scheduler.exclusive(self._state) as state:
             state.drop_ready()
             engine = self._scheduler.engine
-            saved.save(path, self._model.patch, engine.memory, state, engine.logits_on_host(state))
+            memory, logits = engine.snapshot(state)
+            parts = saved.file_parts(self._model.patch, state, engine.memory.to_cache(memory), logits)
+        write_streams(path, *parts)  # while others go on
 
     def close(self) -> None:
         """Forget the stream and free its memory."""

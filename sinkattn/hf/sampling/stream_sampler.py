@@ -59,7 +59,7 @@ class StreamSampler:
         return {
             "seed": self.seed,
             "draws": self.draws,
-            "grammar_ids": [] if self.grammar is None or self.grammar.is_complete else self.grammar.ids,
+            "grammar_ids": [] if self.grammar is None or self.grammar.is_complete else [*self.grammar.ids],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
