@@ -2,6 +2,8 @@
 
 import copy
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from recorded_graph import Graphs
 from sinkattn import PoolFullError, SamplingParams, StreamPool, enable
 from sinkattn.hf.model_patch import get_patch
 
-NUM_ROWS, MAX_STREAMS, MAX_PREFIX = 3, 64, W + 5
+NUM_ROWS, MAX_PARKED, MAX_STREAMS, MAX_PREFIX = 3, 2, 64, W + 5
 
 
 @cache
@@ -46,8 +48,15 @@ class PoolAgainstLists(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.model, self.plain = models(self.family, self.layers)
+        self.folder = TemporaryDirectory()
         self.pool = StreamPool(
-            self.model, NUM_ROWS, max_parked=MAX_STREAMS - NUM_ROWS, max_prefix=MAX_PREFIX, tokens_per_step=W
+            self.model,
+            NUM_ROWS,
+            max_parked=MAX_PARKED,
+            max_on_disk=MAX_STREAMS - NUM_ROWS - MAX_PARKED,
+            park_folder=self.folder.name,
+            max_prefix=MAX_PREFIX,
+            tokens_per_step=W,
         )
         self.streams = []
         """Stream, record, and the iterator that was left half-way, of each."""
@@ -143,6 +152,24 @@ class PoolAgainstLists(RuleBasedStateMachine):
             self.add(stream.fork(), copy.deepcopy(record))
 
     @precondition(lambda self: self.streams)
+    @rule(index=any_stream, is_replaced=st.booleans())
+    def save_and_load(self, index, is_replaced):
+        entry, path = self.pick(index), Path(self.folder.name, "saved")
+        stream, record, _ = entry
+        record.check(self.model, self.plain)
+        stream.save(path)
+        if is_replaced:
+            self.stop(entry)
+            self.streams.remove(entry)
+            stream.close()
+        if len(self.streams) == MAX_STREAMS:
+            with pytest.raises(PoolFullError):
+                self.pool.load(path)
+        else:
+            self.add(self.pool.load(path), copy.deepcopy(record))
+        path.unlink()
+
+    @precondition(lambda self: self.streams)
     @rule(index=any_stream, count=st.integers(0, 2 * HEADROOM))
     def rollback(self, index, count):
         stream, record, _ = self.pick(index)
@@ -178,6 +205,13 @@ class PoolAgainstLists(RuleBasedStateMachine):
             assert not state.num_feeding
             assert not (state.wants_token and iterator is None)
 
+    @invariant()
+    def places(self):
+        places = [stream._state.memory.place for stream, _, _ in self.streams]
+        assert places.count("device") <= NUM_ROWS
+        assert places.count("device") + places.count("host") <= NUM_ROWS + MAX_PARKED
+        assert places.count("disk") == len([*Path(self.folder.name).iterdir()])
+
     @precondition(lambda self: self.streams)
     @rule(index=any_stream)
     def look(self, index):
@@ -188,6 +222,9 @@ class PoolAgainstLists(RuleBasedStateMachine):
     def teardown(self):
         for entry in self.streams:
             self.stop(entry)
+        self.pool.close()
+        assert not [*Path(self.folder.name).iterdir()]
+        self.folder.cleanup()
 
 
 class OneLayer(PoolAgainstLists):

@@ -145,10 +145,10 @@ class SometimesBroken(LogitsProcessor):
         return scores
 
 
-def test_many_threads_on_few_rows():
-    """With streams that others close, processors that fail, and steps that are interrupted."""
+def test_many_threads_on_few_rows(tmp_path):
+    """With streams on disk, streams that others close, processors that fail, and steps that are interrupted."""
     model = sinkattn.enable(build("llama", torch.float64), 2, 12, 4)
-    pool = StreamPool(model, 3, max_parked=7, tokens_per_step=16)
+    pool = StreamPool(model, 3, max_parked=3, max_on_disk=4, park_folder=tmp_path, tokens_per_step=16)
     until, interrupts = time.monotonic() + 2, random.Random(0)
     open_streams, refused, records, faults = [], [], [], []
 
@@ -214,6 +214,7 @@ def test_many_threads_on_few_rows():
     assert len(records) > 10
     assert len(pool) == 0
     assert refused
+    assert not [*tmp_path.iterdir()]
 
 
 def test_tasks_that_are_cancelled():
