@@ -5,6 +5,7 @@ import pickle
 import shutil
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -14,12 +15,13 @@ from pool_streams import Record, model_in_double, some_ids
 from transformers import LogitsProcessor
 
 from sinkattn import PoolFullError, SamplingParams, StreamPool
+from sinkattn.hf.cache.stream_file import write_streams, write_tensors
 from sinkattn.hf.pool.disk import OnDisk
 from sinkattn.hf.pool.engine import Engine
 from sinkattn.hf.pool.memory import OwnCaches, RingMemory
 from sinkattn.hf.pool.moved import moved
 
-WRITE = "sinkattn.hf.pool.disk.write_tensors"
+WRITE, SAVE = "sinkattn.hf.pool.disk.write_tensors", "sinkattn.hf.pool.stream.write_streams"
 
 
 class Recorded:
@@ -201,6 +203,37 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     tmp_path.mkdir()
     third.feed([])
     assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_others_go_on_while_a_file_is_written(tmp_path, monkeypatch):
+    """Nobody waits for a stream that is parked to be written, and no step for one that is saved."""
+    model = model_in_double()
+    pool = StreamPool(model, 1, max_parked=1, max_on_disk=1, park_folder=tmp_path)
+    entries = [Recorded(pool, seed) for seed in range(2)]
+
+    def beside(call, write):
+        def write_beside(*arguments):
+            with ThreadPoolExecutor(1) as executor:
+                executor.submit(call).result(60)
+            write(*arguments)
+
+        return write_beside
+
+    def feed():
+        entries[0].stream.feed([3], wait=False)
+        entries[0].record.feed([3])
+
+    monkeypatch.setattr(WRITE, beside(feed, write_tensors))
+    entries.append(Recorded(pool, 2))
+    assert entries[0].place == "disk"
+    assert len(entries[0].stream) == 21
+    monkeypatch.undo()
+    monkeypatch.setattr(SAVE, beside(lambda: entries[1].generate(2), write_streams))
+    entries[0].stream.save(tmp_path / "a")
+    assert len(entries[1].stream) == 23
+    for entry in entries:
+        entry.generate(2)
+        entry.record.check(model)
 
 
 @pytest.mark.parametrize("damage", ["gone", "damaged"])

@@ -75,7 +75,7 @@ class StreamPool:
         ):
             if value < least:
                 raise ValueError(f"{name}: expected {least} or more, got {value}")
-        folder = None if park_folder is None else Path(park_folder)
+        folder = None if park_folder is None else Path(park_folder).resolve()
         if folder is not None and not folder.is_dir():
             raise ValueError(f"park_folder: expected a folder, got {folder}")
         self._model = PoolModel(model, tokenizer)
