@@ -12,8 +12,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackgroundLearner",
+    "DraftModel",
     "OnlineLearner",
     "PoolFullError",
+    "PromptLookup",
     "RingKVCache",
     "RingLayout",
     "Rope",
@@ -37,8 +39,10 @@ if TYPE_CHECKING:
     from sinkattn import reference
     from sinkattn.hf import (
         BackgroundLearner,
+        DraftModel,
         OnlineLearner,
         PoolFullError,
+        PromptLookup,
         SamplingParams,
         SinkCache,
         Stream,

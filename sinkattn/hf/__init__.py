@@ -7,6 +7,7 @@ from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.learner import OnlineLearner
 from sinkattn.hf.pool.pool import StreamPool
 from sinkattn.hf.pool.scheduler import PoolFullError
+from sinkattn.hf.pool.speculation import DraftModel, PromptLookup
 from sinkattn.hf.pool.stream import Stream
 from sinkattn.hf.sampling.params import SamplingParams
 from sinkattn.hf.stream import stream_text, stream_tokens
@@ -14,8 +15,10 @@ from sinkattn.hf.unsupported import UnsupportedModelError
 
 __all__ = [
     "BackgroundLearner",
+    "DraftModel",
     "OnlineLearner",
     "PoolFullError",
+    "PromptLookup",
     "SamplingParams",
     "SinkCache",
     "Stream",

@@ -10,11 +10,18 @@ import torch
 from hf_models import build, interrupted
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from pool_streams import HEADROOM, Record, S, W, some_ids
 from recorded_graph import Graphs
 
-from sinkattn import PoolFullError, SamplingParams, StreamPool, enable
+from sinkattn import DraftModel, PoolFullError, PromptLookup, SamplingParams, StreamPool, enable
 from sinkattn.hf.model_patch import get_patch
 
 NUM_ROWS, MAX_PARKED, MAX_STREAMS, MAX_PREFIX = 3, 2, 64, W + 5
@@ -49,6 +56,15 @@ class PoolAgainstLists(RuleBasedStateMachine):
         super().__init__()
         self.model, self.plain = models(self.family, self.layers)
         self.folder = TemporaryDirectory()
+        self.streams = []
+        """Stream, record, and the iterator that was left half-way, of each."""
+
+    @initialize(num_drafts=st.integers(0, HEADROOM), with_model=st.booleans())
+    def begin(self, num_drafts, with_model):
+        speculation = None
+        if num_drafts:
+            speculation = DraftModel(self.model, num_drafts) if with_model else PromptLookup(num_tokens=num_drafts)
+        self.num_drafts = num_drafts
         self.pool = StreamPool(
             self.model,
             NUM_ROWS,
@@ -57,9 +73,8 @@ class PoolAgainstLists(RuleBasedStateMachine):
             park_folder=self.folder.name,
             max_prefix=MAX_PREFIX,
             tokens_per_step=W,
+            speculation=speculation,
         )
-        self.streams = []
-        """Stream, record, and the iterator that was left half-way, of each."""
 
     def pick(self, index):
         return self.streams[index % len(self.streams)]
@@ -177,7 +192,7 @@ class PoolAgainstLists(RuleBasedStateMachine):
         try:
             stream.rollback(count)
         except RuntimeError:
-            assert count > min(len(record.ids), record.sure_rollback)
+            assert count > min(len(record.ids), record.sure_rollback - self.num_drafts)
         else:
             record.rollback(count)
 

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sinkattn.hf.cache.id_history import UNKNOWN_ID
+from sinkattn.hf.pool.chooser import Chooser, Drafted
 from sinkattn.hf.pool.disk import OnDisk
+from sinkattn.hf.pool.drafts import Drafter, DraftRequest
 from sinkattn.hf.pool.memory import Memory, NewTokens, StreamMemory
-from sinkattn.hf.pool.state import StreamState
+from sinkattn.hf.pool.segments import Segment, by_forward, next_segment
+from sinkattn.hf.pool.state import Choice, StreamState
 from sinkattn.hf.pool.transfer import to_device
-from sinkattn.hf.sampling.batch_sampler import BatchSampler
 
 # Steps for which a stream that has work keeps its row while another one waits for a row.
 MIN_STEPS = 32
-
-
-class Segment(NamedTuple):
-    """Tokens of a stream that a step runs."""
-
-    state: StreamState
-    ids: list[int]
-    begin: int
-    """First token that their window may hold."""
 
 
 class Step(NamedTuple):
@@ -52,6 +43,7 @@ class Engine:
         park_folder: where others are parked; None for the system's folder for temporary files.
         tokens_per_step: the most tokens of a step that are fed rather than generated.
         device: of the model.
+        drafter: drafts tokens; its memory must be batched.
     """
 
     def __init__(
@@ -62,21 +54,27 @@ class Engine:
         park_folder: Path | None,
         tokens_per_step: int,
         device: torch.device,
+        drafter: Drafter | None = None,
     ) -> None:
         self.memory = memory
         self._device = device
         self._max_in_memory = num_rows + max_parked
         self._park_folder = park_folder
+        self._drafter = drafter
+        self._drafted: dict[StreamState, Drafted] = {}
+        """Of the streams of the step that runs."""
         self._tokens_per_step = tokens_per_step
         self._rows: list[StreamState | None] = [None] * num_rows
         """The last stream that got each row; it may have lost it since."""
         self._num_steps = 0
-        self._sampler = BatchSampler()
+        self._chooser = Chooser()
         self._logits: Tensor | None = None
         """Logits after the last token of each row: ``[rows, vocabulary]``; None before the first forward."""
 
     def drop(self, state: StreamState) -> None:
         """Forget what is in memory of a stream."""
+        if self._drafter is not None:
+            self._drafter.drop(state)
         self.memory.drop(state.memory)
         state.has_logits, state.parked_logits = False, None
 
@@ -132,9 +130,14 @@ class Engine:
     def plan(self, working: Iterable[StreamState]) -> Step:
         """Choose what the next step runs of the streams that have work and a row."""
         self._num_steps += 1
+        self._drafted = {}
         working = sorted(working, key=lambda x: x.last_step)
         running = [state for state in working if state.memory.row is not None and self._check_usable(state)]
-        single = [_segment(state, 1) for state in running if len(state.queue) == 1]
+        single = [
+            next_segment(state, 1)._replace(num_drafts=self._num_drafts(state))
+            for state in running
+            if len(state.queue) == 1
+        ]
         feeding = self._feeding([state for state in running if len(state.queue) > 1])
         segments = [*single, *feeding]
         fed = {id(x.state): len(x.ids) for x in segments}
@@ -144,6 +147,25 @@ class Engine:
         if self.memory.is_batched:
             return Step([group for group in (single, feeding) if group], sampled)
         return Step([[segment] for segment in segments], sampled)
+
+    def _num_drafts(self, state: StreamState) -> int:
+        """How many tokens may be drafted to follow the one that waits."""
+        if self._drafter is None or not state.wants_token:
+            return 0
+        count = min(state.num_drafts, self._drafter.num_tokens)
+        if state.num_left is not None:
+            count = min(count, state.num_left - 1)
+        if state.messages is not None:
+            count = state.messages.run_length(len(state.ids), count + 1) - 1
+        return count
+
+    def _with_drafts(self, segments: Sequence[Segment]) -> Sequence[Segment]:
+        drafting = [x for x in segments if x.num_drafts]
+        if self._drafter is None or not drafting:
+            return segments
+        requests = [DraftRequest(x.state, x.ids[-1], x.begin, x.num_drafts) for x in drafting]
+        drafts = dict(zip((x.state for x in drafting), self._drafter.draft(requests), strict=True))
+        return [x._replace(drafts=drafts.get(x.state, ())) for x in segments]
 
     def _bring_in(self, state: StreamState, working: Sequence[StreamState], streams: Collection[StreamState]) -> None:
         """Give a stream a row, if there is one or another stream can be parked.
@@ -192,6 +214,8 @@ class Engine:
         for state in parked[: max(0, len(held) - self._max_in_memory)]:
             state.memory.contents = OnDisk(state.memory.contents, state.parked_logits, self._park_folder)
             state.parked_logits = None
+            if self._drafter is not None:
+                self._drafter.drop(state)
 
     def _logits_on_host(self, state: StreamState) -> Tensor | None:
         """The logits after the last token of a stream that is not on disk; None if they are not known."""
@@ -212,79 +236,88 @@ class Engine:
         segments: list[Segment] = []
         width = 0
         for state in states:
-            segment = _segment(state, width or self._tokens_per_step)
+            segment = next_segment(state, width or self._tokens_per_step)
             width = width or len(segment.ids)
             if 2 * len(segment.ids) >= width and width * (len(segments) + 1) <= self._tokens_per_step:
                 segments.append(segment)
         return segments if self.memory.is_batched else segments[:1]
 
     def run(self, segments: Sequence[Segment]) -> None:
-        """Run a forward of a step; `commit` ends it."""
-        logits = self.memory.run([NewTokens(x.state.memory, x.ids, x.begin) for x in segments])
+        """Run a forward of a step, or more where drafts are of different number; `commit` ends it."""
+        for group in by_forward(self._with_drafts(segments)):
+            self._forward(group)
+
+    def _forward(self, segments: Sequence[Segment]) -> None:
+        logits = self.memory.run(
+            [NewTokens(x.state.memory, [*x.ids, *x.drafts], x.begin, 1 + len(x.drafts)) for x in segments]
+        )
         if self._logits is None:
-            self._logits = logits.new_zeros(len(self._rows), logits.shape[1])
-        self._logits.index_copy_(0, self._row_index([x.state for x in segments]), logits)
+            self._logits = logits.new_zeros(len(self._rows), logits.shape[2])
+        last = logits[:, -1]
+        if logits.shape[1] > 1:
+            last = last.clone()
+        for index, x in enumerate(segments):
+            if x.drafts:
+                last[index] = logits[index, -1 - len(x.drafts)]
+                self._drafted[x.state] = Drafted(x.drafts, logits[index, -len(x.drafts) :])
+        self._logits.index_copy_(0, self._row_index([x.state for x in segments]), last)
 
     def commit(self, segments: Sequence[Segment]) -> None:
         """Count the tokens that a forward has run."""
-        goals = [(state, ids, len(state.ids), len(state.queue) - len(ids)) for state, ids, _ in segments]
-        interruption, is_done = None, False
-        while not is_done:
-            try:
-                for state, ids, begin, num_waiting in goals:
-                    self.memory.commit(state.memory, begin + len(ids))
-                    state.ids.write(begin, ids)
-                    state.has_logits = True
-                    while len(state.queue) > num_waiting:
-                        state.queue.popleft()
-                is_done = True
-            except KeyboardInterrupt as error:
-                interruption = error  # what is done already is not done twice
-        if interruption is not None:
-            raise interruption
+        goals = [(state, ids, len(state.ids), len(state.queue) - len(ids)) for state, ids, *_ in segments]
 
-    def choose(self, states: Sequence[StreamState]) -> list[int | None]:
-        """Choose the next tokens of streams, None where none can be. They do not belong to the streams yet."""
-        try:
-            return self._choose(states)
-        except Exception:
-            for state in states:
-                state.undo_choice()
-            return [self._choose_alone(state) for state in states]  # the fault of one of them
+        def count() -> None:
+            for state, ids, begin, num_waiting in goals:
+                self.memory.commit(state.memory, begin + len(ids))
+                state.ids.write(begin, ids)
+                state.has_logits = True
+                while len(state.queue) > num_waiting:
+                    state.queue.popleft()
 
-    def _choose_alone(self, state: StreamState) -> int | None:
-        try:
-            [token] = self._choose([state])
-        except Exception as error:
-            state.undo_choice()
-            state.error = error
-            return None
+        _complete(count)
+
+    def hand_out(self, state: StreamState) -> int:
+        """The first token that is ready, which belongs to the stream from now on."""
+        (token, _), *rest = state.ready
+        begin = len(state.ids)
+
+        def count() -> None:
+            if rest:
+                self.memory.commit(state.memory, begin + 1)
+                state.ids.write(begin, [token])
+                state.has_logits, state.parked_logits = False, None
+            else:
+                state.queue = deque([token])  # nothing waits while tokens are ready
+            state.ready = rest
+
+        _complete(count)
         return token
 
-    def _choose(self, states: Sequence[StreamState]) -> list[int | None]:
+    def choose(self, states: Sequence[StreamState]) -> list[list[Choice]]:
+        """Choose the next tokens of streams, which do not belong to the streams yet; see `Chooser`."""
         if not states:
             return []
         assert self._logits is not None
-        samplers, ids = [state.sampler for state in states], None
-        if any(sampler.params.needs_ids for sampler in samplers):
-            in_sight = [state.ids.in_sight(state.window_begin(-1)) for state in states]
-            ids = to_device(_padded(in_sight), self._logits.device)
-        for state in states:
-            state.begin_choice()
         logits = self._logits.index_select(0, self._row_index(states))
-        return [*self._sampler.choose(logits, samplers, ids).read()]
+        drafted, self._drafted = self._drafted, {}
+        return self._chooser.choose(states, logits, drafted)
 
     def _row_index(self, states: Sequence[StreamState]) -> Tensor:
         assert self._logits is not None
         return to_device(torch.tensor([_row(state) for state in states]), self._logits.device)
 
 
-def _segment(state: StreamState, most: int) -> Segment:
-    """The next tokens of a stream, up to ``most``, whose windows begin with the same message."""
-    count = min(most, len(state.queue))
-    if state.messages is not None:
-        count = state.messages.run_length(len(state.ids), count)
-    return Segment(state, [*islice(state.queue, count)], state.window_begin(0))
+def _complete(change: Callable[[], None]) -> None:
+    """Make a change as a whole, whatever interrupts it; what is done already must not be done twice."""
+    interruption, is_done = None, False
+    while not is_done:
+        try:
+            change()
+            is_done = True
+        except KeyboardInterrupt as error:
+            interruption = error
+    if interruption is not None:
+        raise interruption
 
 
 def _idleness(state: StreamState) -> tuple[bool, int]:
@@ -295,11 +328,3 @@ def _idleness(state: StreamState) -> tuple[bool, int]:
 def _row(state: StreamState) -> int:
     assert state.memory.row is not None
     return state.memory.row
-
-
-def _padded(rows: Sequence[np.ndarray]) -> Tensor:
-    """Ids of different number: int64 ``[rows, most]``, `UNKNOWN_ID` where a row has fewer."""
-    padded = np.full((len(rows), max(map(len, rows))), UNKNOWN_ID)
-    for row, ids in zip(padded, rows, strict=True):
-        row[len(row) - len(ids) :] = ids
-    return torch.from_numpy(padded)

@@ -29,7 +29,7 @@ class Generation:
         max_new_tokens: int | None,
     ) -> None:
         self._scheduler, self._state, self._sampler, self._stop_ids = scheduler, state, sampler, stop_ids
-        self._num_left = max_new_tokens
+        self._max_new_tokens = max_new_tokens
         self._has_begun = self._has_ended = False
 
     def tokens(self) -> Generator[int]:
@@ -44,7 +44,7 @@ class Generation:
     def is_ready(self) -> bool:
         """Whether the next token, or the end, can be had without waiting."""
         with self._scheduler.condition:
-            return self._state.ready is not None if self._is_running else self._has_begun
+            return bool(self._state.ready) if self._is_running else self._has_begun
 
     def wait(self) -> None:
         """Wait for the next token, or for the end."""
@@ -52,13 +52,11 @@ class Generation:
             self._begin()
         state = self._state
         with self._scheduler.condition:
-            while self._is_running and state.ready is None:
+            while self._is_running and not state.ready:
                 self._scheduler.check_open(state)
                 self._ensure_logits()
                 state.wants_token = True
-                self._scheduler.wait(
-                    state, lambda: not self._is_running or state.ready is not None or not state.can_choose
-                )
+                self._scheduler.wait(state, lambda: not self._is_running or bool(state.ready) or not state.can_choose)
 
     def end(self) -> None:
         """End it, if it has not ended by itself.
@@ -69,7 +67,6 @@ class Generation:
         with self._scheduler.condition:
             self._has_ended = True
             if self._is_running:
-                self._state.drop_ready()
                 self._stop()
 
     def cancel(self) -> None:
@@ -91,10 +88,11 @@ class Generation:
             self._has_begun = True
             if self._sampler is not None:
                 state.sampler = self._sampler
-            if self._num_left != 0:
-                state.generation = self
+            if self._max_new_tokens != 0:
+                state.generation, state.num_left = self, self._max_new_tokens
 
     def _stop(self) -> None:
+        self._state.drop_ready()
         self._state.generation, self._state.wants_token = None, False
 
     def _next(self) -> int | None:
@@ -103,17 +101,17 @@ class Generation:
         while True:
             self.wait()
             with self._scheduler.condition:
-                token, is_running = state.ready, self._is_running
-                if not is_running or token in self._stop_ids:
+                if not self._is_running:
                     return None
-                if token is None:
+                if not state.ready:
                     continue  # something was fed in between
-                state.ready = state.before_choice = None
-                state.queue.append(token)
-                if self._num_left is not None:
-                    self._num_left -= 1
+                if state.ready[0].token in self._stop_ids:
+                    return None
+                token = self._scheduler.engine.hand_out(state)
+                if state.num_left is not None:
+                    state.num_left -= 1
                 grammar = state.sampler.grammar
-                if self._num_left == 0 or (grammar is not None and grammar.is_complete):
+                if state.num_left == 0 or (not state.ready and grammar is not None and grammar.is_complete):
                     self._stop()
                 return token
 

@@ -40,12 +40,18 @@ class StreamIds:
         """Forget the last ids."""
         self._count -= count
 
-    def in_sight(self, begin: int = 0) -> np.ndarray:
-        """Ids of the tokens that the last one sees, int64, in order; ``begin``: the first that its window may hold."""
-        layout, last = self.layout, self._count - 1
+    def in_sight(self, begin: int = 0, next_ids: Sequence[int] = ()) -> np.ndarray:
+        """Ids of the tokens that the last one sees, int64, in order.
+
+        Args:
+            begin: the first that its window may hold.
+            next_ids: ids that follow those that are here; the last token is the last of these.
+        """
+        layout, last = self.layout, self._count + len(next_ids) - 1
         begin = max(layout.num_sinks, last - layout.window + 1, begin)
         sinks = self._slots[: min(layout.num_sinks, self._count)]
-        return np.concatenate((sinks, self._recent(begin)))
+        seen = [id_ for token, id_ in enumerate(next_ids, self._count) if token < layout.num_sinks or token >= begin]
+        return np.concatenate((sinks, self._recent(begin), np.array(seen, dtype=np.int64)))
 
     def last(self, count: int) -> list[int]:
         """The last ids, fewer if there are not as many."""

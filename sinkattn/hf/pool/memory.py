@@ -50,6 +50,8 @@ class NewTokens(NamedTuple):
     ids: Sequence[int]
     begin: int
     """First token that their window may hold."""
+    num_logits: int = 1
+    """How many of them, the last ones, the logits are wanted of."""
 
 
 class Memory(Protocol):
@@ -63,13 +65,17 @@ class Memory(Protocol):
         """Bytes of keys and values on the device."""
 
     def run(self, inputs: Sequence[NewTokens]) -> Tensor:
-        """Append tokens to streams that have a row. Returns the logits of the last one of each: ``[streams, vocab]``.
+        """Append tokens to streams that have a row.
 
-        They count only after `commit`.
+        They count only after `commit`, maybe of some of them, the first ones; then the others may count later, as long
+        as nothing else is appended and nothing rolled back. Until then they are a part of the contents.
+
+        Returns:
+            Logits of the last tokens of each, as many as are wanted of any: ``[streams, tokens, vocabulary]``.
         """
 
     def commit(self, stream: StreamMemory, seen: int) -> None:
-        """Count the tokens that a forward has appended to a stream, which has so many then."""
+        """Count tokens that a forward has appended to a stream, which has so many then."""
 
     def bring_in(self, stream: StreamMemory, row: int) -> None:
         """Give a stream, which is not on disk, a free row."""
@@ -131,8 +137,11 @@ class RingMemory:
         )
         for x in inputs:
             x.stream.peak = max(x.stream.peak, x.stream.seen + len(x.ids))
-        output = self._model(input_ids=ids, attention_mask=mask, **self._options)
-        return output.logits[: len(inputs), -1]
+        options, num_logits = self._options, max(x.num_logits for x in inputs)
+        if "logits_to_keep" in options:
+            options = {**options, "logits_to_keep": num_logits}
+        output = self._model(input_ids=ids, attention_mask=mask, **options)
+        return output.logits[: len(inputs), -num_logits:]
 
     def commit(self, stream: StreamMemory, seen: int) -> None:
         """See `Memory`."""
@@ -254,10 +263,10 @@ class OwnCaches:
 
     def run(self, inputs: Sequence[NewTokens]) -> Tensor:
         """See `Memory`."""
-        [(stream, ids, _)], model = inputs, self._model
+        [(stream, ids, *_)], model = inputs, self._model
         _drop_uncounted(stream)
         options = {forward_cache(model): stream.contents, "use_cache": True, **keep_last_logits(model)}
-        return model(input_ids=torch.tensor([[*ids]], device=model.device), **options).logits[:, -1]
+        return model(input_ids=torch.tensor([[*ids]], device=model.device), **options).logits[:, -1:]
 
     def commit(self, stream: StreamMemory, seen: int) -> None:
         """See `Memory`; the cache has counted them, too."""

@@ -24,6 +24,7 @@ class PoolModel:
     Attributes:
         patch: of the model.
         vocabulary: number of ids that can be chosen.
+        num_ids: number of ids that can be fed.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -32,7 +33,7 @@ class PoolModel:
         self.vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
         # Of some models not all ids that can be chosen can be fed, or the other way round.
         embeddings = self.patch.decoder.get_input_embeddings()
-        self._num_ids: int = getattr(embeddings, "num_embeddings", self.vocabulary)
+        self.num_ids: int = getattr(embeddings, "num_embeddings", self.vocabulary)
 
     def new_sampler(self, params: SamplingParams) -> StreamSampler:
         """Sampler of a stream; raises ValueError or ImportError as `StreamSampler`."""
@@ -55,8 +56,8 @@ class PoolModel:
         ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
         if ids.ndim != 1 or (ids.is_floating_point() and len(ids)):
             raise ValueError(f"{name}: expected text or ids [tokens], got {ids.dtype} {list(ids.shape)}")
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self._num_ids:
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_ids:
             raise ValueError(
-                f"{name}: expected ids from 0 to {self._num_ids - 1}, got {int(ids.min())} to {int(ids.max())}"
+                f"{name}: expected ids from 0 to {self.num_ids - 1}, got {int(ids.min())} to {int(ids.max())}"
             )
         return [int(x) for x in ids.tolist()]

@@ -18,6 +18,7 @@ from sinkattn.hf.pool.memory import StreamMemory, memory_for
 from sinkattn.hf.pool.messages import Messages
 from sinkattn.hf.pool.model import PoolModel
 from sinkattn.hf.pool.scheduler import Scheduler
+from sinkattn.hf.pool.speculation import Speculation, drafter_for
 from sinkattn.hf.pool.state import StreamState
 from sinkattn.hf.pool.stream import Stream
 from sinkattn.hf.sampling.params import SamplingParams
@@ -49,9 +50,14 @@ class StreamPool:
         tokenizer: for text.
         max_prefix: the most tokens of a prefix; each row has slots for so many sinks. Default: the sinks of `enable`.
         tokens_per_step: the most tokens of a step that are fed rather than generated.
+        speculation: a `PromptLookup` or a `DraftModel`, which drafts the next tokens of streams that generate, as many
+            at once as turn out right. One forward checks them, so that a stream gets several tokens from it. They are
+            those that it would get without, from logits that are equal up to rounding. What can be rolled back is less
+            by as many as are drafted at once.
 
     Raises:
-        ValueError: for an invalid argument, or a model that is not enabled.
+        ValueError: for an invalid argument, or a model that is not enabled; with ``speculation`` also for models with
+            recurrent states and those that stream by re-encoding, and if the headroom is too small.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class StreamPool:
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_prefix: int = 0,
         tokens_per_step: int = 512,
+        speculation: Speculation | None = None,
     ) -> None:
         for name, value, least in (
             ("max_streams", max_streams, 1),
@@ -82,7 +89,21 @@ class StreamPool:
         self._patch = self._model.patch
         self._max_sinks = max(self._patch.layout.num_sinks, max_prefix)
         self._memory = memory_for(model, max_streams, self._max_sinks)
-        engine = Engine(self._memory, max_streams, max_parked, folder, tokens_per_step, model.device)
+        self._drafter = None
+        if speculation is not None:
+            if not self.is_batched:
+                raise ValueError(
+                    "speculation: expected None, as models with recurrent states and those that stream by re-encoding "
+                    f"check no drafts, got {type(speculation).__name__}"
+                )
+            self._drafter = drafter_for(
+                speculation,
+                self._model,
+                num_rows=max_streams,
+                num_sinks=self._max_sinks,
+                tokens_per_step=tokens_per_step,
+            )
+        engine = Engine(self._memory, max_streams, max_parked, folder, tokens_per_step, model.device, self._drafter)
         self.scheduler = Scheduler(engine, max_streams + max_parked + max_on_disk)
 
     def open(
@@ -194,8 +215,8 @@ class StreamPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values on the device."""
-        return self._memory.nbytes
+        """Bytes of keys and values on the device, those of a draft model among them."""
+        return self._memory.nbytes + (0 if self._drafter is None else self._drafter.nbytes)
 
     def close(self) -> None:
         """Close all streams; no more can be opened."""

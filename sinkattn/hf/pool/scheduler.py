@@ -181,15 +181,15 @@ class Scheduler:
                     self._without_lock(self.engine.run, segments)
                     self.engine.commit(segments)
                 sampled = step.sampled
-                tokens = self._without_lock(self.engine.choose, sampled)
-            for state, token in zip(sampled, tokens, strict=True):
-                state.ready = token
+                choices = self._without_lock(self.engine.choose, sampled)
+            for state, ready in zip(sampled, choices, strict=True):
+                state.ready = ready
+                state.end_choices()
                 if not state.wants_token or state.queue:
                     state.drop_ready()  # the call has ended since, or something was fed
         except BaseException:
             for state in sampled:
-                if state.ready is None:
-                    state.undo_choice()
+                state.end_choices()
             raise
         finally:
             self._is_stepping = False

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,6 +14,20 @@ from sinkattn.hf.pool.memory import StreamMemory
 from sinkattn.hf.pool.messages import Messages
 from sinkattn.hf.sampling.grammar import Grammar
 from sinkattn.hf.sampling.stream_sampler import StreamSampler
+
+
+class SamplerState(NamedTuple):
+    """What the choice of a token changes."""
+
+    draws: int
+    grammar: Grammar | None
+
+
+class Choice(NamedTuple):
+    """A token that was chosen."""
+
+    token: int
+    before: SamplerState
 
 
 @dataclass(eq=False)
@@ -34,14 +50,21 @@ class StreamState:
     """Whether somebody wants the next token, or will when the one before has been used."""
     generation: object | None = None
     """The call of `generate` that runs."""
+    num_left: int | None = None
+    """How many more tokens it takes; None for no limit."""
+    num_drafts: int = 1
+    """How many tokens are drafted next, up to the limit of the pool."""
     has_logits: bool = False
     """Whether the logits after the last token in memory are known."""
     parked_logits: Tensor | None = None
     """These, while the stream has no row."""
-    ready: int | None = None
-    """The next token, chosen and not handed out yet; until it is, it does not belong to the stream."""
-    before_choice: tuple[int, Grammar | None] | None = None
-    """Draws and grammar before ``ready`` was chosen."""
+    ready: Sequence[Choice] = ()
+    """The next tokens, chosen and not handed out yet; until they are, they do not belong to the stream.
+
+    All but the last are in memory, where they do not count.
+    """
+    before_choices: SamplerState | None = None
+    """From before what a step that has not ended has chosen."""
     error: BaseException | None = None
     """Why it cannot go on, for the call that waits."""
     row_since: int = 0
@@ -81,25 +104,37 @@ class StreamState:
         """Whether a step can bring it nearer to what is wanted."""
         if self.error is not None:
             return False
-        return (self.wants_token and self.ready is None and self.can_choose) or (
-            self.num_feeding > 0 and bool(self.queue)
-        )
+        return (self.wants_token and not self.ready and self.can_choose) or (self.num_feeding > 0 and bool(self.queue))
 
-    def begin_choice(self) -> None:
-        """Note what the choice of a token changes, for `undo_choice`."""
+    def begin_choice(self) -> SamplerState:
+        """What the choice of a token changes, for `undo_choice`."""
         grammar = self.sampler.grammar
-        self.before_choice = self.sampler.draws, None if grammar is None else grammar.fork()
+        before = SamplerState(self.sampler.draws, None if grammar is None else grammar.fork())
+        if self.before_choices is None:
+            self.before_choices = before
+        return before
 
-    def undo_choice(self) -> None:
+    def undo_choice(self, before: SamplerState) -> None:
         """Let a choice that has failed, or whose token is not used, leave no trace."""
-        if self.before_choice is not None:
-            (self.sampler.draws, self.sampler.grammar), self.before_choice = self.before_choice, None
+        self.sampler.draws, self.sampler.grammar = before
+        if self.before_choices is before:
+            self.before_choices = None
+
+    def end_choices(self) -> None:
+        """End those of a step, which leave no trace if their tokens are not ready."""
+        if self.before_choices is not None and not self.ready:
+            self.undo_choice(self.before_choices)
+        self.before_choices = None
+
+    def note_drafts(self, count: int, num_right: int) -> None:
+        """Draft twice as many the next time if all that were drafted are right, else as many as are."""
+        self.num_drafts = max(self.num_drafts, 2 * count) if num_right == count else max(1, num_right)
 
     def drop_ready(self) -> None:
-        """Forget the token that was chosen ahead, or why none could be, as if nobody had tried."""
-        if self.ready is not None:
-            self.ready = None
-            self.undo_choice()
+        """Forget the tokens that were chosen ahead, or why none could be, as if nobody had tried."""
+        if self.ready:
+            before, self.ready = self.ready[0].before, ()
+            self.undo_choice(before)
         self.error = None
 
     def window_begin(self, offset: int) -> int:

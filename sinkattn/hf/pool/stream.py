@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections.abc import AsyncIterator, Collection, Generator, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -57,9 +56,7 @@ class Stream:
     def in_sight(self) -> list[int]:
         """Ids that the last token sees, itself included: prefix or sinks, and window."""
         with self._scheduler.locked(self._state) as state:
-            ids = copy.deepcopy(state.ids)
-            ids.append([*state.queue])
-            return ids.in_sight(state.window_begin(len(state.queue) - 1)).tolist()
+            return state.ids.in_sight(state.window_begin(len(state.queue) - 1), state.queue).tolist()
 
     def feed(self, tokens: str | Sequence[int] | Tensor, *, begins_message: bool = True, wait: bool = True) -> None:
         """Append tokens; returns when they are in memory.
@@ -245,8 +242,9 @@ class Stream:
 
         But random numbers go on, so that what is generated again may be something else; a grammar begins its text anew.
 
-        Until the ring is full any number can be forgotten, then up to the headroom of `sinkattn.enable`. If the next
-        thing is `generate`, it runs the last token again, so for a model that streams by re-encoding it is one fewer.
+        Until the ring is full any number can be forgotten, then up to the headroom of `sinkattn.enable`, less the
+        ``num_tokens`` of the pool's speculation. If the next thing is `generate`, it runs the last token again, so for
+        a model that streams by re-encoding it is one fewer.
 
         Raises:
             ValueError: for a negative number.
