@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -93,6 +94,9 @@ def test_right_drafts_save_forwards_and_wrong_ones_do_not():
         stream.feed(some_ids(9))
         assert len(list(stream.generate(100))) == 100
         number[way] = len(forwards)
+        forwards.clear()
+        assert [len(list(stream.generate(1))) for _ in range(5)] == [1] * 5
+        assert forwards == [[1]] * 5  # no draft could be used
     assert number[None] == 100  # one for what was fed
     assert number["right"] <= 1 + 2 + 100 / (DRAFTS + 1)
     assert number["lookup"] < 60  # it repeats itself
@@ -184,6 +188,7 @@ def test_forks_and_saves_between_tokens_that_are_ready(tmp_path):
 
 
 def test_a_text_by_a_grammar(shipped):
+    """It ends where the text does, though more was drafted, and the next one begins there."""
     pytest.importorskip("llguidance")
     model, tokenizer = shipped
     model = sinkattn.enable(copy.deepcopy(model).double(), 4, 60, 6)
@@ -192,19 +197,18 @@ def test_a_text_by_a_grammar(shipped):
         pool = StreamPool(model, 2, tokenizer=tokenizer, speculation=speculation)
         forwards, said = count_forwards(pool), []
         for temperature in (0.0, 1.0):
-            params = SamplingParams(grammar="start: /(ab|cd){9,19}e/", temperature=temperature, seed=0)
+            params = SamplingParams(grammar="start: /(ab){9,14}/", temperature=temperature, seed=0)
             with pool.open(sampling=params) as stream:
-                stream.feed("cd ab ab ab ab cd ab ab")
-                for _ in range(2):
-                    said.append([*stream.generate()])
+                stream.feed("cdabababababab")
+                said += ([*stream.generate()] for _ in range(2))
                 part = stream.generate()
-                said.append([next(part) for _ in range(5)])
-                stream.feed("x")  # goes on with the text
-                said.append([*part])
+                begun = [next(part) for _ in range(5)]
+                stream.feed("x")  # the text goes on
+                said.append([*begun, *part])
         return said, len(forwards)
 
     want, number = talk(None)
-    assert [tokenizer.decode(want[index])[-1] for index in (0, 1, 3, 4, 5, 7)] == [*"eeeeee"]
+    assert all(re.fullmatch("(ab){9,14}", tokenizer.decode(text)) for text in want)
     for speculation in (PromptLookup(num_tokens=6), DraftModel(model, 6)):
         got, fewer = talk(speculation)
         assert got == want
