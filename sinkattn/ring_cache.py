@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sinkattn import ops
+from sinkattn.argument_checks import check_kind, check_tensors, check_whole
 from sinkattn.rope import Rope, table_dtype
 
 
@@ -53,16 +54,22 @@ class RingKVCache:
         layout: ops.RingLayout | None = None,
         share_seen_with: RingKVCache | None = None,
     ) -> None:
+        sizes = {"batch_size": batch_size, "kv_heads": kv_heads, "head_dim": head_dim}
+        if value_dim is not None:
+            sizes["value_dim"] = value_dim
+        for name, size in sizes.items():
+            check_whole(name, size, 1)
+        for name, number in (("num_sinks", num_sinks), ("window", window), ("headroom", headroom)):
+            check_whole(name, number, None)
+        for name, x, kind in (("layout", layout, ops.RingLayout), ("share_seen_with", share_seen_with, RingKVCache)):
+            if x is not None:
+                check_kind(name, x, kind, f"a {kind.__name__}")
         # Dynamo cannot trace the C++ constructor, so a ring that is made inside torch.compile is given its layout.
         self.layout = ops.RingLayout(num_sinks, window, headroom) if layout is None else layout
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in ops.DTYPES:
             raise ValueError(f"dtype: expected one of {ops.DTYPES}, got {dtype}")
         value_dim = head_dim if value_dim is None else value_dim
-        sizes = {"batch_size": batch_size, "kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {size}")
         if share_seen_with is not None and len(share_seen_with.seen) != batch_size:
             raise ValueError(f"share_seen_with: expected a ring of {batch_size} rows, got {len(share_seen_with.seen)}")
         shape = (batch_size, kv_heads, self.layout.slots)
@@ -98,6 +105,7 @@ class RingKVCache:
         key, value ``[batch, kv_heads, tokens, head_dim]``, key not yet rotated; lengths int64 ``[batch]``: tokens of
         each row, the others are padding. Raises ValueError, TypeError or RuntimeError, with nothing changed.
         """
+        check_tensors(key=key)
         if key.ndim != 4:
             raise ValueError(f"key: expected [batch, kv_heads, tokens, head_dim], got {list(key.shape)}")
         cos, sin = _tables(self, rope, self.seen, key.shape[2])
@@ -211,6 +219,7 @@ def _tables(
 ) -> tuple[Tensor | None, Tensor | None]:
     if rope is None:
         return None, None
+    check_kind("rope", rope, Rope, "a Rope or None")
     layout, dtype = ring.layout, table_dtype(ring.keys.dtype)
     return rope.stream_tables(seen, tokens, num_sinks=layout.num_sinks, window=layout.window, dtype=dtype, **options)
 
@@ -263,6 +272,9 @@ def sink_attention(
         RuntimeError: rows, row_sinks, begins or lengths out of range; a backend that cannot run here; gradients for
             ``alibi_slopes``, or of a call with rows, row_sinks or begins. Nothing was changed.
     """
+    per_head = {"sink_logits": sink_logits, "alibi_slopes": alibi_slopes}
+    check_tensors(query=query, key=key, value=value, **{name: x for name, x in per_head.items() if x is not None})
+    check_kind("ring", ring, RingKVCache, "a RingKVCache")
     if query.ndim != 4:
         raise ValueError(f"query: expected [batch, heads, tokens, head_dim], got {list(query.shape)}")
     batch, _, tokens, _ = query.shape

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from sinkattn.argument_checks import check_tensors
 
 Style = Literal["half", "interleaved"]
 STYLES: tuple[Style, ...] = ("half", "interleaved")
@@ -29,7 +33,7 @@ class Rope:
         rotary_dim: rotated leading elements of the head, always ``2 * pairs``; if given, it is checked.
 
     Raises:
-        ValueError: an argument; the message names it.
+        TypeError, ValueError: an argument; the message names it.
     """
 
     inv_freq: Tensor
@@ -41,6 +45,9 @@ class Rope:
 
     def __post_init__(self) -> None:
         """Check the arguments; keep the frequencies in fp64."""
+        check_tensors(inv_freq=self.inv_freq)
+        if not isinstance(self.scaling, Real) or not math.isfinite(self.scaling):
+            raise ValueError(f"scaling: expected a finite number, got {self.scaling!r}")
         if self.inv_freq.ndim != 1 or not self.inv_freq.is_floating_point() or not len(self.inv_freq):
             raise ValueError(
                 f"inv_freq: expected a float tensor [pairs], got {self.inv_freq.dtype} {list(self.inv_freq.shape)}"

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "sinkattn"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From bottom to top: a file imports only from further down. Every other file stands above them all.
 LAYERS = [
+    {"argument_checks"},
     {"rope", "attention_arguments"},
     {"reference", "kernels"},
     {"ops"},

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sinkattn import ops
+from sinkattn.argument_checks import check_whole
 from sinkattn.hf.adapters import probe_by_adapter
 from sinkattn.hf.cache.sink_cache import SinkCache, check_cache
 from sinkattn.hf.dry_run import evaluation_mode, preserve_state
@@ -76,6 +77,8 @@ def enable(
         TypeError, ValueError: for an invalid argument, or a model that is enabled already.
         RuntimeError: for a backend that cannot run on the model's device.
     """
+    for name, number in (("num_sinks", num_sinks), ("window", window), ("headroom", headroom)):
+        check_whole(name, number, None)
     layout = ops.RingLayout(num_sinks, window, headroom)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
+from sinkattn.argument_checks import check_fraction, check_kind, check_whole
 from sinkattn.hf.forward_gate import ForwardGate, Published, Stopped, before_operators
 from sinkattn.hf.learner import MakeOptimizer, OnlineLearner
 from sinkattn.hf.model_patch import PatchedForward, get_patch, require_patch
@@ -89,10 +90,9 @@ class BackgroundLearner:
         share: float = 0.05,
         **options: Any,
     ) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity: expected 1 or more, got {capacity}")
-        if not 0 <= share <= 1:
-            raise ValueError(f"share: expected 0 to 1, got {share}")
+        check_whole("capacity", capacity, 1)
+        check_fraction("share", share)
+        check_kind("model", model, torch.nn.Module, "a transformers PreTrainedModel")
         if _has_learner(model):
             raise ValueError("model: has a BackgroundLearner already; close it first")
         with torch.inference_mode(False), torch.enable_grad():

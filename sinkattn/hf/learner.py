@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sinkattn.argument_checks import check_fraction, check_path, check_tensors, check_whole
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.model_patch import require_patch
 from sinkattn.hf.stream import keep_last_logits
@@ -100,16 +102,19 @@ class OnlineLearner:
         decay: float = 0.0,
         max_norm: float | None = 1.0,
     ) -> None:
+        check_whole("chunk", chunk)
         if chunk < 2:
             raise ValueError(
                 f"chunk: expected 2 or more, as the first token of a chunk is not learned from, got {chunk}"
             )
-        if every < 1:
-            raise ValueError(f"every: expected 1 or more, got {every}")
+        check_whole("every", every, 1)
+        check_fraction("decay", decay)
+        if max_norm is not None and not (isinstance(max_norm, Real) and max_norm > 0):
+            raise ValueError(f"max_norm: expected more than 0, or None, got {max_norm!r}")
+        if not (optimizer is None or isinstance(optimizer, torch.optim.Optimizer) or callable(optimizer)):
+            raise TypeError(f"optimizer: expected an optimizer, or a function, got {type(optimizer).__name__}")
         if after_update not in ("keep", "reencode"):
             raise ValueError(f"after_update: expected 'keep' or 'reencode', got {after_update!r}")
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay: expected 0 to 1, got {decay}")
         if learn == "lora" and isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError("optimizer: expected a function that makes one, as the adapters are new, got an optimizer")
         self.cache = _new_cache(model)
@@ -198,6 +203,7 @@ class OnlineLearner:
 
     def save(self, path: str | Path) -> None:
         """Save what learns: adapters, for ``PeftModel.from_pretrained``, or the model by its ``save_pretrained``."""
+        check_path("path", path)
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         if self._has_own_adapters:
@@ -207,6 +213,7 @@ class OnlineLearner:
 
     def checked(self, piece: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Check the arguments of `step`; returns ids and mask ``[batch, tokens]`` on the device of the model."""
+        check_tensors(piece=piece, **({} if mask is None else {"mask": mask}))
         if piece.ndim not in (1, 2) or piece.is_floating_point():
             raise ValueError(f"piece: expected ids [tokens] or [batch, tokens], got {piece.dtype} {list(piece.shape)}")
         if mask is not None and (mask.shape != piece.shape or mask.dtype != torch.bool):

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 from torch import nn
 from transformers import PreTrainedModel
 
+from sinkattn.argument_checks import check_kind
 from sinkattn.ops import RingLayout
 
 # Those that exist, by their address, in order of creation.
@@ -108,7 +109,8 @@ def get_patch(model: nn.Module) -> ModelPatch | None:
 
 
 def require_patch(model: nn.Module) -> ModelPatch:
-    """Patch of an enabled model; raises ValueError if the model is not enabled."""
+    """Patch of an enabled model; raises ValueError if the model is not enabled, TypeError for what is no model."""
+    check_kind("model", model, nn.Module, "a transformers PreTrainedModel")
     patch = get_patch(model)
     if patch is None:
         raise ValueError("model: expected a model prepared by sinkattn.enable(model), got one that is not enabled")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkattn.hf.cache.sink_cache import SinkCache
+from sinkattn.argument_checks import check_kind, check_whole
+from sinkattn.hf.cache.sink_cache import SinkCache, check_cache
+from sinkattn.hf.model_patch import require_patch
 from sinkattn.hf.sampling.batch_sampler import BatchSampler
 from sinkattn.hf.sampling.in_sight import IdsInSight
 from sinkattn.hf.sampling.params import SamplingParams
@@ -62,18 +65,27 @@ def stream_tokens(
         prefill_chunk: prompt tokens per forward.
 
     Raises:
-        ValueError: for an invalid argument, or a model that is not enabled.
+        TypeError, ValueError: for an invalid argument, or a model that is not enabled.
         ImportError: for a grammar without llguidance.
     """
-    prompt = torch.as_tensor(prompt_ids, dtype=torch.int64, device=model.device)
+    check_cache(require_patch(model), "cache", cache)
+    check_whole("prefill_chunk", prefill_chunk, 1)
+    if max_new_tokens is not None:
+        check_whole("max_new_tokens", max_new_tokens)
+    check_kind("stop_ids", stop_ids, Collection, "a collection of ids")
+    if others := [x for x in stop_ids if not isinstance(x, Integral)]:
+        raise ValueError(f"stop_ids: expected ids, got {others[0]!r}")
+    try:
+        prompt = torch.as_tensor(prompt_ids, device=model.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"prompt_ids: expected ids [tokens], got {type(prompt_ids).__name__}: {error}") from error
+    if prompt.is_floating_point() and len(prompt):
+        raise ValueError(f"prompt_ids: expected ids [tokens], got {prompt.dtype}")
+    prompt = prompt.long()
     if prompt.ndim == 1:
         prompt = prompt.unsqueeze(0)
     if prompt.ndim != 2 or prompt.shape[0] != 1 or not prompt.shape[1]:
         raise ValueError(f"prompt_ids: expected [tokens] or [1, tokens], at least one, got {list(prompt.shape)}")
-    if prefill_chunk < 1:
-        raise ValueError(f"prefill_chunk: expected 1 or more, got {prefill_chunk}")
-    if max_new_tokens is not None and max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens: expected 0 or more, got {max_new_tokens}")
     cache = SinkCache(model) if cache is None else cache
     options = SamplingParams(
         temperature=temperature,
@@ -86,6 +98,7 @@ def stream_tokens(
     if sampling is not None and options != SamplingParams():
         raise ValueError("sampling: expected no other sampling argument beside it")
     params = options if sampling is None else sampling
+    check_kind("sampling", params, SamplingParams, "SamplingParams")
     stop_ids = {*stop_ids, *(end_ids(model) if params.grammar is not None else ())}
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     stream = StreamSampler(params, vocabulary=vocabulary, end_ids=stop_ids, tokenizer=tokenizer)

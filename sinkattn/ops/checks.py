@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import SymFloat, Tensor
 
+from sinkattn.argument_checks import check_tensors
 from sinkattn.attention_arguments import AttentionArguments
 from sinkattn.rope import table_dtype
 
@@ -16,7 +18,8 @@ TRITON_MAX_DIM = 256
 
 
 def check_tensor(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ValueError for another shape, TypeError for another dtype or device."""
+    """Raise ValueError for another shape, TypeError for another dtype or device, or for what is no tensor."""
+    check_tensors(**{name: x})
     if tuple(x.shape) != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
     if x.dtype != dtype:
@@ -115,10 +118,10 @@ def check_score_options(
     query: Tensor, scale: float, softcap: float | None, sink_logits: Tensor | None, alibi_slopes: Tensor | None
 ) -> None:
     """Check the arguments that change the scores."""
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected more than 0, or None, got {softcap}")
+    if not isinstance(scale, (Real, SymFloat)) or not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+    if softcap is not None and not (isinstance(softcap, (Real, SymFloat)) and softcap > 0):
+        raise ValueError(f"softcap: expected more than 0, or None, got {softcap!r}")
     for name, x in (("sink_logits", sink_logits), ("alibi_slopes", alibi_slopes)):
         if x is not None and x.shape != query.shape[1:2]:
             raise ValueError(f"{name}: expected shape {list(query.shape[1:2])}, got {list(x.shape)}")

@@ -230,7 +230,7 @@ def test_stops():
     assert list(stream.generate(0)) == []
     for arguments, message in (
         ({"max_new_tokens": -1}, "max_new_tokens: expected 0 or more, got -1"),
-        ({"max_new_tokens": 2.5}, r"max_new_tokens: expected 0 or more, got 2\.5"),
+        ({"max_new_tokens": 2.5}, r"max_new_tokens: expected a whole number, got 2\.5"),
         ({"stop": [None]}, "stop: expected ids and texts, got None"),
         ({"stop": [torch.tensor(third)]}, r"stop: expected ids and texts, got tensor\("),
         ({"stop": ["x"]}, "stop: expected ids, as the pool has no tokenizer, got 'x'"),
@@ -619,19 +619,6 @@ def test_a_pool_is_not_copied():
     for copied in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="a StreamPool can be neither copied nor pickled"):
             copied(pool)
-
-
-def test_after_disable_a_pool_says_so():
-    model = sinkattn.enable(build("llama", torch.float64), S, W, HEADROOM)
-    pool = StreamPool(model, 1)
-    stream = pool.open()
-    stream.feed(some_ids(5))
-    sinkattn.disable(model)
-    with pytest.raises(RuntimeError, match=r"cache: a SinkCache works only in the model that sinkattn.enable prepared"):
-        stream.feed([1])
-    sinkattn.enable(model, S, W, HEADROOM)
-    with pytest.raises(ValueError, match="this SinkCache was made for another model or before the last enable"):
-        stream.feed([1])
 
 
 @pytest.mark.parametrize("headroom", [0, HEADROOM])

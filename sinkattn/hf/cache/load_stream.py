@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sinkattn.argument_checks import check_path
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.cache.stream_file import SavedStreams, read_streams
 from sinkattn.hf.dry_run import without_dropout
@@ -47,6 +48,7 @@ def load_stream(model: nn.Module, path: str | Path, *, accept: Collection[Accept
 
 def read_saved(patch: ModelPatch, path: str | Path, accept: Collection[Accepted]) -> SavedStreams:
     """Read a file, and check that it is of this model; raises as `load_stream`."""
+    check_path("path", path)
     saved = read_streams(path)
     check_fingerprint(patch, saved.model, accept)
     saved.converts_dtype = "dtype" in accept

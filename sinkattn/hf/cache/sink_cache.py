@@ -8,10 +8,11 @@ from types import NoneType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
+from sinkattn.argument_checks import check_whole
 from sinkattn.hf.cache.id_history import IdHistory
 from sinkattn.hf.cache.layers import SinkLayer, layer_tensors, load_layer
 from sinkattn.hf.cache.state import SharedCacheState
@@ -37,8 +38,8 @@ class SinkCache(Cache):
             of `sinkattn.enable`. The window stays the same.
 
     Raises:
-        ValueError: if the model is not enabled, max_batch_size is below 1, or num_sinks is negative or, with the
-            window, beyond what the model takes.
+        TypeError, ValueError: for an invalid argument, such as a model that is not enabled, or num_sinks that are, with
+            the window, beyond what the model takes.
     """
 
     layers: list[Any]
@@ -46,15 +47,15 @@ class SinkCache(Cache):
 
     def __new__(cls, model: PreTrainedModel | None = None, *args: Any, **kwargs: Any) -> SinkCache:
         """Create the class of cache that the model's patch names."""
-        patch = None if model is None else get_patch(model)  # None when copied or unpickled
+        patch = get_patch(model) if isinstance(model, nn.Module) else None  # no model when copied or unpickled
         return super().__new__(cls if patch is None or cls is not SinkCache else patch.cache_class)
 
     def __init__(
         self, model: PreTrainedModel, max_batch_size: int | None = None, *, num_sinks: int | None = None
     ) -> None:
         patch = require_patch(model)
-        if max_batch_size is not None and max_batch_size < 1:
-            raise ValueError(f"max_batch_size: expected 1 or more, got {max_batch_size}")
+        if max_batch_size is not None:
+            check_whole("max_batch_size", max_batch_size, 1)
         self.patch_id: str = patch.id
         self._max_batch_size = max_batch_size
         layout = patch.layout if num_sinks is None else patch.layout_with(num_sinks)

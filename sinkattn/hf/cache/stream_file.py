@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import sinkattn
+from sinkattn.argument_checks import check_path
 
 FORMAT = "1"
 # Keys in the metadata of the file; the value of the first one is the format.
@@ -37,6 +38,7 @@ def write_streams(path: str | Path, tensors: dict[str, Tensor], model: dict[str,
     Raises:
         OSError: the file cannot be written; what was there is left as it was.
     """
+    check_path("path", path)
     versions = {module.__name__: module.__version__ for module in (sinkattn, transformers, torch)}
     header = json.dumps({"versions": versions, "model": model, "state": state}, separators=(",", ":"))
     with _replaced(Path(path)) as new:

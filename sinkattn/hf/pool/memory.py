@@ -132,6 +132,7 @@ class RingMemory:
 
     def run(self, inputs: Sequence[NewTokens]) -> Tensor:
         """See `Memory`."""
+        require_patch(self._model)  # or another forward would get these caches
         ids, mask = self._cache.select(
             [RowInput(_row(x.stream), x.stream.seen, x.stream.num_sinks, x.begin, x.ids) for x in inputs]
         )
@@ -263,6 +264,7 @@ class OwnCaches:
 
     def run(self, inputs: Sequence[NewTokens]) -> Tensor:
         """See `Memory`."""
+        require_patch(self._model)
         [(stream, ids, *_)], model = inputs, self._model
         _drop_uncounted(stream)
         options = {forward_cache(model): stream.contents, "use_cache": True, **keep_last_logits(model)}

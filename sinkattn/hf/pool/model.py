@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sinkattn.argument_checks import check_kind
 from sinkattn.hf.model_patch import require_patch
 from sinkattn.hf.sampling.params import SamplingParams
 from sinkattn.hf.sampling.stream_sampler import StreamSampler
@@ -29,21 +30,31 @@ class PoolModel:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.patch = require_patch(model)
+        if tokenizer is not None:
+            check_kind("tokenizer", tokenizer, Callable, "a tokenizer of transformers or None")
         self.model, self.tokenizer = model, tokenizer
         self.vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
         # Of some models not all ids that can be chosen can be fed, or the other way round.
         embeddings = self.patch.decoder.get_input_embeddings()
         self.num_ids: int = getattr(embeddings, "num_embeddings", self.vocabulary)
 
+    def check_enabled(self) -> None:
+        """Raise ValueError if the model has been disabled, or enabled anew, since the pool was made."""
+        if require_patch(self.model) is not self.patch:
+            raise ValueError("model: expected one that stays enabled, got one that was enabled anew; make a new pool")
+
     def new_sampler(self, params: SamplingParams) -> StreamSampler:
         """Sampler of a stream; raises ValueError or ImportError as `StreamSampler`."""
         return StreamSampler(params, vocabulary=self.vocabulary, end_ids=end_ids(self.model), tokenizer=self.tokenizer)
 
     def ids_of(self, name: str, tokens: str | Sequence[int] | Tensor, *, is_first: bool) -> list[int]:
-        """Ids of the argument ``name``; raises ValueError if there are others than the model has.
+        """Ids of the argument ``name``.
+
+        Raises ValueError if there are others than the model has, and as `check_enabled`.
 
         is_first: whether text gets the special tokens that begin a stream.
         """
+        self.check_enabled()
         if isinstance(tokens, str) and self.tokenizer is None:
             raise ValueError(f"{name}: expected ids, as the pool has no tokenizer, got text")
         try:

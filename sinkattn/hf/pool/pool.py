@@ -10,6 +10,7 @@ from typing import Literal, NoReturn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sinkattn.argument_checks import check_whole
 from sinkattn.hf.fingerprint import Accepted
 from sinkattn.hf.pool import saved
 from sinkattn.hf.pool.engine import Engine
@@ -56,8 +57,8 @@ class StreamPool:
             by as many as are drafted at once.
 
     Raises:
-        ValueError: for an invalid argument, or a model that is not enabled; with ``speculation`` also for models with
-            recurrent states and those that stream by re-encoding, and if the headroom is too small.
+        TypeError, ValueError: for an invalid argument, or a model that is not enabled; with ``speculation`` also for
+            models with recurrent states and those that stream by re-encoding, and if the headroom is too small.
     """
 
     def __init__(
@@ -80,8 +81,7 @@ class StreamPool:
             ("max_prefix", max_prefix, 0),
             ("tokens_per_step", tokens_per_step, 1),
         ):
-            if value < least:
-                raise ValueError(f"{name}: expected {least} or more, got {value}")
+            check_whole(name, value, least)
         folder = None if park_folder is None else Path(park_folder).resolve()
         if folder is not None and not folder.is_dir():
             raise ValueError(f"park_folder: expected a folder, got {folder}")
@@ -126,7 +126,7 @@ class StreamPool:
         Raises:
             PoolFullError: if there is no room.
             RuntimeError: if the pool is closed.
-            ValueError: for a prefix longer than ``max_prefix``, or another invalid argument.
+            TypeError, ValueError: for a prefix longer than ``max_prefix``, or another invalid argument.
         """
         if evict not in ("token", "message"):
             raise ValueError(f"evict: expected 'token' or 'message', got {evict!r}")

@@ -10,6 +10,7 @@ from typing import NoReturn, TypeVar
 
 from torch import Tensor
 
+from sinkattn.argument_checks import check_kind, check_path, check_whole
 from sinkattn.hf.cache.stream_file import write_streams
 from sinkattn.hf.pool import saved
 from sinkattn.hf.pool.generation import Generation
@@ -113,7 +114,7 @@ class Stream:
             sampling: how tokens are chosen from now on; default: as before.
 
         Raises:
-            ValueError: for an invalid argument.
+            TypeError, ValueError: for an invalid argument.
             RuntimeError: while it runs: a stream that is closed, has no tokens, or has such an iterator already.
         """
         stops = self._stop_strings(stop)
@@ -150,8 +151,9 @@ class Stream:
     def _generation(
         self, max_new_tokens: int | None, stop: Collection[int | str], sampling: SamplingParams | None
     ) -> Generation:
-        if max_new_tokens is not None and not (isinstance(max_new_tokens, Integral) and max_new_tokens >= 0):
-            raise ValueError(f"max_new_tokens: expected 0 or more, got {max_new_tokens!r}")
+        if max_new_tokens is not None:
+            check_whole("max_new_tokens", max_new_tokens)
+        self._model.check_enabled()
         sampler = None if sampling is None else self._model.new_sampler(sampling)
         stop_ids = frozenset(x for x in _each(stop) if not isinstance(x, str))
         return Generation(self._scheduler, self._state, sampler, stop_ids, max_new_tokens)
@@ -250,8 +252,7 @@ class Stream:
             ValueError: for a negative number.
             RuntimeError: if so many cannot be forgotten; nothing is changed.
         """
-        if count < 0:
-            raise ValueError(f"count: expected 0 or more, got {count}")
+        check_whole("count", count)
         with self._scheduler.exclusive(self._state) as state:
             waiting = min(count, len(state.queue))
             in_memory = count - waiting
@@ -288,6 +289,7 @@ class Stream:
             OSError: the file cannot be written, or the stream is parked on disk and cannot come back.
             RuntimeError: if the model is not enabled any more.
         """
+        check_path("path", path)
         with self._scheduler.exclusive(self._state) as state:
             state.drop_ready()
             engine = self._scheduler.engine
@@ -308,6 +310,7 @@ class Stream:
 
 def _each(stop: Collection[int | str]) -> list[int | str]:
     """Ids and texts that end a generation; raises ValueError for anything else, which would never end it."""
+    check_kind("stop", stop, Collection, "a collection of ids and texts")
     each: list[int | str] = [stop] if isinstance(stop, str) else [*stop]
     if others := [x for x in each if not isinstance(x, (str, Integral))]:
         raise ValueError(f"stop: expected ids and texts, got {others[0]!r}")

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import GenerationConfig, LogitsProcessor
 
+from sinkattn.argument_checks import check_kind
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -90,6 +92,8 @@ class SamplingParams:
         Raises:
             ValueError: for an invalid value.
         """
+        if config is not None:
+            check_kind("config", config, GenerationConfig, "a GenerationConfig or None")
         defaults = {"temperature": 1.0, "top_k": 50} if config is not None and config.do_sample else {}
         return cls(**{**defaults, **set_values(config), **overrides})
 

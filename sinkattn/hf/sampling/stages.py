@@ -16,6 +16,8 @@ from torch import Tensor
 from sinkattn.hf.sampling.params import SamplingParams
 from sinkattn.hf.sampling.stream_sampler import StreamSampler
 
+MIN_TEMPERATURE = 1e-30
+
 Apply: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
 """From scores, float32 ``[rows, vocabulary]``, and ids in sight, int64 ``[rows, tokens]``, to new scores.
 
@@ -100,7 +102,8 @@ def _allow(streams: Sequence[StreamSampler], device: torch.device) -> Apply:
 
 
 def _divide(streams: Sequence[StreamSampler], device: torch.device) -> Apply:
-    temperature = _column("temperature", streams, device)
+    # A score divided by less would overflow, or be NaN; the likeliest token comes in either case.
+    temperature = _column("temperature", streams, device).clamp_(min=MIN_TEMPERATURE)
     return lambda scores, ids: scores.div_(temperature)
 
 

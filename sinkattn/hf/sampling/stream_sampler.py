@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from sinkattn.argument_checks import check_kind
 from sinkattn.hf.sampling.grammar import Grammar
 from sinkattn.hf.sampling.params import SamplingParams
 
@@ -23,6 +24,7 @@ class StreamSampler:
         tokenizer: needed for a grammar.
 
     Raises:
+        TypeError: for other params.
         ValueError: for a biased id beyond the vocabulary, an invalid grammar, or one without a tokenizer.
         ImportError: for a grammar without llguidance.
 
@@ -41,6 +43,7 @@ class StreamSampler:
         end_ids: Collection[int] = (),
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        check_kind("sampling", params, SamplingParams, "SamplingParams")
         if beyond := [token for token in params.logit_bias if token >= vocabulary]:
             raise ValueError(f"logit_bias: expected ids below {vocabulary}, got {beyond[0]}")
         self.params = params

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sinkattn.argument_checks import check_whole
 from sinkattn.hf.cache.sink_cache import SinkCache, check_cache
 from sinkattn.hf.generation.generate import generate
 from sinkattn.hf.inputs import has_only_ids
@@ -36,6 +37,7 @@ class StreamPatch(ModelPatch):
 
     def layout_with(self, num_sinks: int) -> RingLayout:
         """Layout of a cache with another number of sinks; raises ValueError for one that the model does not take."""
+        check_whole("num_sinks", num_sinks, None)
         most = self.max_visible()
         if num_sinks < 0 or (most is not None and num_sinks + self.layout.window > most):
             limit = "" if most is None else f" to {most - self.layout.window}, as the model sees at most {most} tokens"
