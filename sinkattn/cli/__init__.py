@@ -1,7 +1,8 @@
 """The command line: ``sinkattn demo | generate | chat | learn | eval | info``, also as ``python -m sinkattn``.
 
 Exit codes: 0 when done, 2 for an error that the user can correct (one line on stderr says how), 130 when interrupted.
-`generate`, `chat` and `learn` run until Ctrl-C, so they exit with 0 when interrupted; `learn` once it has read a chunk.
+`generate`, `chat` and `learn` run until Ctrl-C, so they exit with 0 when interrupted; `learn` once it has read a chunk,
+`generate` unless JSON was interrupted. JSON that --max-new-tokens cuts off is an error of the user.
 
 Each command has a module here with its arguments and what it prints. The modules import torch, transformers, the
 packages of the extra ``cli``, and what needs them, only when a command runs.

@@ -47,8 +47,19 @@ def sentence(text: str) -> str:
 
 
 def add_model(parser: argparse.ArgumentParser, default: str = "the small one that ships with sinkattn") -> None:
-    """Add the arguments that say which model to load, where, in which dtype and with which weights."""
+    """Add the arguments that say which model to load, where, in which dtype and with which weights.
+
+    default: describes the default model.
+    """
     parser.add_argument("--model", metavar="NAME_OR_PATH", help=f"{MODEL} (default: {default})")
+    add_weights(parser)
+
+
+def add_chat_model(parser: argparse.ArgumentParser) -> None:
+    """The same for a command that needs a chat template, which the model that ships does not have."""
+    parser.add_argument(
+        "--model", required=True, metavar="NAME_OR_PATH", help=f"{MODEL}; one with a chat template (required)"
+    )
     add_weights(parser)
 
 
@@ -205,6 +216,8 @@ def open_text(name: str | None) -> Text:
 
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model that the arguments name, and its tokenizer."""
+    if args.model is None and getattr(args, "chat", False):
+        raise UserError("chat: the model that ships with sinkattn has no chat template; give --model")
     with as_user_error(ImportError):
         import torch
 

@@ -27,6 +27,7 @@ from sinkattn.cli.arguments import (
 from sinkattn.cli.errors import UserError, as_user_error, discard_stdout, require
 from sinkattn.cli.formatting import console, size_text
 from sinkattn.cli.learn_arguments import VARIANT, save_learned, variant
+from sinkattn.cli.limited import cut_off
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -135,6 +136,9 @@ def run(args: argparse.Namespace) -> int:
         f"({cache.layout.num_sinks} sinks + window of {cache.layout.window})",
         file=sys.stderr,
     )
+    if speaker.num_cut_off:
+        what = f"{speaker.num_cut_off} of {speaker.num_times} texts were"
+        raise cut_off(what, manner.max_new_tokens)
     return 0
 
 
@@ -151,9 +155,9 @@ def _manner(
         closing=closing,
         one_line=not args.chat and args.json_schema is None,
         keep=args.keep,
+        max_new_tokens=args.max_new_tokens or MAX_NEW_TOKENS,
         sampling=sampling(args, model, grammar=args.json_schema),
         options={
-            "max_new_tokens": args.max_new_tokens or MAX_NEW_TOKENS,
             "stop_ids": end_ids(model),
             "tokenizer": tokenizer,
         },

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from sinkattn.cli.limited import Limited, asked
 from sinkattn.hf import SamplingParams
 from sinkattn.hf.follow import Follower
 from sinkattn.hf.stream import stream_text
@@ -35,6 +36,8 @@ class Manner:
     """Whether what it says ends with a line, the first one that is not blank."""
     keep: bool = False
     """Whether the prompt and what it says stay in the stream."""
+    max_new_tokens: int | None = None
+    """The most tokens that it says at a time."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     """How its words are chosen. A ``seed`` is that of the first time, the next one of the second."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -50,6 +53,10 @@ class Speaker:
         text: the text, to be read by this tokenizer.
         manner: where it speaks, and how.
         before: called before it speaks.
+
+    Attributes:
+        num_times: how often it has spoken.
+        num_cut_off: how often what it said did not get to the end of its grammar.
     """
 
     def __init__(
@@ -65,7 +72,7 @@ class Speaker:
         self._line = ""
         self._until_next = manner.every or 0
         self._has_new_text = False
-        self._num_times = 0
+        self.num_times = self.num_cut_off = 0
 
     def read(self, piece: str) -> None:
         """Read text, and speak at the places in it."""
@@ -119,15 +126,18 @@ class Speaker:
         self._has_new_text = False
         manner = self._manner
         prompt_ids, said, seed = prompt_ids + manner.closing, list[int](), manner.sampling.seed
-        sampling = manner.sampling if seed is None else replace(manner.sampling, seed=seed + self._num_times)
-        self._num_times += 1
-        tokens = self._follower.say(prompt_ids, sampling=sampling, **manner.options)
-        pieces = stream_text(self._tokenizer, _noted(tokens, said), prompt_ids)
+        sampling = manner.sampling if seed is None else replace(manner.sampling, seed=seed + self.num_times)
+        self.num_times += 1
+        most = asked(manner.max_new_tokens, has_grammar=sampling.grammar is not None)
+        tokens = self._follower.say(prompt_ids, max_new_tokens=most, sampling=sampling, **manner.options)
+        limited = Limited(tokens, manner.max_new_tokens)
+        pieces = stream_text(self._tokenizer, _noted(limited, said), prompt_ids)
         for piece in first_line(pieces) if manner.one_line else pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
         sys.stdout.flush()
+        self.num_cut_off += limited.is_cut_off
         if manner.keep:
             if "\n" not in str(self._tokenizer.decode(said)).lstrip():
                 said += text_ids(self._tokenizer, "\n")

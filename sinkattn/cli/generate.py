@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import sinkattn
@@ -28,6 +27,7 @@ from sinkattn.cli.arguments import (
 )
 from sinkattn.cli.errors import UserError, as_user_error, discard_stdout
 from sinkattn.cli.formatting import size_text
+from sinkattn.cli.limited import Limited, asked, cut_off
 
 if TYPE_CHECKING:
     from sinkattn.cli.arguments import Commands
@@ -42,7 +42,8 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="default: read from stdin")
     parser.add_argument("--max-new-tokens", type=positive, help="default: no limit")
     add_sampling(parser, seed=None)
-    parser.add_argument("--json-schema", type=json_schema, metavar="FILE", help="say JSON of this schema, then end")
+    text = "say JSON of this schema, then end; it is an error if --max-new-tokens cuts it off"
+    parser.add_argument("--json-schema", type=json_schema, metavar="FILE", help=text)
     parser.add_argument("--stop-at-eos", action="store_true", help="stop at the model's end token")
     parser.add_argument(
         "--chat",
@@ -85,40 +86,31 @@ def run(args: argparse.Namespace) -> int:
             model,
             prompt_ids,
             cache,
-            max_new_tokens=args.max_new_tokens,
+            max_new_tokens=asked(args.max_new_tokens, has_grammar=args.json_schema is not None),
             stop_ids=stop_ids,
             sampling=sampling(args, model, grammar=args.json_schema),
             tokenizer=tokenizer,
         )
-        counter = _Counter(tokens)
-        pieces = stream_text(tokenizer, counter, prompt_ids)
-    began = time.perf_counter()
+        limited = Limited(tokens, args.max_new_tokens)
+        pieces = stream_text(tokenizer, limited, prompt_ids)
+    began, is_interrupted = time.perf_counter(), False
     try:
         for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
     except KeyboardInterrupt:
-        pass
+        is_interrupted = True
     except BrokenPipeError:
         discard_stdout()
     seconds = time.perf_counter() - began
-    count = counter.count
+    count = limited.count
     print(
         f"\n{count:,} tokens, {count / seconds:.1f} tokens/s, KV cache {size_text(cache.nbytes)} "
         f"({cache.layout.num_sinks} sinks + window of {cache.layout.window})",
         file=sys.stderr,
     )
+    if is_interrupted and args.json_schema is not None:
+        raise KeyboardInterrupt
+    if limited.is_cut_off:
+        raise cut_off("the text was", args.max_new_tokens)
     return 0
-
-
-class _Counter:
-    """Passes tokens on and counts them."""
-
-    def __init__(self, tokens: Iterator[int]) -> None:
-        self.tokens = tokens
-        self.count = 0
-
-    def __iter__(self) -> Iterator[int]:
-        for token in self.tokens:
-            self.count += 1
-            yield token

@@ -4,6 +4,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,7 +74,10 @@ def test_help_says_what_a_command_does(command, capsys):
         (["generate", "--prompt", "a", "--window", "253"], "must not exceed the 256 positions it was trained for"),
         (["generate", "--prompt", "a", "--top-p", "2"], "generate: top_p: expected more than 0 and at most 1, got 2.0"),
         (["generate", "--prompt", "a", "--stop-at-eos"], "generate: stop-at-eos: this model has no end token"),
-        (["generate", "--prompt", "a", "--chat"], "generate: chat: this model's tokenizer has no chat template"),
+        (
+            ["generate", "--prompt", "a", "--chat"],
+            "generate: chat: the model that ships with sinkattn has no",
+        ),
         (["generate", "--prompt", "a", "--min-p", "2"], "generate: min_p: expected 0 to 1, got 2.0"),
         (
             ["generate", "--prompt", "a", "--repetition-penalty", "0"],
@@ -221,6 +225,36 @@ def test_generate_says_json(capsys):
         with pytest.raises(SystemExit):
             cli.main([*common, name])
         assert message in capsys.readouterr().err
+
+
+def test_generate_says_that_json_was_cut_off(capsys):
+    pytest.importorskip("llguidance")
+    Path("schema.json").write_text('{"enum": ["fine"]}')
+    command = ["generate", "--device", "cpu", "--prompt", "x", "--temperature", "0", "--json-schema", "schema.json"]
+    command += ["--max-new-tokens"]
+    assert cli.main([*command, "99"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == '"fine"'
+    count = int(re.search(r"^(\d+) tokens, ", captured.err, re.MULTILINE)[1])
+    assert cli.main([*command, str(count)]) == 0
+    assert capsys.readouterr().out == '"fine"'
+    assert cli.main([*command, str(count - 1)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == '"fine'
+    message = f"json-schema: the text was cut off after {count - 1} tokens; give more --max-new-tokens"
+    assert captured.err.splitlines()[-1] == f"sinkattn generate: {message}"
+    assert f"{count - 1} tokens, " in captured.err
+
+
+def test_the_shipped_model_is_not_loaded_for_a_chat(capsys, monkeypatch):
+    monkeypatch.setattr("sinkattn.hf.load.load", lambda *_, **__: pytest.fail("loaded"))
+    for command in (["generate", "--prompt", "a"], ["eval", "streameval"]):
+        assert cli.main([*command, "--chat"]) == 2
+        assert "chat: the model that ships with sinkattn has no chat template; give --model" in capsys.readouterr().err
+    for name in ("chat", "eviction"):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["eval", name])
+        assert "the following arguments are required: --model" in capsys.readouterr().err
 
 
 def test_generation_configurations_go_before_defaults():

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -301,7 +302,14 @@ def test_ways_of_eviction(tmp_path, capsys, chat_model):
             assert method["change"]["loss"] == pytest.approx(method["loss"]["loss"] - reference["loss"]["loss"])
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
     assert cli.main(["eval", "eviction", *arguments, "--total", "250"]) == 2
-    assert "total: expected less than the chat has" in capsys.readouterr().err
+    assert re.search(
+        r"total: expected less than the chat has, \d+ tokens at most, in 4 rounds, got 250", capsys.readouterr().err
+    )
+    assert cli.main(["eval", "eviction", *arguments, "--rounds", "99"]) == 2
+    assert re.search(
+        r"rounds: expected up to \d+, whose chat fits the 256 tokens that the model was trained for, got 99",
+        capsys.readouterr().err,
+    )
 
 
 def test_a_table_says_that_a_text_was_started_over(tmp_path, capsys):
@@ -363,8 +371,8 @@ def test_a_folder_serves_as_a_data_set(tmp_path):
         ("stream-qa", ["--cache", "4+300"], "must not exceed the 256 positions"),
         ("stream-qa", ["--questions", "none.jsonl"], "questions: cannot read none.jsonl: No such file or directory"),
         ("stream-qa", ["--questions", "empty.txt"], "questions: empty.txt is empty"),
-        ("streameval", ["--chat"], "chat: this model's tokenizer has no chat template"),
-        ("stream-qa", ["--chat"], "chat: this model's tokenizer has no chat template"),
+        ("streameval", ["--chat"], "chat: the model that ships with sinkattn has no chat template"),
+        ("stream-qa", ["--chat"], "chat: the model that ships with sinkattn has no chat template"),
         ("ppl", ["--tokens", "20"], "tokens: expected more than sinks + window (32), got 20"),
         ("ppl", ["--json", "no/where.json"], "cannot write no/where.json"),
         ("ppl", ["--json", "."], "cannot write .: it is a folder"),

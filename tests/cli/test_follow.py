@@ -194,6 +194,12 @@ def test_it_may_say_json(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert {*lines} <= {'"fine"', '"broken"'}
+    piped(monkeypatch, [(0, "".join(LINES[:3]).encode())])
+    assert cli.main([*GREEDY, "-", "--json-schema", "schema.json", "--max-new-tokens", "1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == ['"'] * 3
+    message = "json-schema: 3 of 3 texts were cut off after 1 tokens; give more --max-new-tokens"
+    assert captured.err.splitlines()[-1] == f"sinkattn generate: {message}"
 
 
 def test_what_is_said_may_stay_in_the_stream(enabled, tokenizer, monkeypatch, capsys):
@@ -288,7 +294,7 @@ def test_ctrl_c_ends_a_pipe_that_never_ends():
         (["--follow", "-", "--every", "5", "--pattern", "a"], "pattern: is looked for in lines"),
         (["--follow", "-", "--save", "new"], "save: nothing is learned; give --learn"),
         (["--follow", "-", "--keep", "--chat"], "keep: in a chat"),
-        (["--follow", "-", "--chat"], "chat: this model's tokenizer has no chat template"),
+        (["--follow", "-", "--chat"], "chat: the model that ships with sinkattn has no chat template"),
         (["--follow", "-", "--top-p", "2"], "top_p: expected more than 0 and at most 1, got 2.0"),
         (["--follow", "."], "follow: cannot read .: Is a directory"),
     ],

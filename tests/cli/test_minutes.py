@@ -24,7 +24,7 @@ COMMANDS = {
     "stream-qa": ["eval", "stream-qa"],
     "latency": ["eval", "latency"],
     "sinks": ["eval", "sinks"],
-    "chat": ["eval", "chat", "--cache", "0+128", "4+124"],
+    "chat": ["eval", "chat", "--model", "chats", "--cache", "0+128", "4+124"],
     "learn": ["eval", "learn"],
 }
 # The work that fewer minutes shorten.
@@ -43,7 +43,8 @@ WORK = {
 
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch, chat_model):
-    """There, the model that ships is one that chats."""
+    """There, the model that ships is one that chats, also by a name."""
+    (tmp_path / "chats").symlink_to(chat_model)
     monkeypatch.setattr("sinkattn.hf.load.DEMO_MODEL", chat_model)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinkattn.cli.arguments import (
+    add_chat_model,
     add_command,
     add_compile,
-    add_model,
     add_sampling,
     announce_compilation,
     positive,
@@ -36,7 +36,7 @@ ROUNDS = 20
 def add_parser(commands: Commands) -> None:
     """Add the command to those of a parser."""
     parser = add_command(commands, "chat", run, "a chat of many rounds in one stream, in the model's chat template")
-    add_model(parser)
+    add_chat_model(parser)
     add_compile(parser)
     parser.add_argument(
         "--questions",

@@ -6,7 +6,7 @@ import argparse
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
-from sinkattn.cli.arguments import add_command, add_model, add_sampling, positive, sampling
+from sinkattn.cli.arguments import add_chat_model, add_command, add_sampling, positive, sampling
 from sinkattn.cli.budget import add_minutes, choose
 from sinkattn.cli.errors import UserError
 from sinkattn.cli.eval.arguments import add_outputs, counts
@@ -30,7 +30,7 @@ def add_parser(commands: Commands) -> None:
     """Add the command to those of a parser."""
     text = "what it costs or brings to forget whole messages of a chat, and to keep the whole system prompt"
     parser = add_command(commands, "eviction", run, text)
-    add_model(parser)
+    add_chat_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt of the chat (default: one of a ship's cook)")
     parser.add_argument(
         "--total", type=positive, metavar="N", help="tokens in sight, the same each way (default: depends on the model)"
@@ -67,12 +67,18 @@ def run(args: argparse.Namespace) -> int:
         # The chat is one with everything in sight, up to the length that the model was trained for.
         trained = trained_length(session.model)
         most = args.rounds or ROUNDS if trained is None else (trained - len(encoder.prefix)) // longest
+        if (args.rounds or 1) > most:
+            raise UserError(
+                f"rounds: expected up to {most}, whose chat fits the {trained} tokens that the model was trained for, "
+                f"got {args.rounds or 1}; a smaller --max-reply makes room for more"
+            )
         rounds = choose(
-            counts(args.rounds and min(args.rounds, most), min(ROUNDS, most)),
+            counts(args.rounds, min(ROUNDS, most)),
             lambda rounds: eviction.seconds(session.speed, rounds, longest, args.max_reply, len(ways) + 1),
             args.minutes,
         )
         all_of_it = eviction.Way(0, len(encoder.prefix) + rounds * longest, "token")
+        _check_total(total, all_of_it.window, f"at most, in {count_text(rounds, 'round')}")
         losses: dict[eviction.Way, Blocks] = {}
         with session.progress as progress:
             streamed, chat = Streamed(session.model, CacheSize(0, all_of_it.window)), []
@@ -82,8 +88,7 @@ def run(args: argparse.Namespace) -> int:
                 chat.append(each)
                 bar(len(chat))
             dialogue = eviction.Dialogue.of(encoder, chat)
-            if len(dialogue.ids) <= total:
-                raise UserError(f"total: expected less than the chat has, {len(dialogue.ids)} tokens, got {total}")
+            _check_total(total, len(dialogue.ids), f"in {count_text(rounds, 'round')}")
             try:
                 for way in (all_of_it, *ways):
                     bar = progress.add(_name(way), len(dialogue.ids))
@@ -103,6 +108,14 @@ def run(args: argparse.Namespace) -> int:
         report = as_dict(settings, losses)
         session.finish(report, table(report), draw)
     return 0
+
+
+def _check_total(total: int, tokens: int, where: str) -> None:
+    if total >= tokens:
+        raise UserError(
+            f"total: expected less than the chat has, {tokens} tokens {where}, got {total}; give a smaller --total or "
+            "more --rounds"
+        )
 
 
 def _name(way: Way) -> str:
