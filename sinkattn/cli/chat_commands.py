@@ -19,7 +19,7 @@ from sinkattn.hf.chat.chat import Chat
 BAR = 40
 # Characters that are shown of a message.
 EXCERPT = 60
-NAMES = {"user": "you", "assistant": "model", "earlier": "loaded messages"}
+NAMES = {"user": "you", "assistant": "model", "earlier": "earlier messages"}
 COLOURS = {"user": "cyan", "assistant": "green", "earlier": "blue"}
 
 

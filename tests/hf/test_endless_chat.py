@@ -217,6 +217,7 @@ def test_a_conversation_is_saved_and_loaded(tokenizer, tmp_path):
     for _ in range(12):
         list(chat.say(QUESTIONS[0]))
     chat.save(tmp_path / "chat")
+    seen = chat.in_sight()
     before, prefix, want = text_in_sight(chat), chat.num_prefix, "".join(chat.say("Then?"))
     chat.fork()
     chat.begin("Speak of something else, in many words.")
@@ -224,14 +225,31 @@ def test_a_conversation_is_saved_and_loaded(tokenizer, tmp_path):
         chat.load(tmp_path / "other")
     chat.load(tmp_path / "chat")
     assert (text_in_sight(chat), chat.num_prefix) == (before, prefix)
-    [earlier] = chat.in_sight()
-    assert earlier == ("earlier", chat.num_in_sight - prefix, "")
-    with pytest.raises(RuntimeError, match="undo: nothing has been said"):
-        chat.undo()
+    assert [(*x[:2], x.excerpt.strip()) for x in chat.in_sight()] == [(*x[:2], x.excerpt.strip()) for x in seen]
+    assert chat.num_turns == len([message for message in seen if message.role == "user"]) < 12
     assert "".join(chat.say("Then?")) == want
-    assert [message.role for message in chat.in_sight()] == ["earlier", "user", "assistant"]
+    assert [message.role for message in chat.in_sight()[-2:]] == ["user", "assistant"]
     chat.undo()
     assert text_in_sight(chat) == before
+    chat.undo()  # what was said before it was saved
+    assert chat.in_sight()[-len(seen) + 2 :] == [(*x[:2], x.excerpt.strip()) for x in seen[:-2]]
+
+
+@pytest.mark.parametrize("template", [ALTERNATING, INST])
+def test_questions_and_replies_that_leave_together_are_told_apart(tokenizer, template, tmp_path):
+    chat = begin_chat(tokenizer, template, window=100)
+    for question in QUESTIONS[:2] + QUESTIONS[3:]:
+        list(chat.say(question))
+    seen = chat.in_sight()
+    chat.save(tmp_path / "chat")
+    chat.load(tmp_path / "chat")
+    assert [(*x[:2], x.excerpt.strip()) for x in chat.in_sight()] == [(*x[:2], x.excerpt.strip()) for x in seen]
+    assert len(seen) > 2
+    chat.reset()
+    chat.save(tmp_path / "chat")
+    chat.load(tmp_path / "chat")
+    assert chat.in_sight() == []
+    assert chat.num_turns == 0
 
 
 def test_a_chat_that_is_closed_frees_its_streams(tokenizer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,7 +17,7 @@ from sinkattn.hf.sampling.params import SamplingParams
 from sinkattn.hf.stream import end_ids
 
 Role = Literal["user", "assistant", "earlier"]
-"""Who a message is from; "earlier" stands for all messages of a stream that was loaded."""
+"""Who a message is from; "earlier" stands for those of a stream that was loaded that are not in sight."""
 # Characters of a message that are kept to show it.
 EXCERPT = 200
 
@@ -232,9 +233,26 @@ class Chat:
         self._current.stream.save(path)
 
     def load(self, path: str | Path) -> None:
-        """Go on in a conversation that was saved, with its system prompt and sampling; raises as `StreamPool.load`."""
+        """Go on in a conversation that was saved, with its system prompt and sampling; raises as `StreamPool.load`.
+
+        Only the questions in sight count as turns.
+        """
         stream = self._pool.load(path)
-        self._replace(Conversation(stream, stream.prefix, messages=[Message("earlier", len(stream.prefix))]))
+        messages = self._messages_of(stream)
+        num_turns = sum(each.role == "user" for each in messages)
+        self._replace(Conversation(stream, stream.prefix, num_turns, messages))
+
+    def _messages_of(self, stream: Stream) -> list[Message]:
+        """The messages that are in sight as a whole, after what comes before them."""
+        end, begins = len(stream), stream.message_begins
+        number = (begins[0] if begins else end) - len(stream.prefix)
+        messages = [Message("earlier", len(stream.prefix))] if number else []
+        ids = stream.in_sight
+        for begin, next_begin in pairwise([*begins, end]):
+            for role, count, text in self._encoder.read(ids[len(ids) - end + begin : len(ids) - end + next_begin]):
+                messages.append(Message(role, begin, text[:EXCERPT]))
+                begin += count
+        return messages
 
     def close(self) -> None:
         """Forget the conversation and its copy, and free their memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from itertools import chain, zip_longest
+from typing import Literal
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -68,6 +69,18 @@ class MessageEncoder:
     def reply(self, text: str) -> list[int]:
         """Ids of the text of a reply, which comes between ``before_reply`` and ``end``."""
         return self._encode(text)
+
+    def read(self, ids: list[int]) -> list[tuple[Literal["user", "assistant"], int, str]]:
+        """The messages in the ids of a message or a turn: who it is from, its number of tokens and its text."""
+        before, template, text = len(self.before_reply), self._template, self._text(ids)
+        if before and ids[:before] == self.before_reply:
+            return [("assistant", len(ids), self._text(ids[before:]).removesuffix(template.end).strip())]
+        asked = text.removeprefix(template.before_question).partition(template.after_question or REPLY)[0].strip()
+        question = self._encode(template.question(asked))
+        if len(question) == len(ids) or ids[: len(question)] != question:
+            return [("user", len(ids), asked)]
+        reply = self._text(ids[len(question) + before :]).removesuffix(template.end).strip()
+        return [("user", len(question), asked), ("assistant", len(ids) - len(question), reply)]
 
     def longest_turn(self, questions: Collection[str], max_reply: int) -> int:
         """The most tokens that one of these questions has with a reply of so many."""

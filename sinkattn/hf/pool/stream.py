@@ -59,6 +59,16 @@ class Stream:
         with self._scheduler.locked(self._state) as state:
             return state.ids.in_sight(state.window_begin(len(state.queue) - 1), state.queue).tolist()
 
+    @property
+    def message_begins(self) -> list[int]:
+        """First tokens of the messages all of which are in sight, as numbers of tokens; none without their eviction."""
+        with self._scheduler.locked(self._state) as state:
+            if state.messages is None:
+                return []
+            layout, count = state.ids.layout, len(state)
+            first = max(state.window_begin(len(state.queue) - 1), count - layout.window)
+            return [begin for begin in state.messages.begins if first <= begin < count]
+
     def feed(self, tokens: str | Sequence[int] | Tensor, *, begins_message: bool = True, wait: bool = True) -> None:
         """Append tokens; returns when they are in memory.
 
