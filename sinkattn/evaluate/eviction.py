@@ -41,6 +41,8 @@ class Dialogue:
     """Tokens that the model is asked for: those of replies, and the one that ends a reply."""
     begins: dict[Unit, list[int]] = field(default_factory=lambda: {"token": [], "message": [], "turn": []})
     """First tokens of what leaves at a time, without the system prompt."""
+    ends: dict[int, int] = field(default_factory=dict)
+    """For the first token of a message the one after those that a `Chat` feeds together there, with one window."""
 
     @classmethod
     def of(cls, encoder: MessageEncoder, rounds: Sequence[Round]) -> Dialogue:
@@ -49,12 +51,16 @@ class Dialogue:
         for each in rounds:
             for unit in ("message", "turn"):
                 dialogue.begins[unit].append(len(dialogue.ids))
-            dialogue._add(encoder.question(each.question), 0)
+            dialogue._add_together(encoder.question(each.question))
             dialogue.begins["message"].append(len(dialogue.ids))
-            dialogue._add(encoder.before_reply, 0)
+            dialogue._add_together(encoder.before_reply)
             reply = encoder.reply(each.reply)
             dialogue._add([*reply, *encoder.end], len(reply) + each.ended)
         return dialogue
+
+    def _add_together(self, ids: Sequence[int]) -> None:
+        self.ends[len(self.ids)] = len(self.ids) + len(ids)
+        self._add(ids, 0)
 
     def _add(self, ids: Sequence[int], num_wanted: int) -> None:
         self.ids += ids
@@ -122,7 +128,7 @@ def _segments(dialogue: Dialogue, way: Way) -> Iterator[tuple[int, int, int]]:
         # What the sinks leave of the system prompt leaves as a message, too.
         first = [way.num_sinks] if way.num_sinks < dialogue.num_prefix else []
         begins = [*first, *dialogue.begins[way.unit]]
-        messages.restore(begins, begins)
+        messages.restore(begins, [dialogue.ends.get(begin, begin) for begin in begins])
     while seen < len(dialogue.ids):
         count = min(CHUNK_TOKENS, len(dialogue.ids) - seen)
         count = count if way.unit == "token" else messages.run_length(seen, count)

@@ -6,7 +6,7 @@ import torch
 from chat_models import CHATML, tiny_model, with_template
 
 from sinkattn.evaluate.chat import Round
-from sinkattn.evaluate.eviction import SYSTEM, Dialogue, Way, blocks, losses, ways
+from sinkattn.evaluate.eviction import SYSTEM, Dialogue, Way, _segments, blocks, losses, ways
 from sinkattn.hf.chat.encoder import MessageEncoder
 
 
@@ -70,6 +70,18 @@ def test_losses_are_those_of_the_unpatched_model_on_what_is_in_sight(chatty, dia
         np.testing.assert_allclose(found[way], want(model, dialogue, way), rtol=1e-6, err_msg=str(way))
         assert (~np.isnan(found[way]) == dialogue.wanted).all()
     assert len({x.tobytes() for x in found.values()}) == 7, "every way sees something else"
+
+
+def test_windows_move_before_a_question_as_in_a_chat(chatty, dialogue):
+    encoder = MessageEncoder(chatty, "Be brief.")
+    question, opening = len(encoder.question("What is it?")), len(encoder.before_reply)
+    for way in ways(dialogue.num_prefix, 60):
+        changes = [seen for seen, _, begin in _segments(dialogue, way) if begin]
+        assert changes or way.unit == "token"
+        for begin in dialogue.begins["turn"][::3]:
+            assert not {*changes} & {*range(begin + 1, begin + question)}
+            reply = begin + question
+            assert way.unit == "turn" or not {*changes} & {*range(reply + 1, reply + opening)}
 
 
 def test_losses_count_from_where_all_ways_forget(chatty, dialogue):
