@@ -107,8 +107,18 @@ SAMPLING = {
 }
 
 
-def add_sampling(parser: argparse.ArgumentParser, seed: int | None) -> None:
-    """Add how tokens are sampled; ``seed`` is the default, None for another text each time."""
+# Replies need the words of the question, which a penalty counts, too; without one long replies repeat themselves.
+REPLY_SAMPLING = {**SAMPLING, "temperature": 0.5, "min_p": 0.1, "repetition_penalty": 1.05}
+
+
+def add_sampling(parser: argparse.ArgumentParser, seed: int | None, *, is_chat: bool = True) -> None:
+    """Add how tokens are sampled.
+
+    Args:
+        parser: of a command.
+        seed: the default, None for another text each time.
+        is_chat: whether the command always chats; if False, only with ``--chat``.
+    """
     group = parser.add_argument_group("sampling", "The model's generation configuration goes before these defaults.")
     texts = {
         "temperature": "0 is greedy",
@@ -120,9 +130,10 @@ def add_sampling(parser: argparse.ArgumentParser, seed: int | None) -> None:
         "frequency_penalty": "subtracted from the logit of a token for each time that it is in the cache",
     }
     for name, text in texts.items():
-        default = SAMPLING[name]
+        default, of_reply = (REPLY_SAMPLING if is_chat else SAMPLING)[name], REPLY_SAMPLING[name]
+        default_text = f"default: {default}" + ("" if default == of_reply else f", with --chat {of_reply}")
         option, metavar = "--" + name.replace("_", "-"), name[-1].upper() if name.startswith(("top", "min")) else "X"
-        group.add_argument(option, type=type(default), metavar=metavar, help=f"{text} (default: {default})")
+        group.add_argument(option, type=type(default), metavar=metavar, help=f"{text} ({default_text})")
     group.add_argument("--seed", type=int, default=seed, help="makes sampling repeatable (default: %(default)s)")
 
 
@@ -131,10 +142,11 @@ def sampling(args: argparse.Namespace, model: PreTrainedModel, **others: Any) ->
     from sinkattn.hf import SamplingParams
     from sinkattn.hf.sampling.params import set_values
 
+    defaults = REPLY_SAMPLING if getattr(args, "chat", True) else SAMPLING  # a command without --chat is one
     names = [each.name for each in fields(SamplingParams)]
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     with as_user_error(ValueError):
-        return SamplingParams(**{**SAMPLING, **set_values(model.generation_config), **given, **others})
+        return SamplingParams(**{**defaults, **set_values(model.generation_config), **given, **others})
 
 
 def json_schema(text: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def add_parser(commands: Commands) -> None:
     add_layout(parser, None, "1020, or what the model was trained for")
     parser.add_argument("--prompt", metavar="TEXT", help="default: read from stdin")
     parser.add_argument("--max-new-tokens", type=positive, help="default: no limit")
-    add_sampling(parser, seed=None)
+    add_sampling(parser, seed=None, is_chat=False)
     text = "say JSON of this schema, then end; it is an error if --max-new-tokens cuts it off"
     parser.add_argument("--json-schema", type=json_schema, metavar="FILE", help=text)
     parser.add_argument("--stop-at-eos", action="store_true", help="stop at the model's end token")

@@ -261,7 +261,12 @@ def test_generation_configurations_go_before_defaults():
     parser = argparse.ArgumentParser()
     add_sampling(parser, seed=None)
     model, given = build("llama"), parser.parse_args(["--top-k", "7", "--seed", "3"])
-    own = {"temperature": 0.8, "min_p": 0.05, "repetition_penalty": 1.1}
+    endless = {"temperature": 0.8, "min_p": 0.05, "repetition_penalty": 1.1}
+    own = {"temperature": 0.5, "min_p": 0.1, "repetition_penalty": 1.05}
+    for has_chat, expected in ((False, endless), (True, own)):
+        given.chat = has_chat
+        assert sampling(given, model) == sinkattn.SamplingParams(**expected, top_k=7, seed=3)
+    del given.chat
     assert sampling(given, model) == sinkattn.SamplingParams(**own, top_k=7, seed=3)
     model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, top_k=20)
     own |= {"temperature": 0.6, "top_p": 0.9}
@@ -288,7 +293,7 @@ def test_generate_replies_in_a_chat(capsys, chat_model):
     sinkattn.enable(model, 4, 252)
     ids = tokenizer("<s>import os\n", add_special_tokens=False).input_ids
     stop_ids = [model.generation_config.eos_token_id]
-    sampling = {"temperature": 0.8, "min_p": 0.05, "repetition_penalty": 1.1, "seed": 0}
+    sampling = {"temperature": 0.5, "min_p": 0.1, "repetition_penalty": 1.05, "seed": 0}
     reply = list(stream_tokens(model, ids, stop_ids=stop_ids, **sampling))
     assert reply
     assert capsys.readouterr().out == "".join(stream_text(tokenizer, reply, ids))
