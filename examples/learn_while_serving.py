@@ -11,7 +11,7 @@ import argparse
 import sys
 
 import sinkattn
-from sinkattn.hf.load import default_window, load
+from sinkattn.hf.load import load
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     model, tokenizer = load(args.model)
-    sinkattn.enable(model, num_sinks=4, window=default_window(model, num_sinks=4))
+    sinkattn.enable(model, num_sinks=4)
     with sinkattn.BackgroundLearner(model, chunk=args.chunk) as learner:
         for line in sys.stdin:
             inputs = tokenizer(line, return_tensors="pt").to(model.device)

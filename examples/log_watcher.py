@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import sinkattn
-from sinkattn.hf.load import default_window, load
+from sinkattn.hf.load import load
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     model, tokenizer = load(args.model)
-    sinkattn.enable(model, num_sinks=4, window=default_window(model, num_sinks=4))
+    sinkattn.enable(model, num_sinks=4)
     cache = sinkattn.SinkCache(model)
     usual: deque[float] = deque(maxlen=1000)
     last = tokenizer("\n", add_special_tokens=False, return_tensors="pt").input_ids[:, -1:]

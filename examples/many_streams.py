@@ -12,7 +12,7 @@ import asyncio
 import time
 
 import sinkattn
-from sinkattn.hf.load import default_window, load
+from sinkattn.hf.load import load
 
 PROMPTS = ["import os\n", "class Ring:\n", "def test_window():\n", "# The oldest token\n", "for x in range(10):\n"]
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     model, tokenizer = load(args.model)
-    sinkattn.enable(model, num_sinks=4, window=default_window(model, num_sinks=4))
+    sinkattn.enable(model, num_sinks=4)
     with sinkattn.StreamPool(model, max_streams=args.streams, tokenizer=tokenizer) as pool:
         asyncio.run(run(pool, args.streams, args.tokens))
 

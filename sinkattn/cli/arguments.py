@@ -252,15 +252,15 @@ def announce_compilation(args: argparse.Namespace) -> None:
 
 def window_of(model: PreTrainedModel, args: argparse.Namespace) -> int:
     """The window that was given, or the default one of the model."""
-    from sinkattn.hf.load import default_window
+    from sinkattn.hf.model_config import default_window
 
     return args.window or default_window(model, args.num_sinks)
 
 
 def describe_model(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Any]:
     """The entry of a model in a report, which the arguments name."""
-    from sinkattn.hf.load import advised_sinks, default_window
-    from sinkattn.hf.model_config import trained_length
+    from sinkattn.hf.load import advised_sinks
+    from sinkattn.hf.model_config import default_window, trained_length
     from sinkattn.hf.quantize import quantized_share, weight_bytes
 
     num_sinks, why = advised_sinks(model)

@@ -90,8 +90,7 @@ def open_chat(
     """Make a model stream, and begin a chat with it."""
     from sinkattn.hf.chat.chat import Chat
     from sinkattn.hf.chat.encoder import MessageEncoder
-    from sinkattn.hf.load import default_window
-    from sinkattn.hf.model_config import trained_length
+    from sinkattn.hf.model_config import default_window, trained_length
     from sinkattn.hf.pool.pool import StreamPool
 
     trained = trained_length(model)

@@ -15,7 +15,7 @@ from sinkattn.argument_checks import check_whole
 from sinkattn.hf.adapters import probe_by_adapter
 from sinkattn.hf.cache.sink_cache import SinkCache, check_cache
 from sinkattn.hf.dry_run import evaluation_mode, preserve_state
-from sinkattn.hf.model_config import rope_parameters, trained_length
+from sinkattn.hf.model_config import default_window, rope_parameters, trained_length
 from sinkattn.hf.model_patch import get_patch, require_patch
 from sinkattn.hf.probe.probe import probe
 from sinkattn.hf.reencode.trial import enable_by_reencoding, has_absolute_positions
@@ -31,7 +31,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def enable(
     model: Model,
     num_sinks: int = 4,
-    window: int = 1020,
+    window: int | None = None,
     headroom: int = 0,
     *,
     backend: ops.Backend = "auto",
@@ -55,8 +55,8 @@ def enable(
         model: a causal language model of transformers, in any float dtype, on one device; may be wrapped by peft or
             torch.compile.
         num_sinks: tokens at the start of a stream that always stay visible.
-        window: most recent tokens that a query sees, itself included. If only some layers of the model have a sliding
-            window of their own, those keep it.
+        window: most recent tokens that a query sees, itself included; default: 1,020, or as many as the model was
+            trained for. If only some layers of the model have a sliding window of their own, those keep it.
         headroom: spare slots: the number of tokens that can always be rolled back. Prompt lookup and assisted decoding
             need as many as they propose at once (``prompt_lookup_num_tokens``, ``num_assistant_tokens``).
         backend: "auto", "cpu", "triton" or "reference"; the environment variable SINKATTN_BACKEND overrides it.
@@ -77,9 +77,8 @@ def enable(
         TypeError, ValueError: for an invalid argument, or a model that is enabled already.
         RuntimeError: for a backend that cannot run on the model's device.
     """
-    for name, number in (("num_sinks", num_sinks), ("window", window), ("headroom", headroom)):
+    for name, number in (("num_sinks", num_sinks), ("window", 1 if window is None else window), ("headroom", headroom)):
         check_whole(name, number, None)
-    layout = ops.RingLayout(num_sinks, window, headroom)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
     if get_patch(model) is not None:
@@ -87,6 +86,7 @@ def enable(
     if not isinstance(model, PreTrainedModel):
         enable(_unwrap(model), num_sinks, window, headroom, backend=backend, compile=compile, graphs=graphs)
         return model
+    layout = ops.RingLayout(num_sinks, default_window(model, num_sinks) if window is None else window, headroom)
     new_graph = _graph_class(model.device, graphs)
     _check_model(model, layout)
     backend = ops.select_backend(model.device, backend, model.dtype)

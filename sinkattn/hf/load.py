@@ -15,7 +15,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from sinkattn.hf import gguf_file
-from sinkattn.hf.model_config import trained_length
+from sinkattn.hf.model_config import common_sliding_window
 from sinkattn.hf.quantize import QUANTIZATIONS, Quantization, quantize_weights
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
@@ -58,28 +58,15 @@ def load(
     return model, tokenizer
 
 
-def default_window(model: PreTrainedModel, num_sinks: int, max_window: int = 1020) -> int:
-    """Largest window up to ``max_window`` for which ``num_sinks + window`` fits the model; at least 1."""
-    lengths = (trained_length(model), _common_sliding_window(model))
-    return max(1, min([max_window, *(length - num_sinks for length in lengths if length is not None)]))
-
-
 def advised_sinks(model: PreTrainedModel) -> tuple[int, str]:
     """The number of sinks to begin with, judged by the structure of a model alone, and why."""
     measured = "`sinkattn eval sinks` measures it"
     learned = sum(name.endswith(".sinks") for name, _ in model.named_parameters())
     if learned >= model.config.get_text_config(decoder=True).num_hidden_layers:
         return 0, f"all its layers have learned sinks in their softmax; {measured}"
-    if _common_sliding_window(model) is not None:
+    if common_sliding_window(model) is not None:
         return 4, f"though it may do without, as all its layers have a sliding window; {measured}"
     return 4, f"as most pretrained models need; {measured}"
-
-
-def _common_sliding_window(model: PreTrainedModel) -> int | None:
-    """The sliding window that all layers have. It limits a model; in mixed models those layers keep theirs."""
-    config = model.config.get_text_config(decoder=True)
-    is_mixed = "full_attention" in (getattr(config, "layer_types", None) or ())
-    return None if is_mixed else getattr(config, "sliding_window", None)
 
 
 def _load(name: str | Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

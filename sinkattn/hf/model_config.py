@@ -53,6 +53,19 @@ def trained_length(model: PreTrainedModel) -> int | None:
     return length if length and length > 0 else None
 
 
+def default_window(model: PreTrainedModel, num_sinks: int, max_window: int = 1020) -> int:
+    """Largest window up to ``max_window`` for which ``num_sinks + window`` fits the model; at least 1."""
+    lengths = (trained_length(model), common_sliding_window(model))
+    return max(1, min([max_window, *(length - num_sinks for length in lengths if length is not None)]))
+
+
+def common_sliding_window(model: PreTrainedModel) -> int | None:
+    """The sliding window that all layers have. It limits a model; in mixed models those layers keep theirs."""
+    config = model.config.get_text_config(decoder=True)
+    is_mixed = "full_attention" in (getattr(config, "layer_types", None) or ())
+    return None if is_mixed else getattr(config, "sliding_window", None)
+
+
 def rope_parameters(model: PreTrainedModel) -> list[dict[str, Any]]:
     """Rotary parameters in a model's configuration: one set, or one for each type of layer."""
     parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}

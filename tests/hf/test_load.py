@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 import sinkattn
-from sinkattn.hf.load import DEMO_MODEL, advised_sinks, default_window, load
+from sinkattn.hf.load import DEMO_MODEL, advised_sinks, load
+from sinkattn.hf.model_config import default_window
 from sinkattn.hf.quantize import quantize_weights, weight_bytes
 
 ARCHITECTURES = ("llama", "gemma3")

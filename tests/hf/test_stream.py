@@ -11,7 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import sinkattn
-from sinkattn.hf.load import DEMO_MODEL, default_window, load
+from sinkattn.hf.load import DEMO_MODEL, load
+from sinkattn.hf.model_config import default_window
+from sinkattn.hf.model_patch import require_patch
 from sinkattn.hf.stream import MAX_HELD, stream_text, stream_tokens
 
 LAYOUT = {"num_sinks": 2, "window": 9}
@@ -185,8 +187,8 @@ def test_the_shipped_model_loads_and_streams_its_tokens_back():
     ids = tokenizer(text).input_ids
     assert ids[0] == tokenizer.bos_token_id
     assert "".join(stream_text(tokenizer, ids[1:])) == text
-    assert default_window(model, 4) == 252
-    sinkattn.enable(model, 4, default_window(model, 4))
+    sinkattn.enable(model)
+    assert require_patch(model).layout.window == default_window(model, 4) == 252
     tokens = list(stream_tokens(model, ids, max_new_tokens=5))
     assert all(0 <= token < tokenizer.vocab_size for token in tokens)
 

@@ -57,7 +57,7 @@ class Session:
         return [largest // 2**power for power in range(4, -1, -1) if largest // 2**power > num_sinks] or [largest]
 
     def _max_total(self, limit: int) -> int:
-        from sinkattn.hf.load import default_window
+        from sinkattn.hf.model_config import default_window
 
         return default_window(self.model, 0, limit)
 
