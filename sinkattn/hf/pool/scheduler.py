@@ -32,7 +32,8 @@ class Scheduler:
     def __init__(self, engine: Engine, max_open: int) -> None:
         self.engine = engine
         self._max_open = max_open
-        self._streams: set[StreamState] = set()
+        # In order: processes that run the same calls run the same steps, which ranks of a model have to.
+        self._streams: dict[StreamState, None] = {}
         self.condition = threading.Condition()
         self._is_stepping = False
         self._is_closed = False
@@ -70,13 +71,13 @@ class Scheduler:
                 finally:
                     self._is_stepping = False
                     self.notify()
-            self._streams.add(state)
+            self._streams[state] = None
 
     def remove(self, state: StreamState) -> None:
         """Forget a stream. Whoever waits for it gets an error."""
         with self._no_step():
             if state in self._streams:
-                self._streams.remove(state)
+                del self._streams[state]
                 state.drop_ready()
                 self.engine.drop(state)
 
