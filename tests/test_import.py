@@ -26,7 +26,7 @@ HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 HF_LAYERS = [
     {"versions", "dry_run", "plain_tensors"},
     {"unsupported"},
-    {"model_config"},
+    {"model_config", "ranks"},
     {"probe"},
     {"adapters", "model_patch"},
     {"fingerprint"},

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ from sinkattn.hf.dry_run import evaluation_mode, preserve_state
 from sinkattn.hf.model_config import default_window, rope_parameters, trained_length
 from sinkattn.hf.model_patch import get_patch, require_patch
 from sinkattn.hf.probe.probe import probe
+from sinkattn.hf.ranks import OtherRankError, check_distribution, num_ranks, uneven_heads, wait_for_ranks
 from sinkattn.hf.reencode.trial import enable_by_reencoding, has_absolute_positions
 from sinkattn.hf.swap.captured_step import CudaGraph, NewGraph
 from sinkattn.hf.swap.ring_patch import RingPatch
@@ -53,7 +53,8 @@ def enable(
 
     Args:
         model: a causal language model of transformers, in any float dtype, on one device; may be wrapped by peft or
-            torch.compile.
+            torch.compile. If its heads are spread over processes (``tp_plan``), all of them call `enable` and then the
+            model in the same way; each keeps the keys and values of its own heads.
         num_sinks: tokens at the start of a stream that always stay visible.
         window: most recent tokens that a query sees, itself included; default: 1,020, or as many as the model was
             trained for. If only some layers of the model have a sliding window of their own, those keep it.
@@ -87,16 +88,17 @@ def enable(
         enable(_unwrap(model), num_sinks, window, headroom, backend=backend, compile=compile, graphs=graphs)
         return model
     layout = ops.RingLayout(num_sinks, default_window(model, num_sinks) if window is None else window, headroom)
-    new_graph = _graph_class(model.device, graphs)
+    new_graph = _graph_class(model, graphs)
     _check_model(model, layout)
     backend = ops.select_backend(model.device, backend, model.dtype)
     with _errors_as_unsupported(model):
         with preserve_state(model):
             if has_absolute_positions(model):
-                if compile or graphs is True:
+                if compile or graphs is True or num_ranks(model) > 1:
+                    what = "compiled" if compile else "captured in graphs" if graphs is True else "spread over ranks"
                     raise UnsupportedModelError(
                         f"{type(model).__name__}: a model with absolute positions encodes its window again from time "
-                        f"to time, and cannot be {'compiled' if compile else 'captured in graphs'}"
+                        f"to time, and cannot be {what}"
                     )
                 enable_by_reencoding(model, layout)
                 return model
@@ -113,6 +115,7 @@ def enable(
                 patch.replace_linear_forwards(only_quantized=True)
             if new_graph is not None:
                 patch.capture_steps(new_graph)
+            wait_for_ranks(model)
         except BaseException:
             patch.remove()
             raise
@@ -138,13 +141,16 @@ def decode_steps(model: nn.Module, cache: SinkCache) -> str:
     return patch.describe_steps(cache)
 
 
-def _graph_class(device: torch.device, graphs: bool | Literal["auto"]) -> NewGraph | None:
+def _graph_class(model: PreTrainedModel, graphs: bool | Literal["auto"]) -> NewGraph | None:
     """What captures the decode steps of a model; None if nothing does."""
+    device, ranks = model.device, num_ranks(model)
     if not isinstance(graphs, bool) and graphs != "auto":
         raise ValueError(f"graphs: expected True, False or 'auto', got {graphs!r}")
+    if graphs is True and ranks > 1:
+        raise ValueError(f"graphs: expected False or 'auto' for a model spread over {ranks} ranks, got True")
     if graphs is True and device.type != "cuda":
         raise ValueError(f"graphs: expected False or 'auto' for a model on {device}, as only CUDA devices have graphs")
-    return CudaGraph if graphs and device.type == "cuda" else None
+    return CudaGraph if graphs and device.type == "cuda" and ranks == 1 else None
 
 
 def _unwrap(model: Any) -> nn.Module:
@@ -164,14 +170,17 @@ def _unwrap(model: Any) -> nn.Module:
 
 @contextmanager
 def _errors_as_unsupported(model: PreTrainedModel) -> Iterator[None]:
-    """Raise any error of the model's code as UnsupportedModelError."""
+    """Raise any error of the model's code as UnsupportedModelError, once the other ranks know of it."""
     try:
         yield
-    except UnsupportedModelError:
+    except OtherRankError:
         raise
     except Exception as error:
+        wait_for_ranks(model, refused=True)
+        if isinstance(error, UnsupportedModelError):
+            raise
         raise UnsupportedModelError(
-            f"{type(model).__name__}: could not be tried out: {type(error).__name__}: {error}"
+            f"{type(model).__name__}: could not be tried out: {type(error).__name__}: {error}{uneven_heads(model)}"
         ) from error
 
 
@@ -180,6 +189,7 @@ def _check_model(model: PreTrainedModel, layout: ops.RingLayout) -> None:
     name = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name}: encoder-decoder models are not supported")
+    check_distribution(model)
     if config is not model.config and any("mrope_section" in rope for rope in rope_parameters(model)):
         raise UnsupportedModelError(f"{name}: multimodal positions are not supported; load only its text model")
     devices = {str(parameter.device) for parameter in model.parameters()}

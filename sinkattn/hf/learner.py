@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from sinkattn.argument_checks import check_fraction, check_path, check_tensors, check_whole
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.model_patch import require_patch
+from sinkattn.hf.ranks import num_ranks
 from sinkattn.hf.stream import keep_last_logits
 from sinkattn.hf.versions import forward_cache
 
@@ -118,6 +119,8 @@ class OnlineLearner:
         if learn == "lora" and isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError("optimizer: expected a function that makes one, as the adapters are new, got an optimizer")
         self.cache = _new_cache(model)
+        if (ranks := num_ranks(model)) > 1:
+            raise ValueError(f"model: expected one in one process to learn, got one spread over {ranks} ranks")
         self.model = model
         self.chunk, self.every, self.decay, self.max_norm = chunk, every, decay, max_norm
         self.after_update = after_update

@@ -30,6 +30,7 @@ from sinkattn.hf.probe.rotations import (
     without_rotation,
 )
 from sinkattn.hf.probe.unrotated import unrotated_forward
+from sinkattn.hf.ranks import OtherRankError
 from sinkattn.hf.unsupported import UnsupportedModelError
 
 PROBE_TOKENS = 8
@@ -111,6 +112,8 @@ def _unrotated_forwards(result: ProbeResult, ids: Tensor, unrotated: Recording) 
             restored.callback(module.__dict__.pop, "forward")
         try:
             recorded = record_forward(result.decoder, ids)
+        except OtherRankError:
+            raise
         except Exception:  # the model's code, run in another way than it was written for
             return {}
     is_same = len(recorded.calls) == len(unrotated.calls) and all(

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from sinkattn.hf.model_config import attention_implementation
 from sinkattn.hf.probe.masks import MaskPattern, classify_mask
+from sinkattn.hf.ranks import wait_for_ranks
 
 ATTENTION_NAME = "sinkattn_probe"
 
@@ -83,6 +84,7 @@ AttentionMaskInterface.register(ATTENTION_NAME, _record_mask)
 
 def record_forward(decoder: PreTrainedModel, ids: Tensor, **inputs: Tensor) -> Recording:
     """Run the decoder on ids ``[tokens]`` with the recording attention function."""
+    wait_for_ranks(decoder)
     recording = Recording()
     token = _recording.set(recording)
     try:

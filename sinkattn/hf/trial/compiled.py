@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.dry_run import sample_ids
+from sinkattn.hf.ranks import OtherRankError, wait_for_ranks
 from sinkattn.hf.swap.ring_patch import RingPatch
 from sinkattn.hf.trial.agreement import MAX_FP32_ERROR, check_agreement, relative_error
 from sinkattn.hf.unsupported import UnsupportedModelError
@@ -40,6 +41,8 @@ def compile_step(patch: RingPatch) -> None:
         patch.compile_step()
         try:
             got = [_outputs(patch, step, cache) for step in steps]
+        except OtherRankError:
+            raise
         except Exception as error:  # Dynamo, its backend and the C++ compiler raise many types
             # The first line names the part of the compiler that failed, the second one why.
             reason = " ".join(str(error).strip().splitlines()[:2])
@@ -56,4 +59,5 @@ def compile_step(patch: RingPatch) -> None:
 def _outputs(patch: RingPatch, ids: Tensor, cache: SinkCache) -> Tensor:
     # Through the whole model, which may pass arguments of its own: others would need another graph.
     options: dict[str, Any] = {patch.model_cache_argument: cache, "use_cache": True, "return_dict": True}
+    wait_for_ranks(patch.model)
     return patch.model(input_ids=ids, **options)[0]

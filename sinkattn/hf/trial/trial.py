@@ -22,6 +22,7 @@ from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.dry_run import sample_ids
 from sinkattn.hf.probe.probe import PROBE_TOKENS
 from sinkattn.hf.probe.result import ProbeResult
+from sinkattn.hf.ranks import wait_for_ranks
 from sinkattn.hf.swap.ring_patch import RingPatch
 from sinkattn.hf.trial.agreement import MAX_FP32_ERROR, AttentionRecord, check_agreement, relative_error
 from sinkattn.hf.trial.original import (
@@ -145,6 +146,7 @@ class Trial(RingPatch):
             if "position_ids" in self.parameters:
                 options["position_ids"] = torch.arange(first, first + num_tokens, device=ids.device).unsqueeze(0)
             self.record.first_token, self.record.num_tokens = first, num_tokens
+            wait_for_ranks(self.model)
             parts.append(self.decoder(input_ids=ids, **options)[0])
             first += num_tokens
         return torch.cat(parts, dim=1)
