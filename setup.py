@@ -33,7 +33,8 @@ except ImportError as error:
     )
 
 CXX_FLAGS = ["-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", "--fmad=false"]
+# The names of temporary files end up in the library: random in /tmp, the same in every build beside the objects.
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", "--fmad=false", "--objdir-as-tempdir"]
 
 
 def cuda_toolkit() -> tuple[Path, tuple[int, int]] | None:
@@ -49,8 +50,9 @@ def cuda_toolkit() -> tuple[Path, tuple[int, int]] | None:
     answer = subprocess.getoutput(f"'{nvcc}' --version; '{nvcc}' --dryrun -E -x cu /dev/null") if nvcc else ""
     found = re.search(r"release (\d+)\.(\d+).*TOP=([^\n]+)", answer, re.DOTALL)
     version = (int(found[1]), int(found[2])) if found else (0, 0)
-    same_major = torch.version.cuda is None or int(torch.version.cuda.split(".")[0]) == version[0]
-    if version >= (12, 0) and same_major and not torch.version.hip:
+    # The CUDA runtime is linked in and may be older than torch's; a newer one may need a newer driver than torch does.
+    fits_driver = torch.version.cuda is None or int(torch.version.cuda.split(".")[0]) >= version[0]
+    if version >= (12, 0) and fits_driver and not torch.version.hip:
         return Path(found[3]).resolve(), version
     what = f"{nvcc} is of CUDA {version[0]}.{version[1]}" if nvcc else "there is no nvcc on PATH or in CUDA_HOME"
     problem = f"sinkattn: no CUDA toolkit that fits torch {torch.__version__}: {what}"

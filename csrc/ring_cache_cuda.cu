@@ -30,6 +30,11 @@
   } while (0)
 
 namespace sinkattn {
+
+// nvcc names the internal symbols of a file after its first external definition, and in a file that has none after the
+// id of its process: no two builds would have the same bytes.
+extern const int kNamesInternalSymbols = 1;
+
 namespace {
 
 using torch::stable::accelerator::DeviceGuard;

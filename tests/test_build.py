@@ -1,5 +1,6 @@
 """What the build made: that it loads, says truly what it holds, and needs nothing unstable of torch."""
 
+import ast
 import importlib.metadata
 import re
 import shutil
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import sinkattn.ops
 from sinkattn import _C
@@ -68,6 +71,18 @@ def test_installed_version_is_the_package_version():
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("built in place, not installed")
     assert installed == sinkattn.__version__
+
+
+def test_every_imported_package_is_a_requirement():
+    required = {canonicalize_name(Requirement(line).name) for line in importlib.metadata.requires("sinkattn") or []}
+    installed = importlib.metadata.packages_distributions()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"sinkattn"}:
+                distributions = {canonicalize_name(each) for each in installed.get(name, [name])}
+                assert distributions & required, f"{path.relative_to(PACKAGE)} imports {name}"
 
 
 @pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
