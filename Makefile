@@ -91,7 +91,7 @@ wheels: $(STAMPS)/release  ## build a wheel for this platform and this Python, a
 	done
 
 # Other packages come from the environment; there is nothing on PATH but the scripts of the new one.
-test-wheels: wheels $(READY)  ## install the wheel where there is no compiler, and run the demo
+test-wheels: $(READY) wheels  ## install the wheel where there is no compiler, and run the demo
 	@rm -rf $(BARE)
 	@$(PY) -m venv --without-pip $(BARE)
 	@$(PY) -c "import sys; print(*(path for path in sys.path if path.endswith('-packages')), sep='\n')" \
