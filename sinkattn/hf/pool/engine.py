@@ -91,6 +91,7 @@ class Engine:
             has_logits=state.has_logits,
             parked_logits=logits,
             last_step=state.last_step,
+            notes=copy.deepcopy(state.notes),
         )
 
     def snapshot(self, state: StreamState) -> tuple[StreamMemory, Tensor | None]:

@@ -59,6 +59,7 @@ def file_parts(
         "sampling": {x.name: getattr(params, x.name) for x in fields(params) if x.name != "processors"},
         "has_processors": bool(params.processors),
         "sampler": state.sampler.state(),
+        "notes": state.notes,
     }
     return (
         cache.state_tensors() | {f"{POOL}.{name}": x.unsqueeze(0) for name, x in tensors.items()},
@@ -108,6 +109,8 @@ def load(
     if (name := own.field("logits_dtype", (str, NoneType))) is not None:
         dtype = next((x for x in DTYPES if str(x) == name), torch.float32)
         state.parked_logits, state.has_logits = own.tensor("logits", (vocabulary,), dtype, cpu)[0], True
+    if "notes" in own.fields:  # files of before have none
+        state.notes = own.field("notes", dict)
     saved.check_all_taken()
     return state
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -71,6 +71,8 @@ class StreamState:
     """Number of the step in which it got its row."""
     last_step: int = 0
     """Number of the last step that ran it."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """Of whoever uses it; see `Stream.notes`."""
 
     def __len__(self) -> int:
         """Tokens of the stream, those that wait among them."""

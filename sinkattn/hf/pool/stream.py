@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Collection, Generator, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor
 
@@ -52,6 +52,11 @@ class Stream:
     def prefix(self) -> list[int]:
         """Ids that stay in sight for ever."""
         return [*self._state.prefix]
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """Anything that is JSON, for whoever uses the stream: saved with it, and copied by `fork`; empty at first."""
+        return self._state.notes
 
     @property
     def in_sight(self) -> list[int]:
