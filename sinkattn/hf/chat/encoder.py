@@ -67,8 +67,14 @@ class MessageEncoder:
         return ids
 
     def reply(self, text: str) -> list[int]:
-        """Ids of the text of a reply, which comes between ``before_reply`` and ``end``."""
-        return self._encode(text)
+        """Ids of the text of a reply, which comes between ``before_reply`` and ``end``.
+
+        Raises ValueError for one that has special tokens.
+        """
+        ids = self._encode(text)
+        if found := self._special_of(ids):
+            raise ValueError(f"reply: expected text without special tokens, got {self._text(found[:1])!r}")
+        return ids
 
     def read(self, ids: list[int]) -> list[tuple[Literal["user", "assistant"], int, str]]:
         """The messages in the ids of a message or a turn: who it is from, its number of tokens and its text."""
