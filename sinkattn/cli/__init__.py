@@ -1,4 +1,4 @@
-"""The command line: ``sinkattn demo | generate | chat | learn | eval | info``, also as ``python -m sinkattn``.
+"""The command line: ``sinkattn demo | generate | chat | serve | learn | eval | info``, also as ``python -m sinkattn``.
 
 Exit codes: 0 when done, 2 for an error that the user can correct (one line on stderr says how), 130 when interrupted.
 `generate`, `chat` and `learn` run until Ctrl-C, so they exit with 0 when interrupted; `learn` once it has read a chunk,
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 import sinkattn
-from sinkattn.cli import chat, demo, generate, info, learn
+from sinkattn.cli import chat, demo, generate, info, learn, serve
 from sinkattn.cli import eval as evaluations
 from sinkattn.cli.errors import UserError, discard_stdout
 
@@ -53,6 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sinkattn {sinkattn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command in (demo, generate, chat, learn, evaluations, info):
+    for command in (demo, generate, chat, serve, learn, evaluations, info):
         command.add_parser(commands)
     return parser

@@ -1,0 +1,173 @@
+"""``sinkattn serve``: a server with OpenAI's API."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from contextlib import suppress
+from dataclasses import fields
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sinkattn
+from sinkattn.cli.arguments import (
+    MODEL,
+    add_command,
+    add_compile,
+    add_sampling,
+    add_weights,
+    announce_compilation,
+    count,
+    describe_model,
+    load_model,
+    model_lines,
+    positive,
+    sampling,
+)
+from sinkattn.cli.errors import UserError, as_user_error, require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sinkattn.cli.arguments import Commands
+    from sinkattn.serve.limits import Limits
+    from sinkattn.serve.server import Server
+
+PREFIX = 512
+HEADROOM = 512
+KEY_VARIABLE = "SINKATTN_API_KEYS"
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command to those of a parser."""
+    parser = add_command(commands, "serve", run, "serve a model with OpenAI's API, and a page to try it")
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    add_weights(parser)
+    add_compile(parser)
+    parser.add_argument("--name", help="by which requests name the model (default: MODEL)")
+    parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s, for this machine alone)")
+    parser.add_argument("--port", type=count, default=8000, metavar="N", help="default: %(default)s; 0 for any")
+    parser.add_argument(
+        "--api-keys",
+        type=Path,
+        metavar="FILE",
+        help=f"a key in each line, or NAME:KEY; also in the environment as {KEY_VARIABLE}, with commas; needed for any "
+        "host but this machine",
+    )
+    parser.add_argument("--window", type=positive, metavar="N", help="most recent tokens kept besides a system prompt")
+    parser.add_argument(
+        "--max-prefix", type=positive, default=PREFIX, metavar="N", help="most tokens of a system prompt (%(default)s)"
+    )
+    parser.add_argument("--max-streams", type=positive, default=16, metavar="N", help="on the device (%(default)s)")
+    parser.add_argument("--max-parked", type=count, default=64, metavar="N", help="in host memory (%(default)s)")
+    parser.add_argument("--sessions", type=Path, metavar="DIR", help="where sessions are saved, also at the end")
+    group = parser.add_argument_group("limits")
+    group.add_argument("--max-tokens", type=positive, default=4096, metavar="N", help="of a reply (%(default)s)")
+    group.add_argument("--max-body", type=positive, default=4, metavar="MIB", help="of a request (%(default)s)")
+    group.add_argument("--max-requests", type=positive, default=64, metavar="N", help="at a time (%(default)s)")
+    group.add_argument("--sessions-per-key", type=positive, default=64, metavar="N", help="default: %(default)s")
+    group.add_argument("--idle-minutes", type=positive, default=60, metavar="N", help="of a session (%(default)s)")
+    add_sampling(parser, seed=None)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    uvicorn = require("uvicorn", "'sinkattn[serve]'")
+    for name in ("fastapi", "prometheus_client", "pythonjsonlogger", "sse_starlette"):
+        require(name, "'sinkattn[serve]'")
+    keys = _keys(args)
+    if not keys and not _is_loopback(args.host):
+        raise UserError(f"--host {args.host}: expected --api-keys with it, as others can reach it")
+    model, tokenizer = load_model(args)
+    print(model_lines(describe_model(model, args)), flush=True)
+    with as_user_error(ValueError, RuntimeError, OSError):
+        server = make_server(model, tokenizer, args, keys)
+    from sinkattn.serve.app import create_app
+
+    _log_as_json()
+    config = uvicorn.Config(
+        create_app(server),
+        host=args.host,
+        port=args.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=10,
+        ws_max_size=args.max_body << 20,
+    )
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run()
+    return 0
+
+
+def make_server(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, keys: dict[str, str]
+) -> Server:
+    """Make a model stream, and a server of it."""
+    from sinkattn.hf.model_config import default_window, trained_length
+    from sinkattn.serve.access import Keys
+    from sinkattn.serve.server import Server
+
+    trained = trained_length(model)
+    max_prefix = args.max_prefix if trained is None else min(args.max_prefix, max(1, trained // 4))
+    window = args.window or default_window(model, max_prefix)
+    announce_compilation(args)
+    # The sinks are the system prompt, whose length each chat has of its own.
+    sinkattn.enable(model, 0, window, min(window, HEADROOM), compile=args.compile)
+    pool = sinkattn.StreamPool(
+        model, args.max_streams, max_parked=args.max_parked, tokenizer=tokenizer, max_prefix=max_prefix
+    )
+    params = sampling(args, model)
+    defaults = {each.name: getattr(params, each.name) for each in fields(params) if each.name != "seed"}
+    path = Path(args.model)
+    name = args.name or (path.name if path.exists() else args.model)
+    return Server(pool, name, window, defaults, Keys(keys), _limits(args), args.sessions)
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    from sinkattn.serve.limits import Limits
+
+    return Limits(
+        body_bytes=args.max_body << 20,
+        max_tokens=args.max_tokens,
+        sessions_per_key=args.sessions_per_key,
+        requests=args.max_requests,
+        idle_seconds=60.0 * args.idle_minutes,
+    )
+
+
+def _keys(args: argparse.Namespace) -> dict[str, str]:
+    """Keys by the names of clients."""
+    lines = os.environ.get(KEY_VARIABLE, "").split(",")
+    if args.api_keys is not None:
+        with as_user_error(OSError, UnicodeDecodeError):
+            lines += args.api_keys.read_text(encoding="utf-8").splitlines()
+    keys: dict[str, str] = {}
+    for number, line in enumerate((x.strip() for x in lines if x.strip() and not x.startswith("#")), 1):
+        name, _, key = line.rpartition(":")
+        keys[name.strip() or f"key {number}"] = key.strip()
+    if args.api_keys is not None and not keys:
+        raise UserError(f"--api-keys: expected a key or more in {args.api_keys}, got none")
+    return keys
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _log_as_json() -> None:
+    """Log lines of JSON to stderr."""
+    from pythonjsonlogger.core import RESERVED_ATTRS
+    from pythonjsonlogger.json import JsonFormatter
+
+    handler = logging.StreamHandler()
+    fields = "{asctime}{levelname}{name}{message}"
+    handler.setFormatter(JsonFormatter(fields, style="{", reserved_attrs=[*RESERVED_ATTRS, "color_message"]))
+    for name in ("uvicorn", "sinkattn.serve"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)

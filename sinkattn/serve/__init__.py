@@ -1,0 +1,1 @@
+"""A server with OpenAI's API over a `sinkattn.StreamPool`; needs the extra ``serve``."""

@@ -1,0 +1,117 @@
+"""`Answer`: a reply to a request, however it is written to the client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import Any
+
+from sinkattn.hf.sampling.batch_sampler import ScoredToken
+from sinkattn.hf.sampling.params import SamplingParams
+from sinkattn.serve.errors import ApiError
+from sinkattn.serve.metrics import FirstToken
+from sinkattn.serve.reply import FinishReason, Piece, Reply
+from sinkattn.serve.server import Server
+from sinkattn.serve.session import Session
+
+
+class Answer:
+    """A reply in the stream of a session that is up to it.
+
+    Args:
+        server: of the request.
+        session: for this request alone.
+        first: of the request.
+        sampling: how tokens are chosen.
+        max_tokens: the most tokens.
+        stop_ids: tokens that end it.
+        stop: texts that end it.
+
+    Attributes:
+        created: when, in seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        session: Session[Any],
+        first: FirstToken,
+        sampling: SamplingParams,
+        max_tokens: int,
+        stop_ids: Collection[int],
+        stop: Sequence[str],
+    ) -> None:
+        assert session.content is not None
+        self._server, self._session, self._first = server, session, first
+        self.created = int(time.time())
+        self._num_prompt, self._num_reused = session.num_in_sight, min(session.num_reused, session.num_in_sight)
+        try:
+            self._reply = Reply(session.content.stream, server.tokenizer, max_tokens, stop_ids, stop, sampling)
+        except (ValueError, ImportError) as error:
+            raise ApiError(400, str(error), param="response_format") from error
+        server.metrics.prompt_tokens.inc(self._num_prompt - self._num_reused)
+        server.metrics.reused_tokens.inc(self._num_reused)
+
+    @property
+    def session_id(self) -> str:
+        """Of the session."""
+        return self._session.id
+
+    @property
+    def text(self) -> str:
+        """So far."""
+        return self._session.reply
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """None until it has ended."""
+        return self._reply.finish_reason
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens that its first token sees."""
+        return self._num_prompt
+
+    @property
+    def num_reused(self) -> int:
+        """Those of them that were in the stream before the request."""
+        return self._num_reused
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the reply so far."""
+        return self._reply.num_tokens
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Its pieces as they come."""
+        session, metrics = self._session, self._server.metrics
+        before = session.num_tokens - session.num_in_sight
+        try:
+            async for piece in self._reply.pieces():
+                self._first.note()
+                session.reply += piece.text
+                yield piece
+        finally:
+            metrics.tokens.inc(self.num_tokens)
+            metrics.evicted_tokens.inc(session.num_tokens - session.num_in_sight - before)
+
+    def scores(self, piece: Piece) -> list[dict[str, Any]]:
+        """The log-probabilities of a piece as the API has them: of its token, if there is one."""
+        token = piece.token
+        if not isinstance(token, ScoredToken):
+            return []
+        likely = [self._scored(each, logprob) for each, logprob in token.top_logprobs.items()]
+        return [{**self._scored(token, token.logprob), "top_logprobs": likely}]
+
+    def _scored(self, token: int, logprob: float) -> dict[str, Any]:
+        text = str(self._server.tokenizer.decode([token]))
+        return {"token": text, "logprob": logprob, "bytes": [*text.encode()]}
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens of the request, as `chat.completions` has them."""
+        return {
+            "prompt_tokens": self._num_prompt,
+            "completion_tokens": self.num_tokens,
+            "total_tokens": self._num_prompt + self.num_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._num_reused},
+        }

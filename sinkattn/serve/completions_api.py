@@ -1,0 +1,94 @@
+"""``POST /v1/completions``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from sinkattn.serve.answer import Answer
+from sinkattn.serve.dependencies import Owner, SessionHeader
+from sinkattn.serve.errors import ApiError
+from sinkattn.serve.events import EventStream
+from sinkattn.serve.metrics import FirstToken
+from sinkattn.serve.requests import CompletionRequest
+from sinkattn.serve.server import Server, new_id, while_connected
+
+router = APIRouter()
+
+
+@router.post("/v1/completions")
+async def completions(
+    request: Request, body: CompletionRequest, owner: Owner, session_header: SessionHeader = None
+) -> Response:
+    """Continue a text."""
+    server: Server = request.app.state.server
+    server.check_model(body.model)
+    first = FirstToken(server.metrics)
+    id_ = body.session_id or session_header
+    if body.append and id_ is None:
+        raise ApiError(400, "append: expected a session_id with it, got none", param="session_id")
+    ids = server.ids_of("prompt", body.prompt, is_first=not body.append)
+    sampling, max_tokens = server.sampling(**body.sampling()), server.num_tokens(body.max_tokens)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(server.at_work())
+        session = server.sessions.of_request(owner, id_, server.text_opener, ids)
+        replying = server.sessions.replying(session, server.text_opener, ids, appends=body.append)
+        session = await stack.enter_async_context(replying)
+        answer = Answer(server, session, first, sampling, max_tokens, server.end_ids, body.stops)
+        completion = _Completion(answer, server.name, body)
+        if body.stream:
+            return EventStream(completion.events(), stack.pop_all(), is_done_told=True)
+        return JSONResponse(await while_connected(request, completion.whole()))
+
+
+class _Completion:
+    """An answer as this part of the API writes it."""
+
+    def __init__(self, answer: Answer, model: str, body: CompletionRequest) -> None:
+        self._answer, self._model, self._body = answer, model, body
+        self._id = new_id("cmpl-")
+
+    async def whole(self) -> dict[str, Any]:
+        """The body of the response."""
+        answer = self._answer
+        scores = [score async for piece in answer.pieces() for score in answer.scores(piece)]
+        return {**self._chunk(answer.text, scores, answer.finish_reason), "usage": answer.usage()}
+
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        """The bodies of events."""
+        answer = self._answer
+        scores = list[dict[str, Any]]()
+        async for piece in answer.pieces():
+            scores += answer.scores(piece)
+            if piece.text:
+                yield self._chunk(piece.text, scores)
+                scores = []
+        yield self._chunk("", scores, answer.finish_reason)
+        if self._body.stream_options is not None and self._body.stream_options.include_usage:
+            yield {**self._head(), "choices": [], "usage": answer.usage()}
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._answer.created,
+            "model": self._model,
+            "session_id": self._answer.session_id,
+        }
+
+    def _chunk(self, text: str, scores: list[dict[str, Any]], finish_reason: str | None = None) -> dict[str, Any]:
+        logprobs = None if self._body.logprobs is None else _logprobs(scores)
+        choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {**self._head(), "choices": [choice]}
+
+
+def _logprobs(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "tokens": [score["token"] for score in scores],
+        "token_logprobs": [score["logprob"] for score in scores],
+        "top_logprobs": [{each["token"]: each["logprob"] for each in score["top_logprobs"]} for score in scores],
+    }

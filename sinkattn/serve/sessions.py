@@ -1,0 +1,310 @@
+"""`Sessions`: the sessions of all clients of a server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from sinkattn.hf.pool.pool import StreamPool
+from sinkattn.hf.pool.scheduler import PoolFullError
+from sinkattn.hf.pool.stream import Stream
+from sinkattn.serve.content import Content, Input, Opener
+from sinkattn.serve.errors import ApiError
+from sinkattn.serve.limits import Limits
+from sinkattn.serve.session import Session
+from sinkattn.serve.store import Store
+
+LOGGER = logging.getLogger("sinkattn.serve")
+# Seconds after which a client may try again when all streams are in use.
+RETRY_AFTER = 5
+
+Opened = TypeVar("Opened")
+
+
+class Sessions:
+    """Sessions of all clients; each sees its own ones only. All methods are for one event loop.
+
+    Args:
+        pool: of the streams.
+        limits: of clients.
+        restored: makes contents of a stream and their notes.
+        store: where they are saved; None for nowhere.
+    """
+
+    def __init__(
+        self,
+        pool: StreamPool,
+        limits: Limits,
+        restored: Callable[[Stream, dict[str, Any]], Content[Any]],
+        store: Store | None,
+    ) -> None:
+        self._pool, self._limits, self._restored, self._store = pool, limits, restored, store
+        self._sessions: dict[tuple[str, str], Session[Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def of(self, owner: str) -> list[Session[Any]]:
+        """Sessions of a client, those first that were used last."""
+        return sorted((x for x in self._sessions.values() if x.owner == owner), key=lambda x: -x.used_at)
+
+    @asynccontextmanager
+    async def held(self, owner: str, id: str) -> AsyncIterator[Session[Any]]:
+        """A session by its id, which is loaded if it is saved, while no request uses it.
+
+        Raises ApiError if the client has none of that id.
+        """
+        session = self._sessions.get((owner, id))
+        if session is None and self._is_stored(owner, id):
+            session = self.named(owner, id)
+        if session is not None:
+            async with session.lock:
+                if not session.is_closed:
+                    try:
+                        await self._load(session)
+                        yield session
+                        return
+                    finally:
+                        self._forget_if_empty(session)
+        raise ApiError(404, f"session_id: there is no session {id!r}", param="session_id")
+
+    async def kind(self, owner: str, id: str) -> object:
+        """That of what is in a session, which is loaded if it is saved; None if there is none."""
+        if not self._is_known(owner, id):
+            return None
+        async with self.held(owner, id) as session:
+            return None if session.content is None else session.content.kind
+
+    def of_request(self, owner: str, id: str | None, opener: Opener[Input], inputs: Sequence[Input]) -> Session[Input]:
+        """The session that a request names, or else the one that it continues. `replying` follows at once."""
+        return self.continued(owner, opener, inputs) if id is None else self.named(owner, id)
+
+    def named(self, owner: str, id: str) -> Session[Any]:
+        """A session by its id, which begins if there is none. `replying` follows at once."""
+        session = self._sessions.get((owner, id)) or self._add(owner, id)
+        session.is_named = True
+        return session
+
+    def continued(self, owner: str, opener: Opener[Input], inputs: Sequence[Input]) -> Session[Input]:
+        """The session of which most is in sight among those that inputs continue, or else a new one.
+
+        `replying` follows at once.
+        """
+        continued = [
+            session
+            for session in self.of(owner)
+            if not session.lock.locked()
+            and (content := session.content) is not None
+            and content.kind == opener.kind
+            and content.num_known(inputs)
+        ]
+        best = max(continued, key=lambda x: x.num_in_sight, default=None)
+        return self._add(owner, uuid.uuid4().hex) if best is None else best
+
+    async def after(self, owner: str, response: str) -> Session[Any]:
+        """A session that goes on after a response: its own one, or a copy if that has gone on since.
+
+        `replying` follows at once. Raises ApiError if the response is not known any more.
+        """
+        known = [x for x in self.of(owner) if response in x.responses]
+        # The one that ends there, if there is one, needs no copy.
+        for session in sorted(known, key=lambda x: x.num_tokens != x.responses[response])[:1]:
+            length = session.responses[response]
+            if length == session.num_tokens and not session.lock.locked():
+                return session
+            fork = await self.fork(owner, session.id, uuid.uuid4().hex)
+            async with fork.lock:
+                try:
+                    assert fork.content is not None
+                    await asyncio.to_thread(fork.content.back_to, length)
+                except RuntimeError:
+                    await self._close(fork)
+                else:
+                    fork.responses = {id: end for id, end in fork.responses.items() if end <= length}
+                    return fork
+        message = f"previous_response_id: {response!r} is not known, or too far back"
+        raise ApiError(404, message, param="previous_response_id", code="previous_response_not_found")
+
+    @asynccontextmanager
+    async def replying(
+        self, session: Session[Input], opener: Opener[Input], inputs: Sequence[Input], *, appends: bool
+    ) -> AsyncIterator[Session[Input]]:
+        """A session, for this request alone while it lasts, whose stream is up to the reply to these inputs.
+
+        Args:
+            session: of the client; in its place comes another one of its id if it is closed while this waits for it.
+            opener: begins a stream, if need be.
+            inputs: all so far, or those from any point on that is not in sight any more.
+            appends: whether they follow those of the session instead.
+        """
+        await session.lock.acquire()
+        try:
+            while session.is_closed:
+                if appends:
+                    raise ApiError(409, "session_id: the session was deleted meanwhile", param="session_id")
+                session.lock.release()
+                session = self.named(session.owner, session.id)
+                await session.lock.acquire()
+            content = await self._go_on(session, opener, inputs, appends=appends)
+            session.reply = ""
+            content.begin_reply()
+            try:
+                yield session
+            except RuntimeError:
+                await self._close(session)  # the pool has given its stream up
+                raise
+            finally:
+                if not session.is_closed:
+                    content.end_reply(session.reply)
+        finally:
+            session.used_at = time.monotonic()
+            self._forget_if_empty(session)
+            session.lock.release()
+
+    async def delete(self, owner: str, id: str) -> None:
+        """Forget a session and what was saved of it, when no request uses it any more; raises ApiError for none."""
+        session = self._sessions.get((owner, id))
+        is_stored = self._is_stored(owner, id)
+        if session is None and not is_stored:
+            raise ApiError(404, f"session_id: there is no session {id!r}", param="session_id")
+        if session is not None:
+            async with session.lock:
+                await self._close(session)
+        if is_stored and self._store is not None:
+            await asyncio.to_thread(self._store.delete, owner, id)
+
+    async def save(self, session: Session[Any]) -> None:
+        """Save a session that is held; raises ApiError if that is not possible."""
+        if self._store is None:
+            raise ApiError(400, "server: has no folder for sessions", code="no_store")
+        content = session.content
+        assert content is not None
+        try:
+            await asyncio.to_thread(self._store.save, session.owner, session.id, content.stream, content.notes())
+        except OSError as error:
+            raise ApiError(507, f"server: {error}") from error
+
+    async def restore(self, session: Session[Any]) -> None:
+        """Let a session that is held be as it was saved; raises ApiError if it was not, or with another model."""
+        if not self._is_stored(session.owner, session.id):
+            raise ApiError(404, f"session_id: nothing is saved of {session.id!r}", param="session_id")
+        content, session.content = session.content, None
+        if content is not None:
+            await asyncio.to_thread(content.stream.close)
+        await self._load(session)
+
+    async def fork(self, owner: str, id: str, new_id: str) -> Session[Any]:
+        """A copy of a session, with another id; raises ApiError if there is one of that id, or no room."""
+        if not self._is_known(owner, id):
+            raise ApiError(404, f"session_id: there is no session {id!r}", param="session_id")
+        if self._is_known(owner, new_id):
+            raise ApiError(409, f"session_id: there is a session {new_id!r} already", param="session_id")
+        fork = self._add(owner, new_id)
+        async with fork.lock:
+            try:
+                async with self.held(owner, id) as session:
+                    await self._make_room(owner)
+                    assert session.content is not None
+                    fork.content = await self._with_room(session.content.fork)
+                    fork.responses = {**session.responses}
+            finally:
+                self._forget_if_empty(fork)
+        return fork
+
+    async def close_idle(self) -> None:
+        """Forget the sessions that nobody has used for long, or leave them to the store."""
+        begin = time.monotonic() - self._limits.idle_seconds
+        for session in [x for x in self._sessions.values() if x.used_at < begin and not x.lock.locked()]:
+            async with session.lock:
+                await self._store_and_close(session)
+
+    async def close(self) -> None:
+        """Forget all sessions, or leave them to the store, when no request uses them any more."""
+        for session in [*self._sessions.values()]:
+            async with session.lock:
+                await self._store_and_close(session)
+
+    async def _store_and_close(self, session: Session[Any]) -> None:
+        if self._store is not None and session.is_named and session.content is not None:
+            try:
+                await self.save(session)
+            except ApiError as error:
+                LOGGER.error("a session is lost: %s", error)
+        await self._close(session)
+
+    def _is_known(self, owner: str, id: str) -> bool:
+        return (owner, id) in self._sessions or self._is_stored(owner, id)
+
+    def _is_stored(self, owner: str, id: str) -> bool:
+        return self._store is not None and (owner, id) in self._store
+
+    def _add(self, owner: str, id: str) -> Session[Any]:
+        session = self._sessions[owner, id] = Session(owner, id)
+        return session
+
+    async def _go_on(
+        self, session: Session[Input], opener: Opener[Input], inputs: Sequence[Input], *, appends: bool
+    ) -> Content[Input]:
+        """Bring the stream of a session up to the reply to inputs; the session is as before if that is not possible."""
+        await self._load(session)
+        content, known = session.content, None
+        if content is not None and content.kind == opener.kind:
+            known = 0 if appends else await asyncio.to_thread(content.rewind, inputs)
+        elif content is not None and appends:
+            raise ApiError(400, "append: expected the system prompt of the session, or none, and messages where it has")
+        session.num_reused = 0 if known is None else session.num_in_sight
+        try:
+            if content is not None and known is not None:
+                content.add(inputs[known:])
+                return content
+            await self._make_room(session.owner)
+            session.content = begun = await self._with_room(lambda: opener.open(self._pool, inputs))
+        except ValueError as error:
+            raise ApiError(400, f"messages: {error}", param="messages") from error
+        if content is not None:
+            await asyncio.to_thread(content.stream.close)
+        return begun
+
+    async def _load(self, session: Session[Any]) -> None:
+        """Let an empty session have what was saved of it, if anything; raises ApiError if that is not possible."""
+        store = self._store
+        if session.content is None and store is not None and (session.owner, session.id) in store:
+            stream = await self._with_room(lambda: store.load(session.owner, session.id))
+            session.content = self._restored(stream, stream.notes)
+
+    async def _make_room(self, owner: str) -> None:
+        """See to it that a client has no more sessions than it may have."""
+        own = self.of(owner)
+        if len(own) > self._limits.sessions_per_key:
+            if not (idle := [x for x in own if x.is_idle]):
+                most = self._limits.sessions_per_key
+                raise ApiError(429, f"sessions: expected up to {most} of a key; delete one first", retry_after=60)
+            await self._close(idle[-1])
+
+    async def _with_room(self, open_stream: Callable[[], Opened]) -> Opened:
+        """What a function opens, for which other streams are closed if need be."""
+        while True:
+            try:
+                return await asyncio.to_thread(open_stream)
+            except PoolFullError:
+                idle = [x for x in self._sessions.values() if x.is_idle and x.content is not None]
+                if not idle:
+                    message = "server: all streams are in use; try again later"
+                    raise ApiError(429, message, retry_after=RETRY_AFTER) from None
+            await self._close(min(idle, key=lambda x: x.used_at))
+
+    def _forget_if_empty(self, session: Session[Any]) -> None:
+        if session.content is None:
+            session.is_closed = True
+            self._sessions.pop((session.owner, session.id), None)
+
+    async def _close(self, session: Session[Any]) -> None:
+        content, session.content = session.content, None
+        self._forget_if_empty(session)
+        if content is not None:
+            await asyncio.to_thread(content.stream.close)

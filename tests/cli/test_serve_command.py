@@ -1,0 +1,69 @@
+"""``sinkattn serve``."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from sinkattn.cli import main
+from sinkattn.cli.serve import _is_loopback, _keys
+from sinkattn.hf.load import DEMO_MODEL
+
+
+class Arguments:
+    api_keys = None
+
+
+def test_keys(tmp_path, monkeypatch):
+    monkeypatch.setenv("SINKATTN_API_KEYS", "one, b: two")
+    assert _keys(Arguments) == {"key 1": "one", "b": "two"}
+    file = tmp_path / "keys"
+    file.write_text("# comment\nc:three==\n\nfour\n")
+    arguments = Arguments()
+    arguments.api_keys = file
+    assert _keys(arguments) == {"key 1": "one", "b": "two", "c": "three==", "key 4": "four"}
+
+
+def test_loopback():
+    assert all(_is_loopback(host) for host in ("127.0.0.1", "127.3.2.1", "::1", "localhost"))
+    assert not any(_is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"))
+
+
+def test_other_hosts_need_keys(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("SINKATTN_API_KEYS", raising=False)
+    assert main(["serve", str(DEMO_MODEL), "--host", "0.0.0.0"]) == 2
+    assert "expected --api-keys" in capsys.readouterr().err
+    (tmp_path / "empty").write_text("\n")
+    assert main(["serve", str(DEMO_MODEL), "--api-keys", str(tmp_path / "empty")]) == 2
+    assert "expected a key or more" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_server_from_the_command_line(tmp_path):
+    """It says where it is, keeps no word of a request in its log, and saves its sessions when it is interrupted."""
+    command = [sys.executable, "-m", "sinkattn", "serve", str(DEMO_MODEL), "--port", "0", "--sessions", str(tmp_path)]
+    environment = {**os.environ, "SINKATTN_API_KEYS": "a:secret"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "running on" in line:
+                break
+        port = int(json.loads(line)["message"].split(":")[2].split()[0])
+        body = {"model": "demo_model", "prompt": "unheard_of = ", "max_tokens": 3, "session_id": "kept"}
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        assert httpx.post(url, json=body, timeout=60).status_code == 401
+        answer = httpx.post(url, json=body, timeout=60, headers={"Authorization": "Bearer secret"})
+        assert answer.json()["usage"]["completion_tokens"] == 3
+        process.send_signal(signal.SIGINT)
+        lines += process.stderr.readlines()
+        assert process.wait(30) == 0
+    logged = [json.loads(line) for line in lines if line.startswith("{")]
+    requests = [(x["path"], x["status"]) for x in logged if x["message"] == "request"]
+    assert requests == [("/v1/completions", 401), ("/v1/completions", 200)]
+    assert not any("unheard_of" in line or "secret" in line for line in lines)
+    assert len([*tmp_path.iterdir()]) == 1

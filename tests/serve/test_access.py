@@ -1,0 +1,130 @@
+"""Keys and limits."""
+
+import contextlib
+import json
+import socket
+import threading
+
+import httpx
+import openai
+import pytest
+
+from sinkattn.serve.access import Keys
+from sinkattn.serve.errors import ApiError
+from sinkattn.serve.limits import Limits
+
+BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def guarded(make_server, run_server):
+    limits = Limits(body_bytes=2000, max_tokens=1000, requests=2)
+    with run_server(make_server(keys=Keys({"a": "first key", "b": "second key"}), limits=limits)) as running:
+        yield running
+
+
+@pytest.mark.parametrize("header", [None, "", "first key", "Bearer", "Bearer first", "Basic first key", "Bearer x y"])
+def test_wrong_keys(header):
+    with pytest.raises(ApiError, match="Authorization") as caught:
+        Keys({"a": "first key"}).owner(header)
+    assert caught.value.status == 401
+    assert Keys({"a": "first key"}).owner("Bearer first key") == "a"
+
+
+def test_every_route_but_health_needs_a_key(guarded):
+    paths = guarded.http.get("/openapi.json").json()["paths"]
+    assert len(paths) > 10
+    for path, methods in paths.items():
+        for method in methods:
+            url = path.replace("{id}", "x").replace("{name}", "tiny")
+            status = guarded.http.request(method.upper(), url, json=BODY).status_code
+            assert status == (200 if path in ("/", "/health", "/ready") else 401), path
+
+
+def test_a_client_sees_its_own_sessions(guarded):
+    guarded.chat("Secret of a", key="first key", session_id="s")
+    guarded.chat("Other", key="second key", session_id="s")
+    mine, other = (guarded.client(key) for key in ("first key", "second key"))
+    assert [x["id"] for x in mine.get("/sessions", cast_to=httpx.Response).json()["data"]] == ["s"]
+    reply = guarded.chat("Secret of a", key="second key")  # the same words continue no stream of another client
+    assert not reply.usage.prompt_tokens_details.cached_tokens
+    other.delete("/sessions/s", cast_to=httpx.Response)
+    assert mine.get("/sessions/s", cast_to=httpx.Response).json()["tokens"]
+    with pytest.raises(openai.NotFoundError):
+        other.get("/sessions/s", cast_to=httpx.Response)
+
+
+def test_large_bodies(guarded):
+    header = {"Authorization": "Bearer first key"}
+    large = json.dumps({**BODY, "user": "x" * 3000}).encode()
+    for content in (large, iter([large[:1000], large[1000:]])):  # with and without a length
+        response = guarded.http.post("/v1/chat/completions", content=content, headers=header)
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
+    assert guarded.http.post("/v1/chat/completions", json=BODY, headers=header).status_code == 200
+
+
+def test_requests_at_a_time(guarded):
+    """The third one is refused; a client that goes away frees its place."""
+    with contextlib.ExitStack() as stack:
+        for name in "xy":
+            events = guarded.chat("Go on", key="first key", session_id=name, max_tokens=1000, stream=True)
+            stack.callback(events.close)
+            next(events)
+        with pytest.raises(openai.RateLimitError) as caught:
+            guarded.chat("Third", key="second key")
+        assert caught.value.response.headers["Retry-After"] == "1"
+    guarded.wait_until(lambda: guarded.server.num_at_work == 0)
+    assert guarded.chat("Third", key="second key").choices
+
+
+def test_a_client_that_goes_away_frees_its_stream(guarded):
+    """While it waits for a whole reply, and while it reads events; the session goes on afterwards."""
+    for stream in (False, True):
+        session = (
+            guarded.server.sessions.named("a", "left") if ("a", "left") in guarded.server.sessions._sessions else None
+        )
+        before = 0 if session is None else session.num_tokens
+        body = json.dumps({**BODY, "max_tokens": 1000, "session_id": "left", "stream": stream}).encode()
+        address = httpx.URL(guarded.url)
+        with socket.create_connection((address.host, address.port)) as connection:
+            head = (
+                "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer first key\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            )
+            connection.sendall(head.encode() + body)
+            guarded.wait_until(lambda: guarded.server.num_at_work == 1)
+            session = guarded.server.sessions._sessions["a", "left"]
+            guarded.wait_until(lambda session=session, before=before: session.num_tokens > before + 30)
+        guarded.wait_until(lambda: guarded.server.num_at_work == 0)
+        assert session.num_tokens < 900
+        state = session.content.stream._state
+        assert state.generation is None
+    assert guarded.chat("And?", key="first key", session_id="left", append=True).choices
+
+
+def test_many_clients_leave_nothing_behind(guarded):
+    def leave(index):
+        with contextlib.suppress(openai.APIError):
+            events = guarded.chat(f"Client {index}", key="first key", max_tokens=500, stream=True)
+            next(events)
+            events.close()
+
+    threads = [threading.Thread(target=leave, args=(index,)) for index in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    guarded.wait_until(lambda: guarded.server.num_at_work == 0)
+    assert all(not session.lock.locked() for session in guarded.server.sessions.of("a"))
+    assert len(guarded.server.pool) == len(guarded.server.sessions)
+
+
+def test_metrics_and_health(guarded):
+    assert guarded.http.get("/health").json() == {"status": "ok"}
+    text = guarded.http.get("/metrics", headers={"Authorization": "Bearer first key"}).text
+    figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(figures["sinkattn_generated_tokens_total"]) > 0
+    assert float(figures["sinkattn_time_to_first_token_seconds_count"]) > 0
+    assert float(figures["sinkattn_sessions"]) == len(guarded.server.sessions)
+    assert float(figures['sinkattn_requests_total{path="/health",status="200"}']) > 0
+    assert "Secret" not in text

@@ -1,0 +1,158 @@
+"""``/v1/chat/completions`` by OpenAI's own client, compared with the stream that it stands for."""
+
+import json
+import math
+
+import openai
+import pytest
+import torch
+
+from sinkattn import SamplingParams
+from sinkattn.hf.chat.encoder import MessageEncoder
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def expected(running, question, max_tokens=8, system=None, **sampling):
+    """Ids of the reply to a first question, by a stream of the same pool."""
+    encoder = MessageEncoder(running.server.tokenizer, system)
+    with running.server.pool.open(encoder.prefix, evict="message", sampling=SamplingParams(**sampling)) as stream:
+        stream.feed(encoder.question(question))
+        stream.feed(encoder.before_reply, begins_message=encoder.replies_stand_alone)
+        return [*stream.generate(max_tokens, stop=encoder.special_ids)]
+
+
+def test_the_reply_is_that_of_a_stream(running):
+    reply = running.chat("What is this?")
+    ids = expected(running, "What is this?")
+    assert reply.choices[0].message.content == running.server.tokenizer.decode(ids)
+    assert reply.choices[0].finish_reason == "length"
+    assert (reply.usage.completion_tokens, reply.usage.prompt_tokens_details.cached_tokens) == (8, 0)
+
+
+def test_parameters_of_sampling(running):
+    ids = expected(running, "Sampled", temperature=0.9, top_p=0.8, top_k=50, presence_penalty=0.5, seed=7)
+    reply = running.client().chat.completions.create(
+        model="tiny",
+        messages=[user("Sampled")],
+        max_completion_tokens=8,
+        temperature=0.9,
+        top_p=0.8,
+        presence_penalty=0.5,
+        seed=7,
+        extra_body={"top_k": 50},
+    )
+    assert reply.choices[0].message.content == running.server.tokenizer.decode(ids)
+    assert ids != expected(running, "Sampled", temperature=0.9, top_p=0.8, top_k=50, presence_penalty=0.5, seed=8)
+    biased = running.chat("Biased", logit_bias={"40": 1000.0}, max_tokens=3)
+    assert biased.choices[0].message.content == running.server.tokenizer.decode([40] * 3)
+
+
+def test_events_are_the_whole_reply(running):
+    whole = running.chat([SYSTEM, user("Twice")], max_tokens=20)
+    events = [
+        *running.chat([SYSTEM, user("Twice")], max_tokens=20, stream=True, stream_options={"include_usage": True})
+    ]
+    text = "".join(event.choices[0].delta.content or "" for event in events if event.choices)
+    assert text == whole.choices[0].message.content
+    assert [x.choices[0].finish_reason for x in events if x.choices][-1] == "length"
+    assert events[-1].usage.completion_tokens == 20
+    assert {event.id for event in events} == {events[0].id}
+
+
+def test_stop(running):
+    text = running.chat("Stop", max_tokens=30).choices[0].message.content
+    stop = text[10:13]
+    stopped = running.chat("Stop", max_tokens=30, stop=[stop])
+    assert stopped.choices[0].message.content == text[: text.index(stop)]
+    assert stopped.choices[0].finish_reason == "stop"
+    assert stopped.usage.completion_tokens < 30
+
+
+def test_log_probabilities(running):
+    reply = running.chat("Scores", logprobs=True, top_logprobs=3, max_tokens=4)
+    scores = reply.choices[0].logprobs.content
+    assert len(scores) == 4
+    for score in scores:
+        assert len(score.top_logprobs) == 3
+        assert score.top_logprobs[0].token == score.token  # greedy
+        assert math.isclose(score.top_logprobs[0].logprob, score.logprob, abs_tol=1e-6)
+    encoder = MessageEncoder(running.server.tokenizer)
+    ids = [*encoder.prefix, *encoder.question("Scores"), *encoder.before_reply]
+    with torch.no_grad():
+        logits = running.server.pool.model(torch.tensor([ids])).logits[0, -1]
+    assert math.isclose(scores[0].logprob, float(logits.log_softmax(-1).max()), abs_tol=1e-4)
+
+
+def test_json_schema(running):
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object",
+        "properties": {"is": {"type": "boolean"}},
+        "required": ["is"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    reply = running.chat("Is it?", response_format=form, max_tokens=60)
+    assert json.loads(reply.choices[0].message.content)["is"] in (True, False)
+    assert reply.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("changed", "status", "param"),
+    [
+        ({"model": "other"}, 404, "model"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [user("a"), user("b")]}, 400, "messages"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "messages"),
+        ({"messages": [SYSTEM]}, 400, "messages"),
+        ({"messages": [{"role": "tool", "content": "a", "tool_call_id": "1"}]}, 400, "messages.0.role"),
+        ({"messages": [user(" ")]}, 400, "messages"),
+        ({"messages": [user("<|end|>")]}, 400, "messages"),
+        ({"messages": [user("a"), {"role": "assistant", "content": "<|end|>"}, user("b")]}, 400, "messages"),
+        ({"messages": [user("word " * 300)]}, 400, "messages"),
+        ({"messages": [{"role": "system", "content": "word " * 300}, user("a")]}, 400, "messages"),
+        ({"messages": [user([{"type": "image_url", "image_url": {"url": "x"}}])]}, 400, None),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"max_tokens": 10**9}, 400, "max_tokens"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"top_logprobs": 2}, 400, "logprobs"),
+        ({"stop": [""]}, 400, "stop"),
+        ({"n": 2}, 400, "n"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
+        ({"logit_bias": {"100000": 1}}, 400, None),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": 1}}}}, 400, None),
+        ({"append": True}, 400, "session_id"),
+        ({"session_id": "a/b"}, 400, "session_id"),
+    ],
+)
+def test_errors(running, changed, status, param):
+    body = {"model": "tiny", "messages": [user("a")], **changed}
+    before = len(running.server.pool)
+    response = running.http.post("/v1/chat/completions", json=body)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error["message"]
+    if param is not None:
+        assert error["param"] == param
+    assert len(running.server.pool) == before
+    assert running.server.num_at_work == 0
+
+
+def test_errors_are_those_of_the_client_library(running):
+    with pytest.raises(openai.NotFoundError, match="no model 'other'"):
+        running.client().chat.completions.create(model="other", messages=[user("a")])
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        running.chat("a", tools=[{"type": "function", "function": {"name": "f"}}])
+
+
+def test_what_is_no_json(running):
+    response = running.http.post("/v1/chat/completions", content=b"{", headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert "JSON" in response.json()["error"]["message"]
+    assert running.http.get("/v1/nothing").status_code == 404
+    assert running.http.get("/v1/nothing").json()["error"]["type"] == "not_found_error"

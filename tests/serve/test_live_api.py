@@ -1,0 +1,88 @@
+"""A websocket that feeds a text while the model speaks."""
+
+import json
+
+import pytest
+from websockets.sync.client import connect
+
+
+@pytest.fixture
+def live(running):
+    class Live:
+        def __init__(self, id):
+            self.socket = connect(f"{running.url.replace('http', 'ws')}/v1/sessions/{id}/live")
+
+        def say(self, **message):
+            self.socket.send(json.dumps(message))
+
+        def until(self, kind):
+            """Text until a message of this kind, and that message."""
+            text = ""
+            while (message := json.loads(self.socket.recv(timeout=20)))["type"] != kind:
+                assert message["type"] == "text", message
+                text += message["text"]
+            return text, message
+
+    made = []
+    yield lambda id: made.append(Live(id)) or made[-1]
+    for each in made:
+        each.socket.close()
+
+
+def test_text_goes_on_in_pieces(running, live):
+    socket = live("live")
+    socket.say(type="feed", text="import os\n")
+    socket.say(type="feed", text="import sys\n")
+    socket.say(type="generate", max_tokens=12, temperature=0)
+    text, end = socket.until("end")
+    assert (end["finish_reason"], end["usage"]["completion_tokens"]) == ("length", 12)
+    tokenizer = running.server.tokenizer
+    more = tokenizer("import sys\n", add_special_tokens=False).input_ids
+    ids = [*tokenizer("import os\n").input_ids, *more]
+    with running.server.pool.open(ids[:4]) as stream:
+        stream.feed(ids[4:])
+        assert running.server.tokenizer.decode([*stream.generate(12)]) == text
+    socket.say(type="feed", text="x = 1\n")
+    socket.say(type="generate", max_tokens=3)
+    assert socket.until("end")[1]["usage"]["completion_tokens"] == 3
+
+
+def test_feeding_while_it_speaks(running, live):
+    socket = live("both")
+    socket.say(type="feed", text="a")
+    socket.say(type="generate", max_tokens=1000)
+    assert json.loads(socket.socket.recv(timeout=20))["type"] == "text"
+    for _ in range(5):
+        socket.say(type="feed", text=" more")
+    socket.say(type="generate", max_tokens=5)  # instead of what it says
+    _, end = socket.until("end")
+    assert end["usage"]["completion_tokens"] == 5
+    socket.say(type="generate", max_tokens=1000)
+    json.loads(socket.socket.recv(timeout=20))
+    socket.say(type="stop")
+    socket.socket.close()
+    running.wait_until(lambda: running.server.num_at_work == 0)
+    assert running.http.get("/v1/sessions/both").json()["tokens"] > 12
+
+
+def test_errors_leave_it_open(live):
+    socket = live("errors")
+    socket.say(type="feed", text="a")
+    for message, expected in (
+        ({"type": "other"}, "other"),
+        ({"type": "feed"}, "text"),
+        ({"type": "generate", "max_tokens": 10**9}, "max_tokens"),
+        ({"type": "generate", "temperature": "x"}, "temperature"),
+    ):
+        socket.say(**message)
+        assert expected in socket.until("error")[1]["error"]["message"]
+    socket.socket.send("{")
+    assert socket.until("error")
+    socket.say(type="generate", max_tokens=2)
+    assert socket.until("end")
+
+
+def test_it_begins_with_text(live):
+    socket = live("none")
+    socket.say(type="generate")
+    assert "feed" in socket.until("error")[1]["error"]["message"]
