@@ -11,7 +11,6 @@ from fastapi.responses import JSONResponse, Response
 
 from sinkattn.serve.answer import Answer
 from sinkattn.serve.dependencies import Owner, SessionHeader
-from sinkattn.serve.errors import ApiError
 from sinkattn.serve.events import EventStream
 from sinkattn.serve.metrics import FirstToken
 from sinkattn.serve.requests import ChatRequest
@@ -28,9 +27,7 @@ async def chat_completions(
     server: Server = request.app.state.server
     server.check_model(body.model)
     first = FirstToken(server.metrics)
-    id_ = body.session_id or session_header
-    if body.append and id_ is None:
-        raise ApiError(400, "append: expected a session_id with it, got none", param="session_id")
+    id_ = body.named(session_header)
     system, messages = body.parts()
     opener = server.chat_opener(system, await server.sessions.kind(owner, id_) if body.append and id_ else None)
     sampling, max_tokens = server.sampling(**body.sampling()), server.num_tokens(body.most_tokens)

@@ -11,7 +11,6 @@ from fastapi.responses import JSONResponse, Response
 
 from sinkattn.serve.answer import Answer
 from sinkattn.serve.dependencies import Owner, SessionHeader
-from sinkattn.serve.errors import ApiError
 from sinkattn.serve.events import EventStream
 from sinkattn.serve.metrics import FirstToken
 from sinkattn.serve.requests import CompletionRequest
@@ -28,10 +27,8 @@ async def completions(
     server: Server = request.app.state.server
     server.check_model(body.model)
     first = FirstToken(server.metrics)
-    id_ = body.session_id or session_header
-    if body.append and id_ is None:
-        raise ApiError(400, "append: expected a session_id with it, got none", param="session_id")
-    ids = server.ids_of("prompt", body.prompt, is_first=not body.append)
+    id_ = body.named(session_header)
+    ids = server.ids_of("prompt", body.text, is_first=not body.append)
     sampling, max_tokens = server.sampling(**body.sampling()), server.num_tokens(body.max_tokens)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(server.at_work())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from sinkattn.hf.chat.encoder import MessageEncoder
@@ -14,11 +15,18 @@ from sinkattn.hf.pool.stream import Stream
 Role = Literal["user", "assistant"]
 
 
-class Message(NamedTuple):
+@dataclass(frozen=True)
+class Message:
     """A message of a request."""
 
     role: Role
     text: str
+
+    @cached_property
+    def digest(self) -> str:
+        """Stands for the text when it is compared. Spaces around a reply do not matter, as clients cut them off."""
+        text = self.text.strip() if self.role == "assistant" else self.text
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Turn(NamedTuple):
@@ -32,7 +40,7 @@ class Turn(NamedTuple):
 
     def is_of(self, message: Message) -> bool:
         """Whether it is this message."""
-        return self.role == message.role and self.digest == digest(message.text)
+        return self.role == message.role and self.digest == message.digest
 
 
 class Conversation:
@@ -62,8 +70,11 @@ class Conversation:
 
     def num_known(self, messages: Sequence[Message]) -> int | None:
         """How many of these messages, from the first one on, the stream has or has forgotten; None if others."""
+        if not any(turn.is_of(message) for turn in self._turns[-1:] for message in messages):
+            return None  # so it is for most streams, and to know what is in sight takes longer
         begin = self._first_seen
-        return _num_known(self._turns[begin:], messages, is_all=not self._num_forgotten and not begin)
+        is_all = not self._num_forgotten and not begin
+        return _num_known(self._turns, messages, least=len(self._turns) - begin, is_all=is_all)
 
     def rewind(self, messages: Sequence[Message]) -> int | None:
         """As `num_known`, but the last reply, or the last exchange, may be others: these are forgotten.
@@ -77,7 +88,7 @@ class Conversation:
                 break
             # All that are noted are compared, as older ones may be in sight again then.
             kept = self._turns[:-count]
-            known = _num_known(kept, messages, is_all=not self._num_forgotten)
+            known = _num_known(kept, messages, least=len(kept), is_all=not self._num_forgotten)
             if known is not None:
                 try:
                     self.stream.rollback(len(self.stream) - self._turns[-count].begin)
@@ -88,6 +99,8 @@ class Conversation:
 
     def add(self, messages: Sequence[Message]) -> None:
         """Append messages; raises ValueError for one that is too long or has special tokens, before any is added."""
+        if messages and self._turns and self._turns[-1].role == messages[0].role:
+            raise ValueError(f"expected messages in turns, got one of the {messages[0].role} after another")
         self.add_encoded([(message, self._opener.ids(message)) for message in messages])
 
     def add_encoded(self, messages: Sequence[tuple[Message, list[int]]]) -> None:
@@ -103,7 +116,7 @@ class Conversation:
 
     def end_reply(self, text: str) -> None:
         """Append what a reply ends with; ``text`` is its text."""
-        self._turns[-1] = self._turns[-1]._replace(digest=digest(text))
+        self._turns[-1] = self._turns[-1]._replace(digest=Message("assistant", text).digest)
         self.stream.feed(self.encoder.end, begins_message=False, wait=False)
 
     def fork(self) -> Conversation:
@@ -153,7 +166,7 @@ class Conversation:
 
     def _note(self, message: Message, begin: int) -> None:
         """Note a message that begins, and forget those that no rollback can bring back into sight."""
-        self._turns.append(Turn(message.role, digest(message.text), begin))
+        self._turns.append(Turn(message.role, message.digest, begin))
         num_old = sum(turn.begin <= begin - 2 * self._window for turn in self._turns[1:])
         self._turns, self._num_forgotten = self._turns[num_old:], self._num_forgotten + num_old
 
@@ -180,19 +193,28 @@ class ChatOpener:
     def open(self, pool: StreamPool, messages: Sequence[Message]) -> Conversation:
         """A conversation with the last of these messages, as many as can be in sight when a reply to them begins."""
         fitting = self._fitting(messages)  # before a stream is opened, as this may raise an error
+        if messages[0].role == "assistant" and len(fitting) == len(messages) - 1:
+            raise ValueError("expected a message of the user first, as this model's chat template writes no other")
         conversation = Conversation(pool.open(self.encoder.prefix, evict="message"), self)
+        if forgotten := messages[: len(messages) - len(fitting)]:
+            # The one before those in sight is noted, so that another chat which merely ends alike does not continue it.
+            conversation._num_forgotten = len(forgotten) - 1
+            conversation._note(forgotten[-1], len(conversation.stream))
         conversation.add_encoded(fitting)
         return conversation
 
     def ids(self, message: Message) -> list[int]:
         """Ids of a message; raises ValueError for one that is too long, or has special tokens."""
-        encoder = self.encoder
-        if message.role == "assistant":
-            return [*encoder.before_reply, *encoder.reply(message.text), *encoder.end]
-        ids = encoder.question(message.text)
-        if len(ids) > (most := self.window - len(encoder.before_reply) - len(encoder.end) - 1):
+        ids, most = self._encoded(message), self.window - len(self.encoder.before_reply) - len(self.encoder.end) - 1
+        if message.role == "user" and len(ids) > most:
             raise ValueError(f"expected up to {most} tokens in each, so that it is in sight as a whole, got {len(ids)}")
         return ids
+
+    def _encoded(self, message: Message) -> list[int]:
+        encoder = self.encoder
+        if message.role == "user":
+            return encoder.question(message.text)
+        return [*encoder.before_reply, *encoder.reply(message.text), *encoder.end]
 
     def begins_message(self, message: Message) -> bool:
         """Whether a message can be in sight without the one before it."""
@@ -202,7 +224,7 @@ class ChatOpener:
         """The last of these messages that can be in sight at a time, at least one, with their ids."""
         room, fitting, count = self.window - len(self.encoder.before_reply) - 1, list[tuple[Message, list[int]]](), 1
         for message in reversed(messages):
-            ids = self.ids(message)
+            ids = self._encoded(message) if fitting else self.ids(message)
             room -= len(ids)
             if room < 0 and fitting:
                 break
@@ -212,18 +234,15 @@ class ChatOpener:
         return fitting[:count][::-1]
 
 
-def digest(text: str) -> str:
-    """What stands for a text when it is compared; spaces around it do not matter."""
-    return hashlib.sha256(text.strip().encode()).hexdigest()
+def _num_known(turns: Sequence[Turn], messages: Sequence[Message], *, least: int, is_all: bool) -> int | None:
+    """Index of the message that follows these turns; ``is_all``: nothing was before them.
+
+    Messages may begin after some of the turns, but have the ``least`` last ones.
+    """
+    ends = [len(turns)] if is_all else range(len(messages), least - 1, -1)
+    return next((end for end in ends if end <= len(messages) and _ends_with(messages[:end], turns)), None)
 
 
-def _num_known(turns: Sequence[Turn], messages: Sequence[Message], *, is_all: bool) -> int | None:
-    """Index of the message that follows these turns; ``is_all``: nothing was before them."""
-    ends = [len(turns)] if is_all else range(len(messages), len(turns) - 1, -1)
-    return next((end for end in ends if _are_same(turns, messages[end - len(turns) : end])), None)
-
-
-def _are_same(turns: Sequence[Turn], messages: Sequence[Message]) -> bool:
-    return len(turns) == len(messages) and all(
-        turn.is_of(message) for turn, message in zip(turns, messages, strict=True)
-    )
+def _ends_with(messages: Sequence[Message], turns: Sequence[Turn]) -> bool:
+    """Whether these turns, or as many of them as there are messages, are the last messages."""
+    return all(turn.is_of(message) for turn, message in zip(reversed(turns), reversed(messages), strict=False))

@@ -1,21 +1,37 @@
-"""Bodies of requests, as OpenAI's API has them. What is not supported is refused rather than ignored."""
+"""Bodies of requests, as OpenAI's API has them.
+
+What would change a reply and is not supported is refused; hints and tags, which clients send by default, are taken.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from itertools import groupby
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sinkattn.serve.conversation import Message
 from sinkattn.serve.errors import ApiError
 
-SessionId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.:@-]+$")]
+SessionId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w:@-][\w.:@-]*$")]
 """By which a client names a session; part of paths."""
 
 
+SYSTEM = ("system", "developer")
+
+
 class _Strict(BaseModel):
+    """Without unknown fields. One that is null or an empty list counts as absent: so clients write their defaults."""
+
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None and value != []}
 
 
 class TextPart(_Strict):
@@ -23,6 +39,10 @@ class TextPart(_Strict):
 
     type: Literal["text", "input_text", "output_text"]
     text: str
+    # Without effect: what other parts of a reply that is sent back say of it, and a hint.
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+    cache_control: dict[str, Any] | None = None
 
 
 class ChatMessage(_Strict):
@@ -30,8 +50,10 @@ class ChatMessage(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
+    # Without effect: chat templates do not write them.
     name: str | None = None
-    refusal: None = None
+    annotations: list[Any] | None = None
+    reasoning_content: str | None = None
 
     @property
     def text(self) -> str:
@@ -78,7 +100,7 @@ class TextOptions(_Strict):
     """What a response has to be."""
 
     format: TextFormat | None = None
-    verbosity: None = None
+    verbosity: str | None = None
 
 
 class InputMessage(ChatMessage):
@@ -87,6 +109,7 @@ class InputMessage(ChatMessage):
     type: Literal["message"] = "message"
     id: str | None = None
     status: str | None = None
+    phase: str | None = None
 
 
 class StreamOptions(_Strict):
@@ -112,10 +135,17 @@ class Generated(_Strict):
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    session_id: SessionId | None = None
     # Without effect on a reply.
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, Any] | None = None
     store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
 
     @field_validator("stop")
     @classmethod
@@ -129,6 +159,12 @@ class Generated(_Strict):
     def stops(self) -> list[str]:
         """Texts that end a reply."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def named(self, header: str | None) -> str | None:
+        """Id of the session that the request names, in its body or its header; raises ApiError if these differ."""
+        if self.session_id is not None and header not in (None, self.session_id):
+            raise ApiError(400, "session_id: expected that of X-Session-ID, or none", param="session_id")
+        return self.session_id or header
 
     def sampling(self) -> dict[str, Any]:
         """Fields of `SamplingParams` that the request sets."""
@@ -157,9 +193,15 @@ class Completing(Generated):
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
     # Beyond OpenAI's API.
-    session_id: SessionId | None = None
     append: bool = False
     """Whether what is given follows what the session has, rather than begins with it."""
+
+    def named(self, header: str | None) -> str | None:
+        """Id of the session that the request names, in its body or its header; raises ApiError if these differ."""
+        id_ = super().named(header)
+        if self.append and id_ is None:
+            raise ApiError(400, "append: expected a session_id with it, got none", param="session_id")
+        return id_
 
 
 class ChatRequest(Completing):
@@ -171,6 +213,11 @@ class ChatRequest(Completing):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
+    # Without effect on a reply.
+    modalities: list[Literal["text"]] | None = None
+    prediction: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
 
     @property
     def most_tokens(self) -> int | None:
@@ -194,29 +241,47 @@ class ChatRequest(Completing):
 
 
 def parts_of(name: str, messages: Sequence[ChatMessage]) -> tuple[str | None, list[Message]]:
-    """The system prompt of the field ``name``, and the other messages; raises ApiError for another order."""
-    system = messages[0].text if messages[0].role in ("system", "developer") else None
-    rest = messages if system is None else messages[1:]
-    expected = [("user", "assistant")[index % 2] for index in range(len(rest))]
-    if [message.role for message in rest] != expected or not len(rest) % 2:
+    """The system prompt of the field ``name``, and the other messages; raises ApiError for another order.
+
+    Several system messages at the beginning are one, with an empty line between them, and so are messages of one role
+    that follow each other, as many chat templates refuse these.
+    """
+    count = next((index for index, each in enumerate(messages) if each.role not in SYSTEM), len(messages))
+    system = _joined(messages[:count]) if count else None
+    rest = messages[count:]
+    if not rest or rest[-1].role != "user" or any(each.role in SYSTEM for each in rest):
         raise ApiError(
             400,
-            f"{name}: expected a system prompt or none, then messages of user and assistant in turns, the last one of "
-            f"the user, got {', '.join(message.role for message in messages)[:200]}",
+            f"{name}: expected a system prompt or none, then messages of user and assistant, the last one of the user, "
+            f"got {', '.join(message.role for message in messages)[:200]}",
             param=name,
         )
-    return system, [Message("user" if each.role == "user" else "assistant", each.text) for each in rest]
+    groups = ((is_user, [*each]) for is_user, each in groupby(rest, key=lambda message: message.role == "user"))
+    return system, [Message("user" if is_user else "assistant", _joined(each)) for is_user, each in groups]
+
+
+def _joined(messages: Sequence[ChatMessage]) -> str:
+    return messages[0].text if len(messages) == 1 else "\n\n".join(each.text for each in messages if each.text)
+
+
+Prompt: TypeAlias = Annotated[str, Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]
 
 
 class CompletionRequest(Completing):
     """Body of ``POST /v1/completions``."""
 
-    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]
+    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
-    suffix: None = None
+    suffix: Literal[""] | None = None
+
+    @property
+    def text(self) -> str | list[int]:
+        """The prompt; several are not supported, but one in a list is."""
+        prompt = self.prompt
+        return prompt[0] if isinstance(prompt, list) and not isinstance(prompt[0], int) else prompt  # type: ignore[return-value]
 
     def sampling(self) -> dict[str, Any]:
         """Fields of `SamplingParams` that the request sets."""
@@ -235,6 +300,12 @@ class ResponseRequest(Generated):
     text: TextOptions | None = None
     # What leaves a window leaves it as always.
     truncation: Literal["auto"] | None = None
+    # Without effect on a reply.
+    background: Literal[False] | None = None
+    include: list[str] | None = None
+    max_tool_calls: int | None = None
+    reasoning: dict[str, Any] | None = None
+    stream_options: StreamOptions | None = None
 
     def parts(self) -> tuple[str | None, list[Message]]:
         """The system prompt, and the messages; raises ApiError for an order that is not supported."""

@@ -10,7 +10,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from sinkattn.serve.answer import Answer
-from sinkattn.serve.dependencies import Owner
+from sinkattn.serve.dependencies import Owner, SessionHeader
+from sinkattn.serve.errors import ApiError
 from sinkattn.serve.events import EventStream
 from sinkattn.serve.metrics import FirstToken
 from sinkattn.serve.requests import ResponseRequest
@@ -20,30 +21,34 @@ router = APIRouter()
 
 
 @router.post("/v1/responses")
-async def responses(request: Request, body: ResponseRequest, owner: Owner) -> Response:
+async def responses(
+    request: Request, body: ResponseRequest, owner: Owner, session_header: SessionHeader = None
+) -> Response:
     """Respond to a message, after an earlier response if one is named."""
     server: Server = request.app.state.server
     server.check_model(body.model)
     first = FirstToken(server.metrics)
     system, messages = body.parts()
     sampling, max_tokens = server.sampling(**body.sampling()), server.num_tokens(body.max_output_tokens)
-    before = body.previous_response_id
+    id_, before = body.named(session_header), body.previous_response_id
+    if id_ is not None and before is not None:
+        raise ApiError(400, "session_id: expected none beside previous_response_id", param="session_id")
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(server.at_work())
         if before is None:
             opener = server.chat_opener(system)
-            session = server.sessions.continued(owner, opener, messages)
+            session = server.sessions.of_request(owner, id_, opener, messages)
         else:
             session = await server.sessions.after(owner, before)
             opener = server.chat_opener(system, None if session.content is None else session.content.kind)
-        id_ = new_id("resp_")
+        response_id = new_id("resp_")
         # After the reply has been ended.
-        stack.callback(lambda: session.note_response(id_))
+        stack.callback(lambda: session.note_response(response_id))
         replying = server.sessions.replying(session, opener, messages, appends=before is not None)
         session = await stack.enter_async_context(replying)
         stop_ids = server.end_ids | opener.encoder.special_ids
         answer = Answer(server, session, first, sampling, max_tokens, stop_ids, body.stops)
-        written = _Response(id_, answer, server.name, body)
+        written = _Response(response_id, answer, server.name, body)
         if body.stream:
             return EventStream(written.events(), stack.pop_all(), is_done_told=False)
         return JSONResponse(await while_connected(request, written.whole()))
