@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from sinkattn.hf.pool.pool import StreamPool
 from sinkattn.hf.pool.stream import Stream
@@ -24,7 +24,10 @@ class Content(Protocol[Input]):
         """How many of these, from the first one on, the stream has or has forgotten; None if it has others."""
 
     def rewind(self, inputs: Sequence[Input]) -> int | None:
-        """As `num_known`, but may forget the last of what it has. It may wait for a step of the pool."""
+        """As `num_known`, but may forget the last of what it has; raises ValueError for what cannot follow.
+
+        It may wait for a step of the pool.
+        """
 
     def add(self, inputs: Sequence[Input]) -> None:
         """Append these; raises ValueError for what is not possible, before any is added."""
@@ -50,6 +53,9 @@ class Content(Protocol[Input]):
 
 class Opener(Protocol[Input]):
     """Begins contents of one kind."""
+
+    inputs: ClassVar[str]
+    """What errors call the inputs."""
 
     @property
     def kind(self) -> object:

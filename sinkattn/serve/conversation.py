@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from sinkattn.hf.chat.encoder import MessageEncoder
 from sinkattn.hf.pool.pool import StreamPool
@@ -79,8 +79,8 @@ class Conversation:
     def rewind(self, messages: Sequence[Message]) -> int | None:
         """As `num_known`, but the last reply, or the last exchange, may be others: these are forgotten.
 
-        None if the stream cannot forget them, and for other messages; the stream is as before then. It may wait for a
-        step of the pool.
+        None if the stream cannot forget them, and for other messages; ValueError for those that cannot be added. The
+        stream is as before then. It may wait for a step of the pool.
         """
         known = self.num_known(messages)
         for count in range(1, min(3, len(self._turns))):
@@ -90,6 +90,8 @@ class Conversation:
             kept = self._turns[:-count]
             known = _num_known(kept, messages, least=len(kept), is_all=not self._num_forgotten)
             if known is not None:
+                for message in messages[known:]:
+                    self._opener.ids(message)  # or it could not be added afterwards
                 try:
                     self.stream.rollback(len(self.stream) - self._turns[-count].begin)
                 except RuntimeError:
@@ -184,6 +186,7 @@ class ChatOpener:
     system: str | None
     encoder: MessageEncoder
     window: int
+    inputs: ClassVar[str] = "messages"
 
     @property
     def kind(self) -> object:

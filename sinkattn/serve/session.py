@@ -43,6 +43,10 @@ class Session(Generic[Input]):
         while len(self.responses) > MAX_RESPONSES:
             del self.responses[next(iter(self.responses))]
 
+    def forget_responses(self) -> None:
+        """Forget those after which the stream was changed: it has fewer tokens now."""
+        self.responses = {id: length for id, length in self.responses.items() if length <= self.num_tokens}
+
     @property
     def is_idle(self) -> bool:
         """Whether it can be closed when there is no room, as no request uses or names it."""

@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from sinkattn.hf.pool.pool import StreamPool
@@ -18,6 +18,7 @@ from sinkattn.serve.errors import ApiError
 from sinkattn.serve.limits import Limits
 from sinkattn.serve.session import Session
 from sinkattn.serve.store import Store
+from sinkattn.serve.uninterrupted import uninterrupted
 
 LOGGER = logging.getLogger("sinkattn.serve")
 # Seconds after which a client may try again when all streams are in use.
@@ -59,19 +60,26 @@ class Sessions:
 
         Raises ApiError if the client has none of that id.
         """
-        session = self._sessions.get((owner, id))
-        if session is None and self._is_stored(owner, id):
-            session = self.named(owner, id)
-        if session is not None:
+        if self._is_known(owner, id):
+            async with self._locked(owner, id) as session:
+                await self._load(session)
+                if session.content is not None:
+                    yield session
+                    return
+        raise ApiError(404, f"session_id: there is no session {id!r}", param="session_id")
+
+    @asynccontextmanager
+    async def _locked(self, owner: str, id: str) -> AsyncIterator[Session[Any]]:
+        """The session of an id, which begins if there is none, while no other request uses it."""
+        while True:
+            session = self._sessions.get((owner, id)) or self._add(owner, id)
             async with session.lock:
-                if not session.is_closed:
+                if not session.is_closed:  # since this has waited; then there may be another one of this id
                     try:
-                        await self._load(session)
                         yield session
-                        return
                     finally:
                         self._forget_if_empty(session)
-        raise ApiError(404, f"session_id: there is no session {id!r}", param="session_id")
+                    return
 
     async def kind(self, owner: str, id: str) -> object:
         """That of what is in a session, which is loaded if it is saved; None if there is none."""
@@ -114,19 +122,17 @@ class Sessions:
         known = [x for x in self.of(owner) if response in x.responses]
         # The one that ends there, if there is one, needs no copy.
         for session in sorted(known, key=lambda x: x.num_tokens != x.responses[response])[:1]:
-            length = session.responses[response]
-            if length == session.num_tokens and not session.lock.locked():
+            if session.responses[response] == session.num_tokens and not session.lock.locked():
                 return session
             fork = await self.fork(owner, session.id, uuid.uuid4().hex)
             async with fork.lock:
-                try:
-                    assert fork.content is not None
-                    await asyncio.to_thread(fork.content.back_to, length)
-                except RuntimeError:
-                    await self._close(fork)
-                else:
-                    fork.responses = {id: end for id, end in fork.responses.items() if end <= length}
-                    return fork
+                # Unless the session has been changed before it was copied.
+                if fork.content is not None and (length := fork.responses.get(response)) is not None:
+                    with suppress(RuntimeError):
+                        await asyncio.to_thread(fork.content.back_to, length)
+                        fork.forget_responses()
+                        return fork
+                await self._close(fork)
         message = f"previous_response_id: {response!r} is not known, or too far back"
         raise ApiError(404, message, param="previous_response_id", code="previous_response_not_found")
 
@@ -142,41 +148,32 @@ class Sessions:
             inputs: all so far, or those from any point on that is not in sight any more.
             appends: whether they follow those of the session instead.
         """
-        await session.lock.acquire()
-        try:
-            while session.is_closed:
-                if appends:
-                    raise ApiError(409, "session_id: the session was deleted meanwhile", param="session_id")
-                session.lock.release()
-                session = self.named(session.owner, session.id)
-                await session.lock.acquire()
-            content = await self._go_on(session, opener, inputs, appends=appends)
-            session.reply = ""
+        async with self._locked(session.owner, session.id) as held:
+            if held is not session and appends:
+                raise ApiError(409, "session_id: the session was deleted meanwhile", param="session_id")
+            held.is_named |= session.is_named
+            content = await uninterrupted(self._go_on(held, opener, inputs, appends=appends))
+            held.reply = ""
             content.begin_reply()
             try:
-                yield session
-            except RuntimeError:
-                await self._close(session)  # the pool has given its stream up
-                raise
+                yield held
             finally:
-                if not session.is_closed:
-                    content.end_reply(session.reply)
-        finally:
-            session.used_at = time.monotonic()
-            self._forget_if_empty(session)
-            session.lock.release()
+                held.used_at = time.monotonic()
+                try:
+                    content.end_reply(held.reply)
+                except RuntimeError:
+                    await self._close(held)  # the pool has given its stream up
 
     async def delete(self, owner: str, id: str) -> None:
         """Forget a session and what was saved of it, when no request uses it any more; raises ApiError for none."""
-        session = self._sessions.get((owner, id))
-        is_stored = self._is_stored(owner, id)
-        if session is None and not is_stored:
-            raise ApiError(404, f"session_id: there is no session {id!r}", param="session_id")
-        if session is not None:
-            async with session.lock:
-                await self._close(session)
-        if is_stored and self._store is not None:
-            await asyncio.to_thread(self._store.delete, owner, id)
+        if self._is_known(owner, id):
+            async with self._locked(owner, id) as session:
+                if session.content is not None or self._is_stored(owner, id):
+                    if self._store is not None:
+                        await uninterrupted(asyncio.to_thread(self._store.delete, owner, id))
+                    await self._close(session)
+                    return
+        raise ApiError(404, f"session_id: there is no session {id!r}", param="session_id")
 
     async def save(self, session: Session[Any]) -> None:
         """Save a session that is held; raises ApiError if that is not possible."""
@@ -193,10 +190,7 @@ class Sessions:
         """Let a session that is held be as it was saved; raises ApiError if it was not, or with another model."""
         if not self._is_stored(session.owner, session.id):
             raise ApiError(404, f"session_id: nothing is saved of {session.id!r}", param="session_id")
-        content, session.content = session.content, None
-        if content is not None:
-            await asyncio.to_thread(content.stream.close)
-        await self._load(session)
+        await uninterrupted(self._replace(session, await self._loaded(session)))
 
     async def fork(self, owner: str, id: str, new_id: str) -> Session[Any]:
         """A copy of a session, with another id; raises ApiError if there is one of that id, or no room."""
@@ -204,24 +198,19 @@ class Sessions:
             raise ApiError(404, f"session_id: there is no session {id!r}", param="session_id")
         if self._is_known(owner, new_id):
             raise ApiError(409, f"session_id: there is a session {new_id!r} already", param="session_id")
-        fork = self._add(owner, new_id)
-        async with fork.lock:
-            try:
-                async with self.held(owner, id) as session:
-                    await self._make_room(owner)
-                    assert session.content is not None
-                    fork.content = await self._with_room(session.content.fork)
-                    fork.responses = {**session.responses}
-            finally:
-                self._forget_if_empty(fork)
+        async with self._locked(owner, new_id) as fork, self.held(owner, id) as session:
+            await self._make_room(owner)
+            assert session.content is not None
+            fork.content = await self._with_room(session.content.fork)
+            fork.responses = {**session.responses}
         return fork
 
     async def close_idle(self) -> None:
         """Forget the sessions that nobody has used for long, or leave them to the store."""
-        begin = time.monotonic() - self._limits.idle_seconds
-        for session in [x for x in self._sessions.values() if x.used_at < begin and not x.lock.locked()]:
-            async with session.lock:
-                await self._store_and_close(session)
+        for session in [*self._sessions.values()]:
+            if not session.lock.locked() and time.monotonic() - session.used_at > self._limits.idle_seconds:
+                async with session.lock:
+                    await self._store_and_close(session)
 
     async def close(self) -> None:
         """Forget all sessions, or leave them to the store, when no request uses them any more."""
@@ -233,8 +222,8 @@ class Sessions:
         if self._store is not None and session.is_named and session.content is not None:
             try:
                 await self.save(session)
-            except ApiError as error:
-                LOGGER.error("a session is lost: %s", error)
+            except Exception:
+                LOGGER.exception("a session is lost")  # the others are not
         await self._close(session)
 
     def _is_known(self, owner: str, id: str) -> bool:
@@ -253,29 +242,46 @@ class Sessions:
         """Bring the stream of a session up to the reply to inputs; the session is as before if that is not possible."""
         await self._load(session)
         content, known = session.content, None
-        if content is not None and content.kind == opener.kind:
-            known = 0 if appends else await asyncio.to_thread(content.rewind, inputs)
-        elif content is not None and appends:
+        if content is not None and content.kind != opener.kind and appends:
             raise ApiError(400, "append: expected the system prompt of the session, or none, and messages where it has")
-        session.num_reused = 0 if known is None else session.num_in_sight
         try:
+            if content is not None and content.kind == opener.kind:
+                known = 0 if appends else await asyncio.to_thread(content.rewind, inputs)
+                session.forget_responses()
+            session.num_reused = 0 if known is None else session.num_in_sight
             if content is not None and known is not None:
-                content.add(inputs[known:])
+                await asyncio.to_thread(content.add, inputs[known:])
                 return content
             await self._make_room(session.owner)
-            session.content = begun = await self._with_room(lambda: opener.open(self._pool, inputs))
+            begun = await self._with_room(lambda: opener.open(self._pool, inputs))
         except ValueError as error:
-            raise ApiError(400, f"messages: {error}", param="messages") from error
-        if content is not None:
-            await asyncio.to_thread(content.stream.close)
+            raise ApiError(400, f"{opener.inputs}: {error}", param=opener.inputs) from error
+        await self._replace(session, begun)
         return begun
+
+    async def _replace(self, session: Session[Input], content: Content[Input]) -> None:
+        """Let a session have other contents, and close those that it has."""
+        old, session.content, session.responses = session.content, content, {}
+        if old is not None:
+            await asyncio.to_thread(old.stream.close)
 
     async def _load(self, session: Session[Any]) -> None:
         """Let an empty session have what was saved of it, if anything; raises ApiError if that is not possible."""
+        if session.content is None and self._is_stored(session.owner, session.id):
+            await self._make_room(session.owner)
+            session.content, session.is_named = await self._loaded(session), True
+
+    async def _loaded(self, session: Session[Any]) -> Content[Any]:
+        """What was saved of a session; raises ApiError if it cannot be used."""
         store = self._store
-        if session.content is None and store is not None and (session.owner, session.id) in store:
-            stream = await self._with_room(lambda: store.load(session.owner, session.id))
-            session.content = self._restored(stream, stream.notes)
+        assert store is not None
+        stream = await self._with_room(lambda: store.load(session.owner, session.id))
+        try:
+            return await asyncio.to_thread(self._restored, stream, stream.notes)
+        except (ApiError, LookupError, TypeError, ValueError) as error:
+            await asyncio.to_thread(stream.close)
+            message = f"session_id: the saved session cannot be used: its notes: {error}"
+            raise ApiError(409, message, param="session_id") from error
 
     async def _make_room(self, owner: str) -> None:
         """See to it that a client has no more sessions than it may have."""
@@ -301,7 +307,8 @@ class Sessions:
     def _forget_if_empty(self, session: Session[Any]) -> None:
         if session.content is None:
             session.is_closed = True
-            self._sessions.pop((session.owner, session.id), None)
+            if self._sessions.get(key := (session.owner, session.id)) is session:
+                del self._sessions[key]
 
     async def _close(self, session: Session[Any]) -> None:
         content, session.content = session.content, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from sinkattn.hf.pool.pool import StreamPool
 from sinkattn.hf.pool.stream import Stream
@@ -28,10 +28,12 @@ class TextStream:
     def num_known(self, ids: Sequence[int]) -> int | None:
         """See `Content`."""
         prefix, count = self.stream.prefix, len(self.stream)
+        if len(ids) < count:
+            return None
         seen = self.stream.in_sight
         window = seen[len(prefix) :]
         is_continued = [*ids[: len(prefix)]] == prefix and [*ids[count - len(window) : count]] == window
-        return count if is_continued and len(ids) >= count else None
+        return count if is_continued else None
 
     def rewind(self, ids: Sequence[int]) -> int | None:
         """See `Content`; forgets nothing."""
@@ -74,6 +76,7 @@ class TextOpener:
 
     num_sinks: int
     kind = "text"
+    inputs: ClassVar[str] = "prompt"
 
     def open(self, pool: StreamPool, ids: Sequence[int]) -> TextStream:
         """See `Opener`."""
