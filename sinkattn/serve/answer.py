@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 from sinkattn.hf.sampling.batch_sampler import ScoredToken
@@ -14,9 +17,11 @@ from sinkattn.serve.reply import FinishReason, Piece, Reply
 from sinkattn.serve.server import Server
 from sinkattn.serve.session import Session
 
+LOGGER = logging.getLogger("sinkattn.serve")
+
 
 class Answer:
-    """A reply in the stream of a session that is up to it.
+    """A reply in the stream of a session that is up to it; a context manager, at whose end the reply ends.
 
     Args:
         server: of the request.
@@ -45,12 +50,28 @@ class Answer:
         self._server, self._session, self._first = server, session, first
         self.created = int(time.time())
         self._num_prompt, self._num_reused = session.num_in_sight, min(session.num_reused, session.num_in_sight)
+        self._num_before = session.num_tokens
+        make_reply = partial(Reply, session.content.stream, server.tokenizer, max_tokens, stop_ids, stop, sampling)
+        self._make_reply: Callable[[], Reply] = make_reply
+
+    async def __aenter__(self) -> Answer:
+        """Begin; raises ApiError for a grammar that cannot be used."""
         try:
-            self._reply = Reply(session.content.stream, server.tokenizer, max_tokens, stop_ids, stop, sampling)
+            self._reply = await asyncio.to_thread(self._make_reply)  # a grammar takes a while
         except (ValueError, ImportError) as error:
             raise ApiError(400, str(error), param="response_format") from error
-        server.metrics.prompt_tokens.inc(self._num_prompt - self._num_reused)
-        server.metrics.reused_tokens.inc(self._num_reused)
+        metrics = self._server.metrics
+        metrics.prompt_tokens.inc(self._num_prompt - self._num_reused)
+        metrics.reused_tokens.inc(self._num_reused)
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        """End the reply."""
+        await self._reply.close()
+        metrics, session = self._server.metrics, self._session
+        metrics.tokens.inc(self.num_tokens)
+        in_sight = self._num_prompt + session.num_tokens - self._num_before
+        metrics.evicted_tokens.inc(max(0, in_sight - session.num_in_sight))
 
     @property
     def session_id(self) -> str:
@@ -83,17 +104,15 @@ class Answer:
         return self._reply.num_tokens
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Its pieces as they come."""
-        session, metrics = self._session, self._server.metrics
-        before = session.num_tokens - session.num_in_sight
+        """Its pieces as they come; raises ApiError if the model fails."""
         try:
             async for piece in self._reply.pieces():
                 self._first.note()
-                session.reply += piece.text
+                self._session.reply += piece.text
                 yield piece
-        finally:
-            metrics.tokens.inc(self.num_tokens)
-            metrics.evicted_tokens.inc(session.num_tokens - session.num_in_sight - before)
+        except Exception as error:
+            LOGGER.exception("a reply failed")
+            raise ApiError(500, "server: the reply failed") from error
 
     def scores(self, piece: Piece) -> list[dict[str, Any]]:
         """The log-probabilities of a piece as the API has them: of its token, if there is one."""
@@ -105,7 +124,8 @@ class Answer:
 
     def _scored(self, token: int, logprob: float) -> dict[str, Any]:
         text = str(self._server.tokenizer.decode([token]))
-        return {"token": text, "logprob": logprob, "bytes": [*text.encode()]}
+        # Of a part of a character the tokenizer does not tell the bytes.
+        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else [*text.encode()]}
 
     def usage(self) -> dict[str, Any]:
         """Tokens of the request, as `chat.completions` has them."""

@@ -48,6 +48,7 @@ def create_app(server: Server) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _gone)
+    app.add_exception_handler(Exception, _failed)
     for api in (chat_api, completions_api, responses_api, live_api, sessions_api):
         app.include_router(api.router, responses=ERRORS)
     app.openapi = partial(_described, app)  # type: ignore[method-assign]  # as FastAPI's documentation has it
@@ -113,6 +114,11 @@ async def _invalid(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse(ApiError(error.status_code, str(error.detail)).body, error.status_code, error.headers)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    # The log has why.
+    return JSONResponse(ApiError(500, "server: the request failed").body, 500)
 
 
 async def _gone(request: Request, error: Exception) -> Response:

@@ -29,7 +29,8 @@ async def chat_completions(
     first = FirstToken(server.metrics)
     id_ = body.named(session_header)
     system, messages = body.parts()
-    opener = server.chat_opener(system, await server.sessions.kind(owner, id_) if body.append and id_ else None)
+    kind = await server.sessions.kind(owner, id_) if body.append and id_ else None
+    opener = await server.chat_opener(system, kind)
     sampling, max_tokens = server.sampling(**body.sampling()), server.num_tokens(body.most_tokens)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(server.at_work())
@@ -38,6 +39,7 @@ async def chat_completions(
         session = await stack.enter_async_context(replying)
         stop_ids = server.end_ids | opener.encoder.special_ids
         answer = Answer(server, session, first, sampling, max_tokens, stop_ids, body.stops)
+        await stack.enter_async_context(answer)
         chat = _Chat(answer, server.name, body)
         if body.stream:
             return EventStream(chat.events(), stack.pop_all(), is_done_told=True)

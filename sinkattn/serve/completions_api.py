@@ -28,7 +28,7 @@ async def completions(
     server.check_model(body.model)
     first = FirstToken(server.metrics)
     id_ = body.named(session_header)
-    ids = server.ids_of("prompt", body.text, is_first=not body.append)
+    ids = await server.ids_of("prompt", body.text, is_first=not body.append)
     sampling, max_tokens = server.sampling(**body.sampling()), server.num_tokens(body.max_tokens)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(server.at_work())
@@ -36,6 +36,7 @@ async def completions(
         replying = server.sessions.replying(session, server.text_opener, ids, appends=body.append)
         session = await stack.enter_async_context(replying)
         answer = Answer(server, session, first, sampling, max_tokens, server.end_ids, body.stops)
+        await stack.enter_async_context(answer)
         completion = _Completion(answer, server.name, body)
         if body.stream:
             return EventStream(completion.events(), stack.pop_all(), is_done_told=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -42,9 +41,7 @@ async def _lines(events: AsyncIterator[dict[str, Any]], is_done_told: bool) -> A
             name = event.get("type")
             line = {"data": json.dumps(event, ensure_ascii=False)}
             yield {"event": name, **line} if isinstance(name, str) else line
-    except Exception as error:
-        logging.getLogger(__name__).exception("a reply failed")
-        body = error if isinstance(error, ApiError) else ApiError(500, "server: the reply failed")
-        yield {"data": json.dumps(body.body)}
+    except ApiError as error:
+        yield {"data": json.dumps(error.body)}
     if is_done_told:
         yield {"data": "[DONE]"}

@@ -67,7 +67,7 @@ async def live(websocket: WebSocket, id: SessionId, authorization: Annotated[str
         is_new = await server.sessions.kind(owner, id) is None
         if is_new and not isinstance(first, Feed):
             raise ApiError(400, f"{first.type}: expected feed before it, as the session has no text")
-        ids = server.ids_of("text", first.text, is_first=is_new) if isinstance(first, Feed) else []
+        ids = await server.ids_of("text", first.text, is_first=is_new) if isinstance(first, Feed) else []
         async with server.at_work():
             replying = server.sessions.replying(server.sessions.named(owner, id), server.text_opener, ids, appends=True)
             async with replying as session:
@@ -117,7 +117,7 @@ class _Live:
 
     async def _obey(self, message: LiveMessage) -> None:
         if isinstance(message, Feed):
-            self._stream.feed(self._server.ids_of("text", message.text, is_first=False), wait=False)
+            self._stream.feed(await self._server.ids_of("text", message.text, is_first=False), wait=False)
             return
         await self._be_silent()
         if isinstance(message, Generate):
@@ -135,14 +135,15 @@ class _Live:
 
     async def _speak(self, answer: Answer) -> None:
         try:
-            async for piece in answer.pieces():
-                if piece.text:
-                    await self._send("text", text=piece.text)
+            async with answer:
+                async for piece in answer.pieces():
+                    if piece.text:
+                        await self._send("text", text=piece.text)
             await self._send("end", finish_reason=answer.finish_reason, usage=answer.usage())
+        except ApiError as error:
+            await self._send("error", **error.body)
         except WebSocketDisconnect:
             pass
-        except RuntimeError as error:
-            await self._send("error", **ApiError(500, f"server: {error}").body)
 
     async def _be_silent(self) -> None:
         if self._speaking is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
-from contextlib import aclosing
 from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +12,7 @@ from sinkattn.hf.pool.stops import StopStrings
 from sinkattn.hf.pool.stream import Stream
 from sinkattn.hf.sampling.params import SamplingParams
 from sinkattn.hf.stream import DECODE_CONTEXT, stream_text
+from sinkattn.serve.uninterrupted import uninterrupted
 
 FinishReason = Literal["stop", "length"]
 
@@ -50,7 +51,7 @@ class Reply:
         stop: Sequence[str],
         sampling: SamplingParams,
     ) -> None:
-        self._tokenizer, self._stop = tokenizer, StopStrings(stop)
+        self._stream, self._tokenizer, self._stop = stream, tokenizer, StopStrings(stop)
         self._max_tokens = max_tokens
         self._before = stream.in_sight[-DECODE_CONTEXT:]
         self._tokens = stream.generate_async(max_tokens, stop=stop_ids, sampling=sampling)
@@ -58,19 +59,42 @@ class Reply:
         self.finish_reason: FinishReason | None = None
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Its pieces, one for each token and one at the end. Closing this ends the reply."""
+        """Its pieces, one for each token and one at the end; `close` follows."""
         waiting: list[int] = []
         texts = stream_text(self._tokenizer, _taken(waiting), self._before)
-        async with aclosing(self._tokens) as tokens:  # type: ignore[type-var]  # it is a generator
-            async for token in tokens:
-                self.num_tokens += 1
-                waiting.append(token)
-                yield Piece(self._stop.add(next(texts)), token)
-                if self._stop.found:
-                    self.finish_reason = "stop"
-                    return
+        pieces = list[str]()
+        num_sure = 0
+        async for token in self._tokens:
+            self.num_tokens += 1
+            waiting.append(token)
+            pieces.append(next(texts))
+            sure = self._stop.add(pieces[-1])
+            num_sure += len(sure)
+            if self._stop.found:
+                await self.close()
+                await uninterrupted(asyncio.to_thread(self._cut, pieces, num_sure))
+                self.finish_reason = "stop"
+            yield Piece(sure, token)
+            if self._stop.found:
+                return
         self.finish_reason = "length" if self.num_tokens == self._max_tokens else "stop"
         yield Piece(self._stop.add(next(texts, "")) + self._stop.rest(), None)
+
+    async def close(self) -> None:
+        """End it, if it has not ended by itself; not while a piece is awaited."""
+        await self._tokens.aclose()  # type: ignore[attr-defined]  # it is a generator
+
+    def _cut(self, pieces: Sequence[str], count: int) -> None:
+        """Let the stream have so many characters of these texts of its last tokens: what the client sees of them."""
+        num_kept, end = 0, 0
+        for index, piece in enumerate(pieces, 1):
+            if end + len(piece) > count:
+                break
+            if piece:  # or the bytes of this token belong to the piece of a later one
+                num_kept, end = index, end + len(piece)
+        rest = "".join(pieces)[end:count]
+        self._stream.rollback(len(pieces) - num_kept)
+        self._stream.feed(self._tokenizer(rest, add_special_tokens=False).input_ids, begins_message=False, wait=False)
 
 
 def _taken(items: list[int]) -> Iterator[int]:

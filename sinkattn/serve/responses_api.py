@@ -36,11 +36,11 @@ async def responses(
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(server.at_work())
         if before is None:
-            opener = server.chat_opener(system)
+            opener = await server.chat_opener(system)
             session = server.sessions.of_request(owner, id_, opener, messages)
         else:
             session = await server.sessions.after(owner, before)
-            opener = server.chat_opener(system, None if session.content is None else session.content.kind)
+            opener = await server.chat_opener(system, None if session.content is None else session.content.kind)
         response_id = new_id("resp_")
         # After the reply has been ended.
         stack.callback(lambda: session.note_response(response_id))
@@ -48,6 +48,7 @@ async def responses(
         session = await stack.enter_async_context(replying)
         stop_ids = server.end_ids | opener.encoder.special_ids
         answer = Answer(server, session, first, sampling, max_tokens, stop_ids, body.stops)
+        await stack.enter_async_context(answer)
         written = _Response(response_id, answer, server.name, body)
         if body.stream:
             return EventStream(written.events(), stack.pop_all(), is_done_told=False)

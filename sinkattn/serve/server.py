@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,7 +66,7 @@ class Server:
         store = None if self.folder is None else Store(self.folder, self.pool)
         self.sessions = Sessions(self.pool, self.limits, self._restored, store)
         self.text_opener = TextOpener(NUM_SINKS)
-        self._encoder = lru_cache(maxsize=256)(partial(MessageEncoder, self.tokenizer))
+        self._encoder = lru_cache(maxsize=256)(self._new_encoder)
         self.end_ids = frozenset(end_ids(self.pool.model))
         self._model = PoolModel(self.pool.model, self.tokenizer)
         self.is_ending = False
@@ -80,7 +80,7 @@ class Server:
         assert self.pool.tokenizer is not None
         return self.pool.tokenizer
 
-    def chat_opener(self, system: str | None, kind: object = None) -> ChatOpener:
+    async def chat_opener(self, system: str | None, kind: object = None) -> ChatOpener:
         """What begins a chat with a system prompt, or if there is none, a chat of a kind.
 
         Raises ApiError for a model that cannot chat, or not with this system prompt.
@@ -88,19 +88,28 @@ class Server:
         if system is None and isinstance(kind, tuple):
             _, system = kind
         try:
-            return ChatOpener(system, self._encoder(system), self.window)
+            return await asyncio.to_thread(self._opener, system)  # a long text takes a while
         except ValueError as error:
             raise ApiError(400, f"messages: {error}", param="messages") from error
+
+    def _opener(self, system: str | None) -> ChatOpener:
+        return ChatOpener(system, self._encoder(system), self.window)
+
+    def _new_encoder(self, system: str | None) -> MessageEncoder:
+        encoder = MessageEncoder(self.tokenizer, system)
+        if (count := len(encoder.prefix)) > self.pool.max_prefix:  # or those of long texts would be kept
+            raise ValueError(f"system prompt: expected up to {self.pool.max_prefix} tokens, got {count}")
+        return encoder
 
     def _restored(self, stream: Stream, notes: dict[str, Any]) -> Content[Any]:
         if "turns" not in notes:
             return TextStream(stream)
-        return Conversation.restored(stream, self.chat_opener(notes["system"]), notes)
+        return Conversation.restored(stream, self._opener(notes["system"]), notes)
 
-    def ids_of(self, name: str, text: str | list[int], *, is_first: bool) -> list[int]:
+    async def ids_of(self, name: str, text: str | list[int], *, is_first: bool) -> list[int]:
         """Ids of a text; raises ApiError for ids that the model does not have."""
         try:
-            return self._model.ids_of(name, text, is_first=is_first)
+            return await asyncio.to_thread(self._model.ids_of, name, text, is_first=is_first)
         except ValueError as error:
             raise ApiError(400, str(error), param=name) from error
 

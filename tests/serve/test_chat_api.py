@@ -155,3 +155,55 @@ def test_what_is_no_json(running):
     assert "JSON" in response.json()["error"]["message"]
     assert running.http.get("/v1/nothing").status_code == 404
     assert running.http.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
+
+
+def test_after_a_stop_string_the_model_sees_what_the_client_sees(running):
+    """It ends in the midst of a token; the next reply is that to the visible texts, though the stream goes on."""
+    text = running.chat("Stop", max_tokens=30).choices[0].message.content
+    for begin, end in ((10, 13), (11, 20), (0, 2)):
+        stop = text[begin:end]
+        messages = [user("Stop")]
+        reply = running.chat(messages, max_tokens=30, stop=[stop], session_id=f"stopped {begin}".replace(" ", "-"))
+        [session] = [x for x in running.server.sessions.of("") if x.id == f"stopped-{begin}"]
+        content = reply.choices[0].message.content
+        assert content == text[: text.index(stop)]
+        encoder = MessageEncoder(running.server.tokenizer)
+        count = len([*encoder.prefix, *encoder.question("Stop"), *encoder.before_reply])
+        seen = session.content.stream.in_sight[count : -len(encoder.end)]
+        assert running.server.tokenizer.decode(seen) == content
+        messages += [reply.choices[0].message, user("More")]
+        assert running.chat(messages, session_id=f"stopped-{begin}").usage.prompt_tokens_details.cached_tokens
+
+
+def test_a_reply_that_is_left_between_events_ends_before_the_session_is_free(running, monkeypatch):
+    """Or the next request of the session would find that its stream generates already."""
+    for index in range(5):
+        events = running.chat("Go on", session_id="left", append=True, max_tokens=500, stream=True)
+        for _ in zip(events, range(3 + index), strict=False):
+            pass
+        events.close()
+        assert running.chat("And?", session_id="left", append=True, max_tokens=2).choices
+
+
+def test_a_model_that_fails_leaves_the_session_usable(running, monkeypatch):
+    engine = running.server.pool.scheduler.engine
+    run = engine.run
+    for stream in (False, True):
+        before = running.chat("Before", session_id=f"fails-{stream}", append=True)
+        left = [3]
+
+        def fail(segments, left=left):
+            left[0] -= 1
+            if left[0] == 0:
+                raise RuntimeError("secret words of the device")
+            return run(segments)
+
+        monkeypatch.setattr(engine, "run", fail)
+        with pytest.raises(openai.APIError) as caught:
+            [*running.chat("x", session_id=f"fails-{stream}", append=True, max_tokens=20, stream=stream)]
+        assert "failed" in str(caught.value)
+        assert "secret" not in str(caught.value)
+        monkeypatch.undo()
+        after = running.chat("After", session_id=f"fails-{stream}", append=True)
+        assert after.usage.prompt_tokens_details.cached_tokens > before.usage.total_tokens
+    assert running.server.num_at_work == 0

@@ -1,5 +1,7 @@
 """Which requests continue a stream of a chat: those after which the model sees what it would see in a new one."""
 
+import asyncio
+
 import pytest
 
 from sinkattn.serve.conversation import Message
@@ -19,7 +21,7 @@ def turns(*texts):
 
 def chat(server, messages, reply="Yes"):
     """A conversation of these messages and a reply, as after a request."""
-    conversation = server.chat_opener(None).open(server.pool, messages)
+    conversation = asyncio.run(server.chat_opener(None)).open(server.pool, messages)
     conversation.begin_reply()
     conversation.stream.feed(conversation.encoder.reply(reply), begins_message=False, wait=False)
     conversation.end_reply(reply)

@@ -15,7 +15,7 @@ class Replies:
     """Requests to the sessions of a server, within one event loop."""
 
     def __init__(self, server):
-        self.server, self.sessions, self.opener = server, server.sessions, server.chat_opener(None)
+        self.server, self.sessions, self.opener = server, server.sessions, server._opener(None)
 
     async def reply(self, id, messages=HELLO, *, until=None, began=None, appends=False):
         session = self.sessions.of_request("", id, self.opener, messages)

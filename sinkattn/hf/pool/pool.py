@@ -195,6 +195,11 @@ class StreamPool:
         return self._model.tokenizer
 
     @property
+    def max_prefix(self) -> int:
+        """The most tokens of a prefix."""
+        return self._max_sinks
+
+    @property
     def is_batched(self) -> bool:
         """Whether streams share forwards, and can evict whole messages: all layers attend over rings."""
         return self._memory.is_batched
