@@ -19,6 +19,7 @@ LAYERS = [
     {"ring_cache"},
     {"hf"},
     {"evaluate"},
+    {"serve"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-
-if TYPE_CHECKING:
-    from sinkattn.serve.server import Server
 
 FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
@@ -17,10 +14,10 @@ class Metrics:
     """Figures of a server.
 
     Args:
-        server: of which sessions and memory are told.
+        gauges: what is read when somebody asks, by name, and what it is.
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, gauges: Mapping[str, tuple[str, Callable[[], float]]]) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("sinkattn_requests", "Requests", ["path", "status"], registry=registry)
         self.prompt_tokens = Counter("sinkattn_prompt_tokens", "Tokens of prompts that were fed", registry=registry)
@@ -30,12 +27,7 @@ class Metrics:
         self.first_token = Histogram(
             "sinkattn_time_to_first_token_seconds", "Time to the first token", buckets=FIRST_TOKEN, registry=registry
         )
-        for name, text, function in (
-            ("sinkattn_sessions", "Sessions", lambda: len(server.sessions)),
-            ("sinkattn_streams", "Streams that are open", lambda: len(server.pool)),
-            ("sinkattn_cache_bytes", "Bytes of keys and values on the device", lambda: server.pool.nbytes),
-            ("sinkattn_requests_at_work", "Requests at work", lambda: server.num_at_work),
-        ):
+        for name, (text, function) in gauges.items():
             Gauge(name, text, registry=registry).set_function(function)
 
     def text(self) -> bytes:

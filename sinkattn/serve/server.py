@@ -62,7 +62,14 @@ class Server:
 
     def __post_init__(self) -> None:
         self.created = int(time.time())
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(
+            {
+                "sinkattn_sessions": ("Sessions", lambda: len(self.sessions)),
+                "sinkattn_streams": ("Streams that are open", lambda: len(self.pool)),
+                "sinkattn_cache_bytes": ("Bytes of keys and values on the device", lambda: self.pool.nbytes),
+                "sinkattn_requests_at_work": ("Requests at work", lambda: self.num_at_work),
+            }
+        )
         store = None if self.folder is None else Store(self.folder, self.pool)
         self.sessions = Sessions(self.pool, self.limits, self._restored, store)
         self.text_opener = TextOpener(NUM_SINKS)
