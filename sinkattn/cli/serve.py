@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import os
 from contextlib import suppress
@@ -144,9 +145,15 @@ def _keys(args: argparse.Namespace) -> dict[str, str]:
         with as_user_error(OSError, UnicodeDecodeError):
             lines += args.api_keys.read_text(encoding="utf-8").splitlines()
     keys: dict[str, str] = {}
-    for number, line in enumerate((x.strip() for x in lines if x.strip() and not x.startswith("#")), 1):
-        name, _, key = line.rpartition(":")
-        keys[name.strip() or f"key {number}"] = key.strip()
+    for line in (x for line in lines if (x := line.strip()) and not x.startswith("#")):
+        name, _, key = (part.strip() for part in line.rpartition(":"))
+        # Without a name, sessions that are saved belong to the key, wherever its line is.
+        name = name or hashlib.sha256(key.encode()).hexdigest()
+        if not key or name in keys:
+            raise UserError(
+                f"--api-keys: expected NAME:KEY, each name once, got {'no key' if not key else 'another'} of {name!r}"
+            )
+        keys[name] = key
     if args.api_keys is not None and not keys:
         raise UserError(f"--api-keys: expected a key or more in {args.api_keys}, got none")
     return keys

@@ -19,6 +19,11 @@ class Keys:
     def __init__(self, keys: Mapping[str, str]) -> None:
         self._digests = {name: _digest(key) for name, key in keys.items()}
 
+    @property
+    def are_needed(self) -> bool:
+        """Whether there are any."""
+        return bool(self._digests)
+
     def owner(self, authorization: str | None) -> str:
         """The client that a header is of; raises ApiError for none of them. Takes as long for any wrong token."""
         if not self._digests:

@@ -22,12 +22,13 @@ from sinkattn.serve.body_limit import BodyLimit
 from sinkattn.serve.dependencies import Owner
 from sinkattn.serve.errors import ApiError, ErrorBody
 from sinkattn.serve.request_log import RequestLog
+from sinkattn.serve.same_site import SameSite
 from sinkattn.serve.server import Server
 
 # Seconds between looks at sessions that nobody uses.
 IDLE_CHECK = 10.0
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 404, 409, 413, 429, 500, 503, 507)
+    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 413, 429, 500, 503, 507)
 }
 PAGE = Path(__file__).with_name("page.html")
 
@@ -43,6 +44,7 @@ def create_app(server: Server) -> FastAPI:
     )
     app.state.server = server
     app.add_middleware(BodyLimit, most=server.limits.body_bytes)  # with an error as JSON, unlike FastAPI's own
+    app.add_middleware(SameSite, has_keys=server.keys.are_needed)
     app.add_middleware(RequestLog, metrics=server.metrics)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -26,7 +26,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         length = Headers(scope=scope).get("content-length", "")
-        body: bytes | None = b"" if not (length.isdecimal() and int(length) > self._most) else None
+        body: bytearray | None = bytearray() if not (length.isdecimal() and int(length) > self._most) else None
         more = body is not None
         while more and body is not None:
             message = await receive()
@@ -39,7 +39,7 @@ class BodyLimit:
             error = ApiError(413, f"body: expected up to {self._most} bytes, got more", code="body_too_large")
             await JSONResponse(error.body, error.status)(scope, receive, send)
             return
-        whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def read() -> Message:
             return whole.pop() if whole else await receive()

@@ -48,7 +48,7 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """The body of the response."""
-        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         detail = ErrorDetail(message=str(self), type=kind, param=self.param, code=self.code)
         return ErrorBody(error=detail).model_dump()
@@ -56,4 +56,5 @@ class ApiError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         """Headers of the response."""
-        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        return headers if self.retry_after is None else {**headers, "Retry-After": str(self.retry_after)}

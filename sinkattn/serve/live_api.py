@@ -81,7 +81,13 @@ async def live(websocket: WebSocket, id: SessionId, authorization: Annotated[str
 
 async def _received(server: Server, websocket: WebSocket) -> LiveMessage:
     """The next message; raises ApiError for one that is none."""
-    text = await websocket.receive_text()
+    try:
+        text = await asyncio.wait_for(websocket.receive_text(), server.limits.idle_seconds)
+    except asyncio.TimeoutError:
+        await websocket.close(1001)
+        raise WebSocketDisconnect(1001) from None
+    except KeyError:
+        raise ApiError(400, "message: expected text, got bytes") from None
     if len(text) > server.limits.body_bytes:
         raise ApiError(413, f"message: expected up to {server.limits.body_bytes} bytes, got more")
     try:

@@ -1,5 +1,6 @@
 """``sinkattn serve``."""
 
+import hashlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import httpx
 import pytest
 
 from sinkattn.cli import main
+from sinkattn.cli.errors import UserError
 from sinkattn.cli.serve import _is_loopback, _keys
 from sinkattn.hf.load import DEMO_MODEL
 
@@ -20,12 +22,25 @@ class Arguments:
 
 def test_keys(tmp_path, monkeypatch):
     monkeypatch.setenv("SINKATTN_API_KEYS", "one, b: two")
-    assert _keys(Arguments) == {"key 1": "one", "b": "two"}
+    one, four = (hashlib.sha256(key.encode()).hexdigest() for key in ("one", "four"))
+    assert _keys(Arguments) == {one: "one", "b": "two"}
     file = tmp_path / "keys"
-    file.write_text("# comment\nc:three==\n\nfour\n")
+    file.write_text("# comment\n  # d:comment\nc:three==\n\nfour\n")
     arguments = Arguments()
     arguments.api_keys = file
-    assert _keys(arguments) == {"key 1": "one", "b": "two", "c": "three==", "key 4": "four"}
+    assert _keys(arguments) == {one: "one", "b": "two", "c": "three==", four: "four"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "got"), [("a:one\na:two", "another of 'a'"), ("a:", "no key"), ("one\none", "another")]
+)
+def test_keys_that_would_let_others_in_or_be_lost(tmp_path, monkeypatch, lines, got):
+    monkeypatch.delenv("SINKATTN_API_KEYS", raising=False)
+    arguments = Arguments()
+    arguments.api_keys = tmp_path / "keys"
+    arguments.api_keys.write_text(lines)
+    with pytest.raises(UserError, match=got):
+        _keys(arguments)
 
 
 def test_loopback():

@@ -128,3 +128,23 @@ def test_metrics_and_health(guarded):
     assert float(figures["sinkattn_sessions"]) == len(guarded.server.sessions)
     assert float(figures['sinkattn_requests_total{path="/health",status="200"}']) > 0
     assert "Secret" not in text
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8000", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:80", 200),
+        ("host.docker.internal:1", 200),
+        ("example.com", 403),
+        ("localhost.example.com:80", 403),
+        ("[", 403),
+    ],
+)
+def test_public_names_are_refused_without_keys(running, guarded, host, status):
+    """Else a page of that name could use the server by the browser of somebody on this machine."""
+    response = running.http.get("/v1/models", headers={"Host": host})
+    assert response.status_code == status
+    assert guarded.http.get("/v1/models", headers={"Host": host}).status_code == 401
+    assert guarded.http.get("/v1/models", headers={"Host": host}).headers["WWW-Authenticate"] == "Bearer"

@@ -207,3 +207,11 @@ def test_a_model_that_fails_leaves_the_session_usable(running, monkeypatch):
         after = running.chat("After", session_id=f"fails-{stream}", append=True)
         assert after.usage.prompt_tokens_details.cached_tokens > before.usage.total_tokens
     assert running.server.num_at_work == 0
+
+
+def test_system_prompts_that_are_too_long_are_not_kept(running):
+    before = running.server._encoder.cache_info().currsize
+    for index in range(3):
+        with pytest.raises(openai.BadRequestError, match="up to 64 tokens"):
+            running.chat([{"role": "system", "content": f"{index} word" * 500}, user("a")])
+    assert running.server._encoder.cache_info().currsize == before

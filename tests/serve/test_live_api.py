@@ -3,7 +3,10 @@
 import json
 
 import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
+
+from sinkattn.serve.limits import Limits
 
 
 @pytest.fixture
@@ -86,3 +89,21 @@ def test_it_begins_with_text(live):
     socket = live("none")
     socket.say(type="generate")
     assert "feed" in socket.until("error")[1]["error"]["message"]
+
+
+def test_one_that_says_nothing_is_closed(make_server, run_server):
+    with run_server(make_server(limits=Limits(idle_seconds=0.3))) as running:
+        with connect(f"{running.url.replace('http', 'ws')}/v1/sessions/idle/live") as socket:
+            socket.send(json.dumps({"type": "feed", "text": "a"}))
+            with pytest.raises(ConnectionClosed):
+                socket.recv(timeout=20)
+        running.wait_until(lambda: running.server.num_at_work == 0)
+
+
+def test_pages_of_other_sites_are_refused(running):
+    url = f"{running.url.replace('http', 'ws')}/v1/sessions/site/live"
+    with pytest.raises(InvalidStatus, match="403"):
+        connect(url, origin="https://example.com").__enter__()
+    with connect(url, origin=running.url) as socket:
+        socket.send(b"bytes")
+        assert "bytes" in json.loads(socket.recv(timeout=20))["error"]["message"]

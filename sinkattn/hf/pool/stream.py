@@ -341,7 +341,7 @@ async def _without_blocking(generation: Generation, items: Generator[T]) -> Asyn
         while True:
             if generation.is_ready:
                 await asyncio.sleep(0)
-            else:
+            while not generation.is_ready:  # also if something is fed before this task goes on
                 await asyncio.to_thread(generation.wait)
             if (item := next(items, None)) is None:
                 return
