@@ -44,7 +44,8 @@ def create_app(server: Server) -> FastAPI:
     )
     app.state.server = server
     app.add_middleware(BodyLimit, most=server.limits.body_bytes)  # with an error as JSON, unlike FastAPI's own
-    app.add_middleware(SameSite, has_keys=server.keys.are_needed)
+    if not server.keys.are_needed:
+        app.add_middleware(SameSite)
     app.add_middleware(RequestLog, metrics=server.metrics)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)

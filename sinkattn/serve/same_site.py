@@ -16,41 +16,41 @@ LOCAL = (".localhost", ".local", ".internal")
 
 
 class SameSite:
-    """ASGI middleware for two requests that browsers allow although they come from another site.
+    """ASGI middleware for a server without keys, which whoever uses this machine may use.
 
-    These are websockets, and all requests to a public name for which its owner gives the address of this machine. The
-    second ones matter only without keys.
+    A browser sends it requests of pages of other sites, too: simple ones and websockets, with their origin, and any for
+    which the owner of a public name gives it the address of this machine.
 
     Args:
         app: what answers the others.
-        has_keys: whether clients need keys.
     """
 
-    def __init__(self, app: ASGIApp, *, has_keys: bool) -> None:
-        self._app, self._has_keys = app, has_keys
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        if scope["type"] in ("http", "websocket"):
-            headers = Headers(scope=scope)
-            host, origin = headers.get("host", ""), headers.get("origin")
-            is_foreign = scope["type"] == "websocket" and origin is not None and urlsplit(origin).netloc != host
-            if is_foreign or not (self._has_keys or _is_local(host)):
-                error = ApiError(403, "Host: expected an address, or a local name; Origin: expected none but this host")
-                response = JSONResponse(error.body, error.status)
-                if scope["type"] == "websocket":
-                    await send({"type": "websocket.close", "code": 1008})  # before it is accepted: as 403
-                else:
-                    await response(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+        headers = Headers(scope=scope) if scope["type"] in ("http", "websocket") else None
+        if headers is None or _is_same(headers.get("host", ""), headers.get("origin")):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})  # it is not accepted: the client gets 403
+        else:
+            error = ApiError(403, "Host: expected an address or a local name, and none but it in Origin")
+            await JSONResponse(error.body, error.status)(scope, receive, send)
+
+
+def _is_same(host: str, origin: str | None) -> bool:
+    try:
+        site = urlsplit(origin or f"http://{host}")
+        # Other schemes are those of programs and extensions of a browser.
+        return _is_local(host) and (site.scheme not in ("", "http", "https") or site.netloc == host)
+    except ValueError:
+        return False
 
 
 def _is_local(host: str) -> bool:
-    try:
-        name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
-    except ValueError:
-        return False
+    name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
     if name == "localhost" or name.endswith(LOCAL):
         return True
     try:

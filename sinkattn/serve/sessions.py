@@ -181,6 +181,7 @@ class Sessions:
             raise ApiError(400, "server: has no folder for sessions", code="no_store")
         content = session.content
         assert content is not None
+        session.is_named = True  # or it could be closed, and come back as it was saved
         try:
             await asyncio.to_thread(self._store.save, session.owner, session.id, content.stream, content.notes())
         except OSError as error:

@@ -14,9 +14,12 @@ async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
 
     For what a thread changes: a thread goes on when who waits for it is cancelled.
     """
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.gather(task, return_exceptions=True)
-        raise
+    task, cancellation = asyncio.ensure_future(work), None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:  # again and again, in a task group of anyio
+            cancellation = error
+    if cancellation is not None:
+        raise cancellation
+    return task.result()

@@ -148,3 +148,13 @@ def test_public_names_are_refused_without_keys(running, guarded, host, status):
     assert response.status_code == status
     assert guarded.http.get("/v1/models", headers={"Host": host}).status_code == 401
     assert guarded.http.get("/v1/models", headers={"Host": host}).headers["WWW-Authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"), [("http://evil.example", 403), ("null", 403), ("http://", 403), ("app://editor", 404)]
+)
+def test_simple_requests_of_other_sites_are_refused_without_keys(running, guarded, origin, status):
+    header = {"Origin": origin}
+    assert running.http.post("/v1/sessions/none/save", headers=header).status_code == status
+    assert running.http.get("/v1/models", headers={"Origin": running.url}).status_code == 200
+    assert guarded.http.post("/v1/sessions/none/save", headers=header).status_code == 401

@@ -1,12 +1,15 @@
 """Requests for one session that cross each other, and errors in the midst of them."""
 
 import asyncio
+import threading
+import time
 from contextlib import AsyncExitStack
 
 import pytest
 
 from sinkattn.serve.conversation import Message
 from sinkattn.serve.errors import ApiError
+from sinkattn.serve.uninterrupted import uninterrupted
 
 HELLO = [Message("user", "Hello")]
 
@@ -100,6 +103,26 @@ def test_one_that_is_cancelled_while_it_waits_holds_nothing(race):
     race(crossing)
 
 
+def test_what_is_uninterrupted_ends_although_it_is_cancelled_twice():
+    done = threading.Event()
+
+    async def cancelling():
+        task = asyncio.create_task(uninterrupted(asyncio.to_thread(lambda: time.sleep(0.05) or done.set())))
+        for _ in range(2):
+            await asyncio.sleep(0.005)
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert done.is_set()
+        with pytest.raises(OSError, match="full"):
+            await uninterrupted(failing())
+
+    async def failing():
+        raise OSError("full")
+
+    asyncio.run(cancelling())
+
+
 @pytest.mark.parametrize("delay", [0, 0.001, 0.01])
 def test_one_that_is_cancelled_while_its_stream_is_opened_or_continued(race, delay):
     async def crossing(replies):
@@ -165,7 +188,9 @@ def test_many_at_once(race):
 def test_a_saved_file_that_cannot_be_used(race, tmp_path):
     async def crossing(replies):
         session = await replies.reply("a")
+        session.is_named = False
         await replies.sessions.save(session)
+        assert session.is_named  # so it is not closed for others, to come back as it was saved
         [path] = tmp_path.iterdir()
         whole, tokens = path.read_bytes(), session.num_tokens
         for broken in (b"", b"x" * 100, whole[:-10], whole[: len(whole) // 2], whole.replace(b"turns", b"other")):
@@ -238,5 +263,30 @@ def test_no_response_is_gone_on_from_that_the_session_has_forgotten(race):
         assert (await sessions.after("", "first")).num_tokens == session.responses["first"]
         await replies.reply("a", [Message("user", "Another one, with many words, " * 3)])
         assert (await sessions.after("", "first")).id != "a"  # but the copy from above
+
+    race(crossing)
+
+
+def test_no_step_runs_in_the_event_loop(race, monkeypatch):
+    """Though a text is fed at any moment between the choice of a token and its use."""
+
+    async def crossing(replies):
+        stream = (await replies.reply("a")).content.stream
+        scheduler, threads = replies.server.pool.scheduler, set()
+        run_step = scheduler._run_step
+        monkeypatch.setattr(scheduler, "_run_step", lambda: threads.add(threading.get_ident()) or run_step())
+
+        to_thread, left = asyncio.to_thread, [5] * 5
+
+        async def and_feed(*call):
+            done = await to_thread(*call)
+            if left:
+                stream.feed([left.pop()], wait=False)
+            return done
+
+        monkeypatch.setattr(asyncio, "to_thread", and_feed)
+        assert len([token async for token in stream.generate_async(10)]) == 10
+        assert threads
+        assert threading.get_ident() not in threads
 
     race(crossing)
