@@ -55,8 +55,22 @@ def offline(any_model, monkeypatch, tmp_path):
     Path("moby_dick.txt").write_text("Call me Ishmael. " * 6000)
 
 
+@pytest.fixture
+def served(tokenizer, monkeypatch):
+    """Lead OpenAI's clients to a tiny server, whatever address a page gives."""
+    openai = pytest.importorskip("openai")
+    from tiny_server import running_server, tiny_server
+
+    with running_server(tiny_server(with_template(tokenizer, CHATML), name="SmolLM2-135M-Instruct")) as running:
+        client = running.client()
+        monkeypatch.setattr(openai, "OpenAI", lambda **options: client)
+        yield
+
+
 @pytest.mark.parametrize("page", WITH_CODE, ids=name)
-def test_the_code_of_a_page_runs(page, offline):
+def test_the_code_of_a_page_runs(page, offline, request):
+    if page.name == "serve.md":
+        request.getfixturevalue("served")
     for printed, shown in documents.run(page)[1]:
         assert printed == shown
 

@@ -5,29 +5,15 @@ import threading
 import time
 from pathlib import Path
 
-import torch
 import uvicorn
-from chat_models import CHATML, tiny_model, with_template
+from chat_models import CHATML, with_template
+from tiny_server import tiny_server
 
-import sinkattn
 from sinkattn.hf.load import load
 from sinkattn.serve.app import create_app
-from sinkattn.serve.server import Server
 
-torch.manual_seed(0)
-tokenizer = with_template(load()[1], CHATML)
-model = tiny_model(tokenizer)
-model.generation_config.eos_token_id = None
-sinkattn.enable(model, 0, 200, 64)
-pool = sinkattn.StreamPool(model, 8, tokenizer=tokenizer, max_prefix=64)
-server = uvicorn.Server(
-    uvicorn.Config(
-        create_app(Server(pool, "tiny", 200, folder=Path(sys.argv[1]))),
-        port=0,
-        log_level="warning",
-        timeout_graceful_shutdown=3,
-    )
-)
+app = create_app(tiny_server(with_template(load()[1], CHATML), folder=Path(sys.argv[1])))
+server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=3))
 
 
 def tell_port():

@@ -1,6 +1,7 @@
 """A websocket that feeds a text while the model speaks."""
 
 import json
+from contextlib import ExitStack
 
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -13,7 +14,7 @@ from sinkattn.serve.limits import Limits
 def live(running):
     class Live:
         def __init__(self, id):
-            self.socket = connect(f"{running.url.replace('http', 'ws')}/v1/sessions/{id}/live")
+            self.socket = stack.enter_context(connect(f"{running.url.replace('http', 'ws')}/v1/sessions/{id}/live"))
 
         def say(self, **message):
             self.socket.send(json.dumps(message))
@@ -26,10 +27,8 @@ def live(running):
                 text += message["text"]
             return text, message
 
-    made = []
-    yield lambda id: made.append(Live(id)) or made[-1]
-    for each in made:
-        each.socket.close()
+    with ExitStack() as stack:
+        yield Live
 
 
 def test_text_goes_on_in_pieces(running, live):
