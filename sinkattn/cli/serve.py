@@ -64,6 +64,12 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--max-streams", type=positive, default=16, metavar="N", help="on the device (%(default)s)")
     parser.add_argument("--max-parked", type=count, default=64, metavar="N", help="in host memory (%(default)s)")
     parser.add_argument("--sessions", type=Path, metavar="DIR", help="where sessions are saved, also at the end")
+    parser.add_argument(
+        "--replicas",
+        type=_replicas,
+        metavar="N[-M]",
+        help="servers with a model each, by Ray Serve, that share --sessions: N, or as many as it takes up to M",
+    )
     group = parser.add_argument_group("limits")
     group.add_argument("--max-tokens", type=positive, default=4096, metavar="N", help="of a reply (%(default)s)")
     group.add_argument("--max-body", type=positive, default=4, metavar="MIB", help="of a request (%(default)s)")
@@ -81,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
     keys = _keys(args)
     if not keys and not _is_loopback(args.host):
         raise UserError(f"--host {args.host}: expected --api-keys with it, as others can reach it")
+    if args.replicas is not None:
+        return _run_replicas(args, keys)
     model, tokenizer = load_model(args)
     print(model_lines(describe_model(model, args)), flush=True)
     with as_user_error(ValueError, RuntimeError, OSError):
@@ -99,6 +107,30 @@ def run(args: argparse.Namespace) -> int:
     )
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run()
+    return 0
+
+
+def _run_replicas(args: argparse.Namespace, keys: dict[str, str]) -> int:
+    import torch
+
+    if args.sessions is None:
+        raise UserError("--replicas: expected --sessions with it, which they share")
+    require("ray.serve", "'sinkattn[ray]'")
+    from sinkattn.serve.ray_app import Replicas, application, run
+
+    args.sessions = args.sessions.resolve()
+
+    def make() -> Server:
+        return make_server(*load_model(args), args, keys)
+
+    least, most = args.replicas
+    has_gpu = args.device != "cpu" and torch.cuda.is_available()
+    replicas = Replicas(least=least, most=most, num_gpus=int(has_gpu))
+    run(
+        application(make, max_streams=args.max_streams, requests=args.max_requests, replicas=replicas),
+        args.host,
+        args.port,
+    )
     return 0
 
 
@@ -157,6 +189,14 @@ def _keys(args: argparse.Namespace) -> dict[str, str]:
     if args.api_keys is not None and not keys:
         raise UserError(f"--api-keys: expected a key or more in {args.api_keys}, got none")
     return keys
+
+
+def _replicas(text: str) -> tuple[int, int]:
+    least, _, most = text.partition("-")
+    numbers = positive(least), positive(most or least)
+    if numbers[0] > numbers[1]:
+        raise argparse.ArgumentTypeError(f"expected N or N-M with N up to M, got {text!r}")
+    return numbers
 
 
 def _is_loopback(host: str) -> bool:

@@ -27,6 +27,8 @@ from sinkattn.serve.server import Server
 
 # Seconds between looks at sessions that nobody uses.
 IDLE_CHECK = 10.0
+# Seconds between looks whether another server wants a session.
+HAND_OVER_CHECK = 0.1
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 413, 429, 500, 503, 507)
 }
@@ -85,19 +87,27 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     # A thread for each request that may wait for a step.
     executor = ThreadPoolExecutor(server.limits.requests + 8, thread_name_prefix="sinkattn")
     asyncio.get_running_loop().set_default_executor(executor)
-    idle = asyncio.create_task(_close_idle(server))
+    tasks = [asyncio.create_task(_close_idle(server)), asyncio.create_task(_hand_over(server))]
     try:
         yield
     finally:
         server.is_ending = True
-        idle.cancel()
-        await server.sessions.close()
+        await server.sessions.close()  # meanwhile those that another server wants are handed over first
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _close_idle(server: Server) -> None:
     while True:
         await asyncio.sleep(IDLE_CHECK)
         await server.sessions.close_idle()
+
+
+async def _hand_over(server: Server) -> None:
+    while server.folder is not None:
+        await asyncio.sleep(HAND_OVER_CHECK)
+        await server.sessions.hand_over()
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

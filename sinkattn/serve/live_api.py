@@ -88,6 +88,8 @@ async def _received(server: Server, websocket: WebSocket) -> LiveMessage:
         raise WebSocketDisconnect(1001) from None
     except KeyError:
         raise ApiError(400, "message: expected text, got bytes") from None
+    except RuntimeError as error:  # a message could not be sent, as the client has gone away
+        raise WebSocketDisconnect(1006) from error
     if len(text) > server.limits.body_bytes:
         raise ApiError(413, f"message: expected up to {server.limits.body_bytes} bytes, got more")
     try:

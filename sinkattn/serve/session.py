@@ -36,6 +36,8 @@ class Session(Generic[Input]):
         self.responses: dict[str, int] = {}
         """Tokens of the stream after each of the last responses that can be gone on from."""
         self.is_closed = False
+        self.has_lost_turns = False
+        """Whether turns that were not saved are lost, and no request was told yet."""
 
     def note_response(self, id: str) -> None:
         """Note a response that has just ended."""

@@ -149,11 +149,12 @@ class Sessions:
             appends: whether they follow those of the session instead.
         """
         async with self._locked(session.owner, session.id) as held:
-            if held is not session and appends:
+            if held is not session and appends and not self._is_kept(session.owner, session.id):
                 raise ApiError(409, "session_id: the session was deleted meanwhile", param="session_id")
             held.is_named |= session.is_named
             content = await uninterrupted(self._go_on(held, opener, inputs, appends=appends))
             held.reply = ""
+            self._note(held, is_unsaved=True)
             content.begin_reply()
             try:
                 yield held
@@ -168,6 +169,8 @@ class Sessions:
         """Forget a session and what was saved of it, when no request uses it any more; raises ApiError for none."""
         if self._is_known(owner, id):
             async with self._locked(owner, id) as session:
+                if self._store is not None:
+                    await self._store.claim(owner, id)
                 if session.content is not None or self._is_stored(owner, id):
                     if self._store is not None:
                         await uninterrupted(asyncio.to_thread(self._store.delete, owner, id))
@@ -186,12 +189,14 @@ class Sessions:
             await asyncio.to_thread(self._store.save, session.owner, session.id, content.stream, content.notes())
         except OSError as error:
             raise ApiError(507, f"server: {error}") from error
+        self._note(session, is_unsaved=session.has_lost_turns)
 
     async def restore(self, session: Session[Any]) -> None:
         """Let a session that is held be as it was saved; raises ApiError if it was not, or with another model."""
         if not self._is_stored(session.owner, session.id):
             raise ApiError(404, f"session_id: nothing is saved of {session.id!r}", param="session_id")
         await uninterrupted(self._replace(session, await self._loaded(session)))
+        self._note(session, is_unsaved=session.has_lost_turns)
 
     async def fork(self, owner: str, id: str, new_id: str) -> Session[Any]:
         """A copy of a session, with another id; raises ApiError if there is one of that id, or no room."""
@@ -199,11 +204,15 @@ class Sessions:
             raise ApiError(404, f"session_id: there is no session {id!r}", param="session_id")
         if self._is_known(owner, new_id):
             raise ApiError(409, f"session_id: there is a session {new_id!r} already", param="session_id")
-        async with self._locked(owner, new_id) as fork, self.held(owner, id) as session:
-            await self._make_room(owner)
-            assert session.content is not None
-            fork.content = await self._with_room(session.content.fork)
-            fork.responses = {**session.responses}
+        async with self._locked(owner, new_id) as fork:
+            if self._store is not None:
+                await self._store.claim(owner, new_id)
+            async with self.held(owner, id) as session:
+                await self._make_room(owner)
+                assert session.content is not None
+                fork.content = await self._with_room(session.content.fork)
+                fork.responses = {**session.responses}
+            self._note(fork, is_unsaved=True)
         return fork
 
     async def close_idle(self) -> None:
@@ -212,6 +221,19 @@ class Sessions:
             if not session.lock.locked() and time.monotonic() - session.used_at > self._limits.idle_seconds:
                 async with session.lock:
                     await self._store_and_close(session)
+
+    async def hand_over(self) -> None:
+        """Leave to the store the sessions that another server wants, unless a request uses them."""
+        for key in [] if self._store is None else self._store.wanted():
+            session = self._sessions.get(key)
+            if session is not None and session.content is not None and not session.lock.locked():
+                async with session.lock:
+                    try:
+                        await self.save(session)
+                    except ApiError as error:
+                        LOGGER.error("a session stays, as it cannot be saved: %s", error)
+                    else:
+                        await self._close(session)
 
     async def close(self) -> None:
         """Forget all sessions, or leave them to the store, when no request uses them any more."""
@@ -227,8 +249,18 @@ class Sessions:
                 LOGGER.exception("a session is lost")  # the others are not
         await self._close(session)
 
+    def _note(self, session: Session[Any], *, is_unsaved: bool) -> None:
+        if self._store is not None:
+            self._store.note(session.owner, session.id, is_unsaved=is_unsaved)
+
     def _is_known(self, owner: str, id: str) -> bool:
-        return (owner, id) in self._sessions or self._is_stored(owner, id)
+        """Whether there is a session, here, or saved, or at another server."""
+        return (owner, id) in self._sessions or self._is_kept(owner, id)
+
+    def _is_kept(self, owner: str, id: str) -> bool:
+        """Whether a session is saved, or at another server."""
+        is_elsewhere = self._store is not None and self._store.is_elsewhere(owner, id)
+        return is_elsewhere or self._is_stored(owner, id)
 
     def _is_stored(self, owner: str, id: str) -> bool:
         return self._store is not None and (owner, id) in self._store
@@ -242,6 +274,12 @@ class Sessions:
     ) -> Content[Input]:
         """Bring the stream of a session up to the reply to inputs; the session is as before if that is not possible."""
         await self._load(session)
+        if session.has_lost_turns:
+            session.has_lost_turns = False
+            self._note(session, is_unsaved=False)
+            if appends:
+                message = "append: turns since the session was saved are lost; append again to go on from there"
+                raise ApiError(409, message, param="session_id", code="turns_lost")
         content, known = session.content, None
         if content is not None and content.kind != opener.kind and appends:
             raise ApiError(400, "append: expected the system prompt of the session, or none, and messages where it has")
@@ -268,9 +306,12 @@ class Sessions:
 
     async def _load(self, session: Session[Any]) -> None:
         """Let an empty session have what was saved of it, if anything; raises ApiError if that is not possible."""
-        if session.content is None and self._is_stored(session.owner, session.id):
-            await self._make_room(session.owner)
-            session.content, session.is_named = await self._loaded(session), True
+        store = self._store
+        if session.content is None and store is not None:
+            session.has_lost_turns |= await store.claim(session.owner, session.id)
+            if (session.owner, session.id) in store:
+                await self._make_room(session.owner)
+                session.content, session.is_named = await self._loaded(session), True
 
     async def _loaded(self, session: Session[Any]) -> Content[Any]:
         """What was saved of a session; raises ApiError if it cannot be used."""
@@ -310,6 +351,8 @@ class Sessions:
             session.is_closed = True
             if self._sessions.get(key := (session.owner, session.id)) is session:
                 del self._sessions[key]
+                if self._store is not None:
+                    self._store.release(*key)
 
     async def _close(self, session: Session[Any]) -> None:
         content, session.content = session.content, None

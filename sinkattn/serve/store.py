@@ -1,4 +1,4 @@
-"""`Store`: saved sessions in a folder, which a server finds again when it starts anew."""
+"""`Store`: saved sessions in a folder, for servers that start anew, and for several at a time."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import Any
 
 from sinkattn.hf.pool.pool import StreamPool
 from sinkattn.hf.pool.stream import Stream
+from sinkattn.serve.claims import Claims
 from sinkattn.serve.errors import ApiError
 
 SUFFIX = ".session.safetensors"
+# Seconds that a request waits for a session which another server has.
+CLAIM_SECONDS = 30.0
 
 
 class Store:
     """Files of sessions, each with the client and the id in its name, as a digest.
+
+    Several servers may share the folder: a session is at the one that has claimed it, saved or not.
 
     Args:
         folder: of the files; made if need be.
@@ -24,9 +29,46 @@ class Store:
     def __init__(self, folder: Path, pool: StreamPool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._pool = folder, pool
+        self._claims = Claims(folder / "claims")
+        self._claimed: dict[str, tuple[str, str]] = {}
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         return self._path(*key).is_file()
+
+    def is_elsewhere(self, owner: str, id: str) -> bool:
+        """Whether another server has a session, saved or not."""
+        return self._claims.is_elsewhere(_digest(owner, id))
+
+    async def claim(self, owner: str, id: str) -> bool:
+        """Have a session here, and not at another server, which saves it first; raises ApiError if that takes long.
+
+        Returns whether turns that were not saved are lost, with the server that had it.
+        """
+        name = _digest(owner, id)
+        try:
+            is_claimed = await self._claims.claim(name, CLAIM_SECONDS)
+        except OSError as error:
+            raise ApiError(507, f"server: {error}") from error
+        if not is_claimed:
+            message = f"session_id: {id!r} is in use at another server; try again later"
+            raise ApiError(503, message, param="session_id", code="session_elsewhere", retry_after=5)
+        is_new = name not in self._claimed
+        self._claimed[name] = (owner, id)
+        return is_new and self._claims.is_unsaved(name)
+
+    def note(self, owner: str, id: str, *, is_unsaved: bool) -> None:
+        """Note of a session that is here whether turns are not saved, for whoever has it next if this process ends."""
+        self._claims.note(_digest(owner, id), is_unsaved=is_unsaved)
+
+    def release(self, owner: str, id: str) -> None:
+        """Let another server have a session, of which nothing goes on here."""
+        name = _digest(owner, id)
+        self._claimed.pop(name, None)
+        self._claims.release(name, forget=(owner, id) not in self)
+
+    def wanted(self) -> list[tuple[str, str]]:
+        """Client and id of the sessions that are here, and wanted at another server."""
+        return [self._claimed[name] for name in self._claims.wanted() if name in self._claimed]
 
     def save(self, owner: str, id: str, stream: Stream, notes: dict[str, Any]) -> None:
         """Save a stream and notes; raises OSError if that is not possible, and leaves what was saved before."""
@@ -49,4 +91,8 @@ class Store:
         self._path(owner, id).unlink(missing_ok=True)
 
     def _path(self, owner: str, id: str) -> Path:
-        return self._folder / (hashlib.sha256(f"{owner}\0{id}".encode()).hexdigest() + SUFFIX)
+        return self._folder / (_digest(owner, id) + SUFFIX)
+
+
+def _digest(owner: str, id: str) -> str:
+    return hashlib.sha256(f"{owner}\0{id}".encode()).hexdigest()

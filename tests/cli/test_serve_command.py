@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 import httpx
 import pytest
@@ -55,6 +57,54 @@ def test_other_hosts_need_keys(tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").write_text("\n")
     assert main(["serve", str(DEMO_MODEL), "--api-keys", str(tmp_path / "empty")]) == 2
     assert "expected a key or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--replicas", "2"], "expected --sessions"),
+        (["--replicas", "0", "--sessions", "x"], "1 or more"),
+        (["--replicas", "3-2", "--sessions", "x"], "N up to M"),
+    ],
+)
+def test_invalid_replicas(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        raise SystemExit(main(["serve", str(DEMO_MODEL), *arguments]))
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_replicas_from_the_command_line(tmp_path):
+    """They save their sessions when they are asked to end."""
+    pytest.importorskip("ray")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "sinkattn", "serve", str(DEMO_MODEL), "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(x for x in sys.path if x), "SINKATTN_API_KEYS": "secret"}
+    arguments = ["--sessions", str(tmp_path), "--replicas", "1", "--max-tokens", "7"]
+    with subprocess.Popen([*command, *arguments], env=environment) as process:
+        client = httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", timeout=60, headers={"Authorization": "Bearer secret"}
+        )
+        end = time.monotonic() + 120
+        while not _is_ready(client):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        body = {"model": "demo_model", "prompt": "x = ", "max_tokens": 7, "session_id": "kept"}
+        assert client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] <= 7
+        assert client.post("/v1/completions", json={**body, "max_tokens": 8}).status_code == 400
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
+    assert len([*tmp_path.glob("*.safetensors")]) == 1
+
+
+def _is_ready(client):
+    try:
+        return client.get("/ready").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 @pytest.mark.slow

@@ -12,15 +12,24 @@ from tiny_server import tiny_server
 from sinkattn.hf.load import load
 from sinkattn.serve.app import create_app
 
-app = create_app(tiny_server(with_template(load()[1], CHATML), folder=Path(sys.argv[1])))
-server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=3))
+
+def make_server(folder):
+    """A server whose replies do not end by themselves."""
+    return tiny_server(with_template(load()[1], CHATML), max_parked=8, folder=folder)
 
 
-def tell_port():
-    while not server.started:
-        time.sleep(0.01)
-    print(server.servers[0].sockets[0].getsockname()[1], flush=True)
+def main():
+    app = create_app(make_server(Path(sys.argv[1])))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=3))
+
+    def tell_port():
+        while not server.started:
+            time.sleep(0.01)
+        print(server.servers[0].sockets[0].getsockname()[1], flush=True)
+
+    threading.Thread(target=tell_port, daemon=True).start()
+    server.run()
 
 
-threading.Thread(target=tell_port, daemon=True).start()
-server.run()
+if __name__ == "__main__":
+    main()

@@ -32,8 +32,8 @@ def tiny_server(tokenizer, max_streams=8, max_parked=0, name="tiny", window=WIND
 class Running:
     """A server that runs, and clients of it."""
 
-    def __init__(self, server, port):
-        self.server, self.url = server, f"http://127.0.0.1:{port}"
+    def __init__(self, server, port, end):
+        self.server, self.url, self.end = server, f"http://127.0.0.1:{port}", end
         self.http = httpx.Client(base_url=self.url, timeout=30)
         self._clients = {}
 
@@ -68,8 +68,12 @@ def running_server(server):
     while not instance.started:
         assert thread.is_alive()
         time.sleep(0.01)
-    try:
-        yield Running(server, instance.servers[0].sockets[0].getsockname()[1])
-    finally:
+
+    def end():
         instance.should_exit = True
         thread.join(20)
+
+    try:
+        yield Running(server, instance.servers[0].sockets[0].getsockname()[1], end)
+    finally:
+        end()
