@@ -22,7 +22,7 @@ from sinkattn import build_info
 
 HUB = Path(__file__).parent
 PACKAGE, CSRC = HUB.parent / "sinkattn", HUB.parent / "csrc"
-PARTS = ("attention_arguments.py", "reference.py", "ring_cache.py", "rope.py", "kernels", "ops")
+PARTS = ("argument_checks.py", "attention_arguments.py", "reference.py", "ring_cache.py", "rope.py", "kernels", "ops")
 # As in setup.py; kernel-builder chooses the standard, and sets what it needs for a library.
 CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-ffp-contract=off"]
 CUDA_FLAGS = ["-O3", "--fmad=false"]

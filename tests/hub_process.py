@@ -55,7 +55,7 @@ def main(loader: str, variant: str, file: str) -> None:
         importlib.import_module(f"{kernel.__name__}.kernels.gradients")  # and with it the others
     del sys.modules["sinkattn"]
     try:
-        import sinkattn  # noqa: F401
+        import sinkattn.ops  # noqa: F401
     except ImportError as error:
         print(error)
 

@@ -430,6 +430,22 @@ def test_a_saved_stream_has_its_messages(tmp_path):
     assert other.in_sight == stream.in_sight
 
 
+def test_a_stream_is_saved_that_was_rolled_back_into_a_long_message(tmp_path):
+    """Where that message begins is forgotten by then, so that no message is known."""
+    pool = StreamPool(model_in_double(), 2, max_prefix=4)
+    stream = pool.open(some_ids(4, 1), evict="message")
+    stream.feed(some_ids(3 * W, 2))
+    stream.feed(some_ids(2, 3))
+    stream.rollback(4)
+    assert not stream.message_begins
+    stream.save(tmp_path / "a")
+    other = pool.load(tmp_path / "a")
+    for each in (stream, other):
+        each.feed(some_ids(3, 8))
+    assert other.in_sight == stream.in_sight
+    assert list(other.generate(9)) == list(stream.generate(9))
+
+
 def test_files_that_a_pool_refuses(tmp_path):
     model = model_in_double()
     pool = StreamPool(model, 2, max_prefix=4)
