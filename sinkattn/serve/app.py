@@ -120,7 +120,8 @@ async def _invalid(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     where = [str(part) for part in first["loc"] if part not in ("body", "header", "query", "path")]
     param = ".".join(where) or None
-    answer = ApiError(400, f"{param or 'body'}: {first['msg']}", param=param)
+    reason = "is not supported" if first["type"] == "extra_forbidden" else first["msg"]
+    answer = ApiError(400, f"{param or 'body'}: {reason}", param=param)
     return JSONResponse(answer.body, answer.status)
 
 
