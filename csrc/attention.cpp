@@ -85,7 +85,11 @@ Tensor sink_attention_(
     const std::optional<Tensor>& sin, int64_t num_sinks, int64_t window, double scale, bool interleaved,
     const std::optional<Tensor>& sink_logits, std::optional<double> softcap,
     const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& /* arrivals: used only on GPUs */,
-    const std::optional<Tensor>& rows, const std::optional<Tensor>& row_sinks, const std::optional<Tensor>& begins) {
+    const std::optional<Tensor>& rows, const std::optional<Tensor>& row_sinks, const std::optional<Tensor>& begins,
+    const std::optional<Tensor>& sink_keys, const std::optional<Tensor>& sink_values,
+    const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales) {
+  require(
+      !sink_keys && !sink_values && !key_scales && !value_scales, "keys: rings of 8 bits are not supported here");
   check_new_tokens(keys, values, key, value, num_sinks);
   check_layout(keys, values, num_sinks, window);
   AttentionCall call = make_call(

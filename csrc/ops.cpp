@@ -3,6 +3,9 @@
 //
 // Shapes:
 //   keys, values               [batch, kv_heads, slots, head_dim]; with `rows`, of any number of rows
+//     of int8 or float8_e4m3fn they have no slots for sinks, which are then in
+//   sink_keys, sink_values     [batch, kv_heads, num_sinks, head_dim]; and elements of 8 bits are multiplied by
+//   key_scales, value_scales   [batch, kv_heads, slots, 1] float32
 //   key, value                 [batch, kv_heads, tokens, head_dim]
 //   query, attention output    [batch, heads, tokens, head_dim]
 //   cos, sin                   [batch, tokens, pairs], for sink_attention_ [2, batch, tokens, pairs]
@@ -28,7 +31,9 @@
 DEFINE_OPERATORS(SINKATTN_OPERATORS, m) {
   m.def(
       "append_(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor seen, Tensor? lengths, "
-      "Tensor? cos, Tensor? sin, int num_sinks, bool interleaved, Tensor? rows, Tensor? row_sinks) -> ()");
+      "Tensor? cos, Tensor? sin, int num_sinks, bool interleaved, Tensor? rows, Tensor? row_sinks, "
+      "Tensor(c!)? sink_keys=None, Tensor(d!)? sink_values=None, Tensor(e!)? key_scales=None, "
+      "Tensor(f!)? value_scales=None) -> ()");
   m.def("rollback_(Tensor(a!) seen, Tensor(b!) peak, Tensor counts, int headroom) -> ()");
   m.def("reorder_(Tensor(a!) keys, Tensor(b!) values, Tensor source) -> ()");
   m.def("reset_(Tensor(a!) keys, Tensor(b!) values, Tensor rows) -> ()");
@@ -37,7 +42,8 @@ DEFINE_OPERATORS(SINKATTN_OPERATORS, m) {
       "sink_attention_(Tensor(a!) keys, Tensor(b!) values, Tensor query, Tensor key, Tensor value, Tensor seen, "
       "Tensor? lengths, Tensor? cos, Tensor? sin, int num_sinks, int window, float scale, bool interleaved, "
       "Tensor? sink_logits, float? softcap, Tensor? alibi_slopes, Tensor(c!)? arrivals, Tensor? rows, "
-      "Tensor? row_sinks, Tensor? begins) -> Tensor");
+      "Tensor? row_sinks, Tensor? begins, Tensor(d!)? sink_keys=None, Tensor(e!)? sink_values=None, "
+      "Tensor(f!)? key_scales=None, Tensor(g!)? value_scales=None) -> Tensor");
   m.def(
       "sink_attention_gradients(Tensor keys, Tensor values, Tensor query, Tensor key, Tensor value, Tensor out, "
       "Tensor gradient, Tensor seen, Tensor? lengths, Tensor? cos, Tensor? sin, int num_sinks, int window, "

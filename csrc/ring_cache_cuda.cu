@@ -92,7 +92,11 @@ void launch_append(const AppendCall<scalar_t>& call, cudaStream_t stream) {
 void append_(
     const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, const Tensor& seen,
     const std::optional<Tensor>& lengths, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-    int64_t num_sinks, bool interleaved, const std::optional<Tensor>& rows, const std::optional<Tensor>& row_sinks) {
+    int64_t num_sinks, bool interleaved, const std::optional<Tensor>& rows, const std::optional<Tensor>& row_sinks,
+    const std::optional<Tensor>& sink_keys, const std::optional<Tensor>& sink_values,
+    const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales) {
+  require(
+      !sink_keys && !sink_values && !key_scales && !value_scales, "keys: rings of 8 bits are not supported here");
   check_append(keys, values, key, value, cos, sin, num_sinks);
   const int64_t batch = key.size(0);
   const RowOptions options = row_options(rows, row_sinks, batch, keys);

@@ -3,7 +3,8 @@
 The query of token t sees ``visible(t)``: the first ``num_sinks`` tokens and the ``window`` most recent ones, itself
 included. The position of a key is its rank among them; the query has the last position. The output for token t depends
 on nothing else, and not on how the stream is cut into calls. A row may have fewer sinks than there is room for
-(``row_sinks``), and tokens before ``begins`` are no longer seen, but for sinks.
+(``row_sinks``), and tokens before ``begins`` are no longer seen, but for sinks. A ring of 8 bits holds tokens that are
+not sinks as `quantise` rounds them, and a query sees them so, those of its own call too.
 
 `streaming_attention` implements this literally, without a cache: it gathers and rotates every key for every query.
 `sink_attention` runs over a ring: each key is rotated once, at its stream position, and each query twice. Both agree
@@ -13,7 +14,7 @@ because rotary scores depend only on differences of positions.
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +36,61 @@ class Ring(Protocol):
     values: Tensor
     seen: Tensor
     layout: Layout
+    eight_bit: dict[str, Tensor]
+
+
+LIMITS = {torch.int8: 127, torch.float8_e4m3fn: 448}
+"""Dtypes of 8 bits, and the number that the largest element of a vector becomes."""
+
+MIN_LARGEST = 2.0**-100
+"""Vectors are scaled as if their largest element were no smaller: so scales are normal numbers."""
+
+
+def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round vectors, the last dimension of ``x``, to 8 bits: ``dtype`` int8 or float8_e4m3fn.
+
+    Returns q of that dtype, and fp32 scales ``[..., 1]``, one for each vector: ``q * scale`` stands for x. All steps
+    are in fp32, each rounded to nearest even, so all devices give the same bits. A vector with an infinite element or
+    NaN gets a scale of NaN.
+    """
+    x = x.float()
+    limit = LIMITS[dtype]
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=MIN_LARGEST) / limit
+    is_finite = x.isfinite().all(dim=-1, keepdim=True)
+    scaled = torch.where(is_finite, x / scale, 0)
+    q = scaled.round() if dtype == torch.int8 else scaled.clamp(-limit, limit)
+    return q.to(dtype), torch.where(is_finite, scale, torch.nan)
+
+
+class _Slots(NamedTuple):
+    """Keys or values of one row, ``[kv_heads, slots, dim]``, by slot: sinks, then the ring."""
+
+    ring: Tensor
+    sinks: Tensor | None
+    scales: Tensor | None
+
+    @classmethod
+    def of_row(cls, row: int, ring: Tensor, sinks: Tensor | None, scales: Tensor | None) -> _Slots:
+        """Slots of one row of a cache."""
+        return cls(ring[row], None if sinks is None else sinks[row], None if scales is None else scales[row])
+
+    def write(self, slot: int, x: Tensor) -> None:
+        """Write one token, ``[kv_heads, dim]``."""
+        if self.sinks is None or self.scales is None:
+            self.ring[:, slot] = x
+        elif slot < (num_sinks := self.sinks.shape[1]):
+            self.sinks[:, slot] = x
+        else:
+            self.ring[:, slot - num_sinks], self.scales[:, slot - num_sinks] = quantise(x, self.ring.dtype)
+
+    def read(self, slots: list[int], dtype: torch.dtype) -> Tensor:
+        """Tokens in the order of ``slots``, ``[kv_heads, tokens, dim]``."""
+        index = torch.tensor(slots, device=self.ring.device)
+        if self.sinks is None or self.scales is None:
+            return self.ring[:, index]
+        wide = table_dtype(dtype)
+        ring = self.ring.to(wide) * self.scales.to(wide)
+        return torch.cat((self.sinks.to(dtype), ring.to(dtype)), dim=1)[:, index]
 
 
 def visible(token: int, num_sinks: int, window: int, begin: int = 0) -> list[int]:
@@ -168,38 +224,47 @@ def sink_attention_(
     rows: Tensor | None = None,
     row_sinks: Tensor | None = None,
     begins: Tensor | None = None,
+    sink_keys: Tensor | None = None,
+    sink_values: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """Append to the ring and attend, token by token; writes keys and values, does not change ``seen``.
 
-    The arguments are those of `sinkattn.ops.sink_attention_`.
+    The arguments are those of `sinkattn.ops.sink_attention_`. Over a ring of 8 bits the query may be in fp64, for an
+    exact output of what key and value, in the dtype of the sinks, leave in the ring.
     """
     if (cos is None) != (sin is None):
         raise ValueError("cos, sin: expected both or none")
     batch, heads, tokens, _ = query.shape
     groups = heads // keys.shape[1]
-    ring = keys.shape[2] - num_sinks
+    ring = keys.shape[2] - (num_sinks if sink_keys is None else 0)
     out = query.new_zeros(batch, heads, tokens, values.shape[-1])
     cache_rows = range(batch) if rows is None else rows.tolist()
     all_sinks, all_begins = _per_row(row_sinks, batch, num_sinks), _per_row(begins, batch, 0)
     for row, count in enumerate(_per_row(lengths, batch, tokens)):
-        row_keys, row_values, of_row = keys[cache_rows[row]], values[cache_rows[row]], all_sinks[row]
+        cache_row, of_row = cache_rows[row], all_sinks[row]
+        row_keys = _Slots.of_row(cache_row, keys, sink_keys, key_scales)
+        row_values = _Slots.of_row(cache_row, values, sink_values, value_scales)
         for i in range(count):
             token = int(seen[row]) + i
             new_key, q_window, q_sink = key[row, :, i], query[row, :, i], query[row, :, i]
             if cos is not None and sin is not None:
                 new_key, q_window = (
-                    rotate(x, cos[0, row, i], sin[0, row, i], interleaved=interleaved) for x in (new_key, q_window)
+                    rotate(
+                        x, *(table[0, row, i].to(table_dtype(x.dtype)) for table in (cos, sin)), interleaved=interleaved
+                    )
+                    for x in (new_key, q_window)
                 )
                 q_sink = rotate(q_sink, cos[1, row, i], sin[1, row, i], interleaved=interleaved)
             slot = slot_of(token, of_row, ring, num_sinks)
-            row_keys[:, slot] = new_key
-            row_values[:, slot] = value[row, :, i]
+            row_keys.write(slot, new_key)
+            row_values.write(slot, value[row, :, i])
 
             tokens_seen = visible(token, of_row, window, all_begins[row])
-            slots = torch.tensor([slot_of(t, of_row, ring, num_sinks) for t in tokens_seen], device=keys.device)
+            slots = [slot_of(t, of_row, ring, num_sinks) for t in tokens_seen]
             sinks = min(of_row, token + 1)
-            k = row_keys[:, slots].repeat_interleave(groups, dim=0)
-            v = row_values[:, slots].repeat_interleave(groups, dim=0)
+            k, v = (x.read(slots, query.dtype).repeat_interleave(groups, dim=0) for x in (row_keys, row_values))
             out[row, :, i] = attend(
                 [(q_sink, k[:, :sinks]), (q_window, k[:, sinks:])],
                 v,
@@ -263,6 +328,7 @@ def sink_attention(
         rows=rows,
         row_sinks=row_sinks,
         begins=begins,
+        **ring.eight_bit,
     )
     seen = seen + (tokens if lengths is None else lengths)
     ring.seen[slice(None) if rows is None else rows] = seen

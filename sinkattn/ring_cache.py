@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from sinkattn import ops
 from sinkattn.argument_checks import check_kind, check_tensors, check_whole
 from sinkattn.rope import Rope, table_dtype
 
+CacheDtype = Literal["int8", "fp8"]
+
 
 class RingKVCache:
     """Keys and values of ``batch_size`` streams in a fixed number of slots, evicted in place.
@@ -18,19 +21,27 @@ class RingKVCache:
     The first ``num_sinks`` tokens of a stream are never evicted. The ``window`` most recent ones are in a ring of
     ``window + headroom`` slots, where a new token overwrites the oldest. Cached keys are never moved or rotated again.
 
+    With a ``cache_dtype`` tokens that are not sinks are held in 8 bits: each vector is rounded once, when it is
+    written, with a scale of its own (`sinkattn.reference.quantise`), and every query sees it so. Sinks stay in
+    ``dtype``.
+
     Args:
         batch_size, kv_heads, head_dim: shape of the cache; one row per stream.
         num_sinks: first tokens that are never evicted (0 or more).
         window: most recent tokens a query sees, itself included (1 or more).
         headroom: spare ring slots: the number of tokens that can always be rolled back.
         value_dim: head_dim of the values, if different.
-        dtype: float32, float16, bfloat16 or float64; default: torch's.
+        dtype: float32, float16, bfloat16 or float64 (not with a cache_dtype); default: torch's. Of queries and outputs.
         device: default: torch's.
+        cache_dtype: "int8", or "fp8" for float8_e4m3fn; None holds all tokens in ``dtype``.
         layout: a `RingLayout`, instead of num_sinks, window and headroom.
         share_seen_with: another ring; this one reads its token counters and does not advance them (layers of a model).
 
     Attributes:
-        keys, values: ``[batch, kv_heads, num_sinks + ring, head_dim]``; keys are rotated at their stream position.
+        keys, values: ``[batch, kv_heads, num_sinks + ring, head_dim]``; keys are rotated at their stream position. With
+            a cache_dtype ``[batch, kv_heads, ring, head_dim]``, without the sinks.
+        eight_bit: with a cache_dtype, what `sinkattn.ops.append_` takes beside them: ``sink_keys``, ``sink_values``,
+            ``key_scales`` and ``value_scales``; else empty.
         seen: int64 ``[batch]`` tokens ever appended to each stream, on the device.
         arrivals: int32 ``[batch, kv_heads]`` completion counters of the KV splits on a GPU, zero between calls.
         layout: `RingLayout`, the slot arithmetic.
@@ -51,6 +62,7 @@ class RingKVCache:
         value_dim: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        cache_dtype: CacheDtype | None = None,
         layout: ops.RingLayout | None = None,
         share_seen_with: RingKVCache | None = None,
     ) -> None:
@@ -69,15 +81,31 @@ class RingKVCache:
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in ops.DTYPES:
             raise ValueError(f"dtype: expected one of {ops.DTYPES}, got {dtype}")
+        if cache_dtype is not None:
+            check_cache_dtype(cache_dtype)
+            if dtype == torch.float64:
+                raise ValueError("dtype: expected float32, float16 or bfloat16 with a cache_dtype, got torch.float64")
         value_dim = head_dim if value_dim is None else value_dim
         if share_seen_with is not None and len(share_seen_with.seen) != batch_size:
             raise ValueError(f"share_seen_with: expected a ring of {batch_size} rows, got {len(share_seen_with.seen)}")
-        shape = (batch_size, kv_heads, self.layout.slots)
         # Ordinary tensors even under torch.inference_mode(): the stream may continue outside of it.
         with torch.inference_mode(False):
             # Zeros, as an unwritten slot has weight 0, and 0 times NaN would be NaN.
-            self.keys = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
-            self.values = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
+            def zeros(slots: int, dim: int, dtype: torch.dtype) -> Tensor:
+                return torch.zeros(batch_size, kv_heads, slots, dim, dtype=dtype, device=device)
+
+            self.eight_bit: dict[str, Tensor] = {}
+            if cache_dtype is None:
+                slots, stored = self.layout.slots, dtype
+            else:
+                slots, stored = self.layout.ring, ops.EIGHT_BIT_DTYPES[cache_dtype]
+                self.eight_bit = {
+                    "sink_keys": zeros(self.layout.num_sinks, head_dim, dtype),
+                    "sink_values": zeros(self.layout.num_sinks, value_dim, dtype),
+                    "key_scales": zeros(slots, 1, torch.float32),
+                    "value_scales": zeros(slots, 1, torch.float32),
+                }
+            self.keys, self.values = zeros(slots, head_dim, stored), zeros(slots, value_dim, stored)
             self.arrivals = torch.zeros(batch_size, kv_heads, dtype=torch.int32, device=device)
             self._owns_seen = True
             self.seen: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -88,16 +116,39 @@ class RingKVCache:
     def __repr__(self) -> str:
         """Shape, layout and dtype."""
         batch, kv_heads, _, head_dim = self.keys.shape
+        cache_dtype = f"cache_dtype={self.cache_dtype!r}, " if self.eight_bit else ""
         return (
             f"RingKVCache(batch_size={batch}, kv_heads={kv_heads}, head_dim={head_dim}, "
             f"num_sinks={self.layout.num_sinks}, window={self.layout.window}, headroom={self.layout.headroom}, "
-            f"dtype={self.keys.dtype}, device={self.keys.device})"
+            f"dtype={self.dtype}, {cache_dtype}device={self.keys.device})"
         )
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of queries, new keys and values, outputs and sinks."""
+        return self.eight_bit["sink_keys"].dtype if self.eight_bit else self.keys.dtype
+
+    @property
+    def cache_dtype(self) -> CacheDtype | None:
+        """Name of the dtype of tokens that are not sinks; None if it is `dtype`."""
+        names: dict[torch.dtype, CacheDtype] = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+        return names.get(self.keys.dtype)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is held of the tokens, by name, rows first: ``keys``, ``values`` and what `eight_bit` has."""
+        return {"keys": self.keys, "values": self.values, **self.eight_bit}
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Tensors of keys, each with that of values, which have slots."""
+        tensors = list(self.tensors.values())
+        pairs = zip(tensors[::2], tensors[1::2], strict=True)
+        return [(x, y) for x, y in pairs if x.shape[2]]
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of keys and values; they do not grow with the streams."""
-        return self.keys.nbytes + self.values.nbytes
+        """Bytes of all tokens; they do not grow with the streams."""
+        return sum(x.nbytes for x in self.tensors.values())
 
     def append(self, key: Tensor, value: Tensor, *, rope: Rope | None = None, lengths: Tensor | None = None) -> None:
         """Append tokens without attending, and advance ``seen``.
@@ -120,6 +171,7 @@ class RingKVCache:
             cos=None if cos is None else cos[0],
             sin=None if sin is None else sin[0],
             interleaved=rope is not None and rope.interleaved,
+            **self.eight_bit,
         )
         self.advance(key.shape[2] if lengths is None else lengths.clamp(0, key.shape[2]))
 
@@ -164,7 +216,8 @@ class RingKVCache:
     def reorder(self, source: Tensor) -> None:
         """Row i becomes what row ``source[i]`` (int64 ``[batch]``) was, in place: beam search, forks."""
         ops.check_tensor("source", source, tuple(self.seen.shape), torch.int64, self.seen.device)
-        ops.reorder_(self.keys, self.values, source)
+        for keys, values in self._pairs():
+            ops.reorder_(keys, values, source)
         if self._owns_seen:
             self.seen.copy_(self.seen[source])
             self._peak.copy_(self._peak[source])
@@ -175,20 +228,24 @@ class RingKVCache:
         A ring that shares its counters must call `share_seen` again.
         """
         with torch.inference_mode(False), torch.no_grad():
-            self.keys, self.values = self.keys[index], self.values[index]
-            self.arrivals = self.arrivals.new_zeros(self.keys.shape[:2])
+            seen, peak = self.seen, self._peak
             if self._owns_seen:
-                self.seen, self._peak = self.seen[index], self._peak[index]
+                seen, peak = seen[index], peak[index]
+            self.replace({name: x[index] for name, x in self.tensors.items()}, seen, peak)
 
     @property
     def peak(self) -> Tensor:
         """The furthest point that each row has reached: int64 ``[batch]``; may be less where ``seen`` is that point."""
         return self._peak
 
-    def replace(self, keys: Tensor, values: Tensor, seen: Tensor, peak: Tensor) -> None:
-        """Hold these tensors from now on, of any number of rows; rings that share counters are given the same ones."""
-        self.keys, self.values, self.seen, self._peak = keys, values, seen, peak
-        self.arrivals = self.arrivals.new_zeros(keys.shape[:2])
+    def replace(self, tensors: dict[str, Tensor], seen: Tensor, peak: Tensor) -> None:
+        """Hold these `tensors` from now on, of any number of rows.
+
+        Rings that share counters are given the same ones.
+        """
+        self.eight_bit = {name: tensors[name] for name in self.eight_bit}
+        self.keys, self.values, self.seen, self._peak = tensors["keys"], tensors["values"], seen, peak
+        self.arrivals = self.arrivals.new_zeros(self.keys.shape[:2])
 
     def share_seen(self, other: RingKVCache) -> None:
         """Read the token counters of another ring, which advances them."""
@@ -199,7 +256,8 @@ class RingKVCache:
         """Start new streams in the given rows (int64, default all) and zero their memory."""
         if rows is None:
             rows = torch.arange(len(self.seen), device=self.seen.device)
-        ops.reset_(self.keys, self.values, rows)
+        for keys, values in self._pairs():
+            ops.reset_(keys, values, rows)
         if self._owns_seen:
             self.seen.index_fill_(0, rows, 0)
             self._peak.index_fill_(0, rows, 0)
@@ -207,11 +265,34 @@ class RingKVCache:
     def linearise(self) -> tuple[Tensor, Tensor]:
         """Copies of keys and values in order of time: sinks, then the window, then zeros.
 
-        ``[batch, kv_heads, num_sinks + window, head_dim]``; row b holds ``min(seen[b], num_sinks + window)`` tokens.
+        ``[batch, kv_heads, num_sinks + window, head_dim]`` in `dtype`; row b holds ``min(seen[b], num_sinks + window)``
+        tokens.
         """
-        return ops.linearise(
-            self.keys, self.values, self.seen, num_sinks=self.layout.num_sinks, window=self.layout.window
+        num_sinks, window = self.layout.num_sinks, self.layout.window
+        if not self.eight_bit:
+            return ops.linearise(self.keys, self.values, self.seen, num_sinks=num_sinks, window=window)
+        sink_keys, sink_values, key_scales, value_scales = self.eight_bit.values()
+        seen = (self.seen - num_sinks).clamp(min=0)
+        sinks: tuple[Tensor, Tensor] = (sink_keys, sink_values)
+        if num_sinks:
+            sinks = ops.linearise(*sinks, self.seen.clamp(max=num_sinks), num_sinks=0, window=num_sinks)
+        ring = zip(
+            ops.linearise(self.keys, self.values, seen, num_sinks=0, window=window),
+            ops.linearise(key_scales, value_scales, seen, num_sinks=0, window=window),
+            strict=True,
         )
+        keys, values = (
+            torch.cat((of_sinks, (x.float() * scales).to(self.dtype)), dim=2)
+            for of_sinks, (x, scales) in zip(sinks, ring, strict=True)
+        )
+        return keys, values
+
+
+def check_cache_dtype(cache_dtype: object) -> None:
+    """Raise ValueError unless it names a dtype of 8 bits."""
+    names = tuple(ops.EIGHT_BIT_DTYPES)
+    if cache_dtype not in names:
+        raise ValueError(f"cache_dtype: expected one of {names}, or None, got {cache_dtype!r}")
 
 
 def _tables(
@@ -220,7 +301,7 @@ def _tables(
     if rope is None:
         return None, None
     check_kind("rope", rope, Rope, "a Rope or None")
-    layout, dtype = ring.layout, table_dtype(ring.keys.dtype)
+    layout, dtype = ring.layout, table_dtype(ring.dtype)
     return rope.stream_tables(seen, tokens, num_sinks=layout.num_sinks, window=layout.window, dtype=dtype, **options)
 
 
@@ -270,7 +351,7 @@ def sink_attention(
     Raises:
         ValueError, TypeError: shape, dtype or device of an argument; nothing was changed.
         RuntimeError: rows, row_sinks, begins or lengths out of range; a backend that cannot run here; gradients for
-            ``alibi_slopes``, or of a call with rows, row_sinks or begins. Nothing was changed.
+            ``alibi_slopes``, or of a call with rows, row_sinks, begins or a ring of 8 bits. Nothing was changed.
     """
     per_head = {"sink_logits": sink_logits, "alibi_slopes": alibi_slopes}
     check_tensors(query=query, key=key, value=value, **{name: x for name, x in per_head.items() if x is not None})
@@ -307,6 +388,7 @@ def sink_attention(
         arrivals=arrivals,
         rows=rows,
         **options,
+        **ring.eight_bit,
         backend=backend,
     )
     # GPU kernels clamp `lengths` instead of validating them, so clamp here too.

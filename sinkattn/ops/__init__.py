@@ -7,7 +7,7 @@ arguments. The schemas (csrc/ops.cpp) say so, and fake kernels let ``torch.compi
 
 from sinkattn.ops.attention import sink_attention_
 from sinkattn.ops.backends import BACKENDS, Backend, cpu_capability, select_backend
-from sinkattn.ops.checks import DTYPES, check_tensor
+from sinkattn.ops.checks import DTYPES, EIGHT_BIT_DTYPES, check_tensor
 from sinkattn.ops.library import RingLayout, build_info
 from sinkattn.ops.linear import LINEAR_DTYPES, MAX_LINEAR_TOKENS, int4_linear, linear, linear_operator
 from sinkattn.ops.ring import append_, linearise, reorder_, reset_, rollback_
@@ -15,6 +15,7 @@ from sinkattn.ops.ring import append_, linearise, reorder_, reset_, rollback_
 __all__ = [
     "BACKENDS",
     "DTYPES",
+    "EIGHT_BIT_DTYPES",
     "LINEAR_DTYPES",
     "MAX_LINEAR_TOKENS",
     "Backend",

@@ -17,8 +17,8 @@ from sinkattn.ops import gradients
 from sinkattn.ops.backends import Backend, select_backend, triton_obstacle
 from sinkattn.ops.checks import (
     check_attention,
+    check_has_gradients,
     check_no_gradients,
-    check_no_row_options,
     check_same_device,
     check_score_options,
     check_triton,
@@ -55,12 +55,17 @@ def sink_attention_(
     rows: Tensor | None = None,
     row_sinks: Tensor | None = None,
     begins: Tensor | None = None,
+    sink_keys: Tensor | None = None,
+    sink_values: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Append new tokens to the ring and attend; a token's output depends only on the tokens it sees.
 
     Args:
         keys, values, key, value, seen, lengths, interleaved, rows, row_sinks: as for `append_`.
+        sink_keys, sink_values, key_scales, value_scales: as for `append_`.
         query: ``[batch, heads, tokens, head_dim]``, not yet rotated; heads a multiple of kv_heads.
         cos, sin: ``[2, batch, tokens, pairs]`` from `Rope.stream_tables`, or None for no rotary embedding.
         num_sinks, window: the layout; the slots beyond them are headroom.
@@ -81,23 +86,25 @@ def sink_attention_(
     Raises:
         ValueError, TypeError: shape, dtype or device of an argument.
         RuntimeError: lengths, rows, row_sinks or begins out of range; a backend that cannot run here; gradients for
-            ``alibi_slopes``, or of a call with rows, row_sinks or begins.
+            ``alibi_slopes``, or of a call with rows, row_sinks, begins or a ring of 8 bits.
     """
     check_no_gradients(alibi_slopes)
-    chosen = select_backend(keys.device, backend, keys.dtype)
+    dtype = keys.dtype if sink_keys is None else sink_keys.dtype
+    chosen = select_backend(keys.device, backend, dtype)
     if chosen != "reference":
         check_score_options(query, scale, softcap, sink_logits, alibi_slopes)
         if sink_logits is not None:
-            sink_logits = sink_logits.to(keys.device, table_dtype(keys.dtype)).contiguous()
+            sink_logits = sink_logits.to(keys.device, table_dtype(dtype)).contiguous()
         if alibi_slopes is not None:
-            alibi_slopes = alibi_slopes.to(keys.device, table_dtype(keys.dtype)).contiguous()
+            alibi_slopes = alibi_slopes.to(keys.device, table_dtype(dtype)).contiguous()
     call = AttentionArguments(
         keys, values, query, key, value, seen, lengths, cos, sin, num_sinks, window, scale, interleaved,
-        sink_logits, softcap, alibi_slopes, arrivals, rows, row_sinks, begins,
+        sink_logits, softcap, alibi_slopes, arrivals, rows, row_sinks, begins, sink_keys, sink_values,
+        key_scales, value_scales,
     )  # fmt: skip
     is_recorded = needs_gradients(call)
     if is_recorded:
-        check_no_row_options(call)
+        check_has_gradients(call)
     if chosen == "reference":
         check_attention(call)
         check_score_options(query, scale, softcap, sink_logits, alibi_slopes)
@@ -162,7 +169,7 @@ def _attend_with_triton(*arguments: Any) -> Tensor:
         cos, sin = (None if tables is None else tables[0] for tables in (call.cos, call.sin))
         torch.ops.sinkattn.append_(
             call.keys, call.values, call.key, call.value, call.seen, call.lengths, cos, sin, call.num_sinks,
-            call.interleaved, call.rows, call.row_sinks,
+            call.interleaved, call.rows, call.row_sinks, *call.eight_bit,
         )  # fmt: skip
     return out.transpose(1, 2)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import sinkattn.ops.library  # noqa: F401  (registers the operators)
+from sinkattn.attention_arguments import EightBit
 from sinkattn.ops.checks import check_new_tokens, check_no_gradients, check_same_device
 
 
@@ -23,13 +24,19 @@ def append_(
     interleaved: bool = False,
     rows: Tensor | None = None,
     row_sinks: Tensor | None = None,
+    sink_keys: Tensor | None = None,
+    sink_values: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None:
     """Write new tokens into their slots, each key rotated once; does not change ``seen``.
 
     Args:
         keys, values: ``[batch, kv_heads, slots, head_dim]`` the cache, contiguous; written in place. With ``rows`` it
-            may have more rows than the call.
-        key, value: ``[batch, kv_heads, tokens, head_dim]`` any strides, dtype of the cache, key not yet rotated.
+            may have more rows than the call. Of 8 bits (int8 or float8_e4m3fn) they are the ring alone, without slots
+            for sinks, and the last four arguments are needed.
+        key, value: ``[batch, kv_heads, tokens, head_dim]`` any strides, dtype of the cache (of the sinks, if the ring
+            is of 8 bits), key not yet rotated.
         seen: int64 ``[batch]`` tokens appended before.
         num_sinks: slots for sink tokens; the others are the ring.
         lengths: int64 ``[batch]`` new tokens of each row, the others are padding; all ``tokens`` when None.
@@ -38,15 +45,22 @@ def append_(
         rows: int64 ``[batch]`` the cache row of each row of the call, all different; row i when None.
         row_sinks: int64 ``[batch]`` sink tokens of each row, up to ``num_sinks``; so many when None. Slots that a row
             does not use stay as they are.
+        sink_keys, sink_values: ``[batch, kv_heads, num_sinks, head_dim]`` sinks beside a ring of 8 bits, contiguous;
+            float32, float16 or bfloat16; written in place.
+        key_scales, value_scales: float32 ``[batch, kv_heads, slots, 1]`` what the elements of each vector of a ring of
+            8 bits are multiplied by (`sinkattn.reference.quantise`), contiguous; written in place.
 
     Raises:
         ValueError, TypeError: shape, dtype or device of an argument.
         RuntimeError: lengths, rows or row_sinks out of range, or an input that requires gradients.
     """
-    check_new_tokens(keys, values, key, value, seen, lengths, num_sinks=num_sinks, rows=rows, row_sinks=row_sinks)
+    eight_bit = EightBit(sink_keys, sink_values, key_scales, value_scales)
+    check_new_tokens(
+        keys, values, key, value, seen, lengths, eight_bit, num_sinks=num_sinks, rows=rows, row_sinks=row_sinks
+    )
     check_no_gradients(key, value)
     torch.ops.sinkattn.append_(
-        keys, values, key, value, seen, lengths, cos, sin, num_sinks, interleaved, rows, row_sinks
+        keys, values, key, value, seen, lengths, cos, sin, num_sinks, interleaved, rows, row_sinks, *eight_bit
     )
 
 
@@ -64,9 +78,10 @@ def _(
     interleaved: bool,
     rows: Tensor | None,
     row_sinks: Tensor | None,
+    *eight_bit: Tensor | None,
 ) -> None:
     others = {"values": values, "key": key, "value": value, "seen": seen, "lengths": lengths, "cos": cos, "sin": sin}
-    check_same_device(keys, **others, rows=rows, row_sinks=row_sinks)
+    check_same_device(keys, **others, rows=rows, row_sinks=row_sinks, **EightBit(*eight_bit)._asdict())
 
 
 def rollback_(seen: Tensor, peak: Tensor, counts: Tensor, *, headroom: int) -> None:
@@ -83,7 +98,10 @@ def _(seen: Tensor, peak: Tensor, counts: Tensor, headroom: int) -> None:
 
 
 def reorder_(keys: Tensor, values: Tensor, source: Tensor) -> None:
-    """Row i becomes what row ``source[i]`` (int64 ``[batch]``) was, in place; a row that stays is not copied."""
+    """Row i becomes what row ``source[i]`` (int64 ``[batch]``) was, in place; a row that stays is not copied.
+
+    keys, values: any pair of tensors of a ring: its sinks and its scales too, if it is of 8 bits.
+    """
     torch.ops.sinkattn.reorder_(keys, values, source)
 
 
@@ -93,7 +111,10 @@ def _(keys: Tensor, values: Tensor, source: Tensor) -> None:
 
 
 def reset_(keys: Tensor, values: Tensor, rows: Tensor) -> None:
-    """Zero the cache of ``rows`` (int64), so that nothing of an old stream is left in memory."""
+    """Zero the cache of ``rows`` (int64), so that nothing of an old stream is left in memory.
+
+    keys, values: as for `reorder_`.
+    """
     torch.ops.sinkattn.reset_(keys, values, rows)
 
 

@@ -108,10 +108,10 @@ class SinkLayer(CacheLayerMixin):
         self.keys, self.values = ring.keys, ring.values
         self.batch_size = len(ring.keys)
 
-    def replace(self, keys: Tensor, values: Tensor) -> None:
-        """Hold these keys and values in the ring, of as many rows as the counters have now."""
+    def replace(self, tensors: dict[str, Tensor]) -> None:
+        """Hold these tensors (`RingKVCache.tensors`) in the ring, of as many rows as the counters have now."""
         if self.ring is not None:
-            self.ring.replace(keys, values, self.state.counters.seen, self.state.counters.peak)
+            self.ring.replace(tensors, self.state.counters.seen, self.state.counters.peak)
             self._ring_changed(self.ring)
 
     def reset(self) -> None:
@@ -151,7 +151,7 @@ def layer_tensors(layer: Any) -> dict[str, Tensor]:
     """What `SinkCache.save` saves of a layer of its own or of transformers, rows first: ring and states."""
     tensors: dict[str, Tensor] = {}
     if isinstance(layer, SinkLayer) and layer.ring is not None:
-        tensors |= {"keys": layer.ring.keys, "values": layer.ring.values}
+        tensors |= layer.ring.tensors
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         for i in range(layer.number_of_states):
             conv, recurrent = layer.conv_states[i], layer.recurrent_states[i]
@@ -166,7 +166,7 @@ def load_layer(layer: Any, saved: SavedStreams) -> None:
     """Replace what `layer_tensors` returns by what was saved; the counters of the rings are replaced already."""
     tensors = {name: saved.like(name, x) for name, x in layer_tensors(layer).items()}
     if "keys" in tensors:
-        layer.replace(tensors["keys"], tensors["values"])
+        layer.replace(tensors)
     for name, x in tensors.items():
         kind, _, i = name.partition(".")
         if i:

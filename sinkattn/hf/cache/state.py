@@ -230,7 +230,7 @@ class SharedCacheState:
         for name, count in (("seen", seen), ("peak", peak)):
             if not ((count >= 0) & (count <= self.peak_columns)).all():
                 raise ValueError(f"path: {name}: expected 0 to {self.peak_columns} tokens, got {count.tolist()}")
-        ring.replace(ring.keys, ring.values, seen, peak)
+        ring.replace(ring.tensors, seen, peak)
 
     def clear(self) -> None:
         """Forget all streams."""
