@@ -4,7 +4,7 @@ The query of token t sees ``visible(t)``: the first ``num_sinks`` tokens and the
 included. The position of a key is its rank among them; the query has the last position. The output for token t depends
 on nothing else, and not on how the stream is cut into calls. A row may have fewer sinks than there is room for
 (``row_sinks``), and tokens before ``begins`` are no longer seen, but for sinks. A ring of 8 bits holds tokens that are
-not sinks as `quantise` rounds them, and a query sees them so, those of its own call too.
+not sinks as `quantise` rounds them, keys after `hadamard`, and a query sees them so, those of its own call too.
 
 `streaming_attention` implements this literally, without a cache: it gathers and rotates every key for every query.
 `sink_attention` runs over a ring: each key is rotated once, at its stream position, and each query twice. Both agree
@@ -62,17 +62,45 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return q.to(dtype), torch.where(is_finite, scale, torch.nan)
 
 
+def hadamard(x: Tensor) -> Tensor:
+    """Product of vectors, the last dimension of ``x``, with a Hadamard matrix H of ones and minus ones: H H = b.
+
+    In blocks of b elements, the largest power of two that divides the dimension: so each is spread over a whole block.
+    Sums and differences of two elements at a time, 1, 2, 4, ... apart (the fast Walsh-Hadamard transform), in fp32 or
+    fp64, so all devices give the same bits.
+    """
+    x = x.to(table_dtype(x.dtype))
+    block, distance = hadamard_block(x.shape[-1]), 1
+    while distance < block:
+        a, b = x.unflatten(-1, (-1, 2, distance)).unbind(-2)
+        x = torch.stack((a + b, a - b), dim=-2).flatten(-3)
+        distance *= 2
+    return x
+
+
+def hadamard_block(dim: int) -> int:
+    """Elements of a block of `hadamard`."""
+    return dim & -dim
+
+
+def dequantise_keys(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The keys that a ring of 8 bits holds as ``q`` and ``scales``, in fp32 or fp64: H (q * scale) / b."""
+    return hadamard(q.to(dtype) * scales.to(dtype)) / hadamard_block(q.shape[-1])
+
+
 class _Slots(NamedTuple):
     """Keys or values of one row, ``[kv_heads, slots, dim]``, by slot: sinks, then the ring."""
 
     ring: Tensor
     sinks: Tensor | None
     scales: Tensor | None
+    are_keys: bool
 
     @classmethod
-    def of_row(cls, row: int, ring: Tensor, sinks: Tensor | None, scales: Tensor | None) -> _Slots:
+    def of_row(cls, row: int, ring: Tensor, sinks: Tensor | None, scales: Tensor | None, *, are_keys: bool) -> _Slots:
         """Slots of one row of a cache."""
-        return cls(ring[row], None if sinks is None else sinks[row], None if scales is None else scales[row])
+        sinks, scales = (None if x is None else x[row] for x in (sinks, scales))
+        return cls(ring[row], sinks, scales, are_keys)
 
     def write(self, slot: int, x: Tensor) -> None:
         """Write one token, ``[kv_heads, dim]``."""
@@ -81,6 +109,7 @@ class _Slots(NamedTuple):
         elif slot < (num_sinks := self.sinks.shape[1]):
             self.sinks[:, slot] = x
         else:
+            x = hadamard(x) if self.are_keys else x
             self.ring[:, slot - num_sinks], self.scales[:, slot - num_sinks] = quantise(x, self.ring.dtype)
 
     def read(self, slots: list[int], dtype: torch.dtype) -> Tensor:
@@ -89,7 +118,10 @@ class _Slots(NamedTuple):
         if self.sinks is None or self.scales is None:
             return self.ring[:, index]
         wide = table_dtype(dtype)
-        ring = self.ring.to(wide) * self.scales.to(wide)
+        if self.are_keys:
+            ring = dequantise_keys(self.ring, self.scales, wide)
+        else:
+            ring = self.ring.to(wide) * self.scales.to(wide)
         return torch.cat((self.sinks.to(dtype), ring.to(dtype)), dim=1)[:, index]
 
 
@@ -244,8 +276,8 @@ def sink_attention_(
     all_sinks, all_begins = _per_row(row_sinks, batch, num_sinks), _per_row(begins, batch, 0)
     for row, count in enumerate(_per_row(lengths, batch, tokens)):
         cache_row, of_row = cache_rows[row], all_sinks[row]
-        row_keys = _Slots.of_row(cache_row, keys, sink_keys, key_scales)
-        row_values = _Slots.of_row(cache_row, values, sink_values, value_scales)
+        row_keys = _Slots.of_row(cache_row, keys, sink_keys, key_scales, are_keys=True)
+        row_values = _Slots.of_row(cache_row, values, sink_values, value_scales, are_keys=False)
         for i in range(count):
             token = int(seen[row]) + i
             new_key, q_window, q_sink = key[row, :, i], query[row, :, i], query[row, :, i]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sinkattn import ops
 from sinkattn.argument_checks import check_kind, check_tensors, check_whole
+from sinkattn.reference import dequantise_keys
 from sinkattn.rope import Rope, table_dtype
 
 CacheDtype = Literal["int8", "fp8"]
@@ -22,8 +23,8 @@ class RingKVCache:
     ``window + headroom`` slots, where a new token overwrites the oldest. Cached keys are never moved or rotated again.
 
     With a ``cache_dtype`` tokens that are not sinks are held in 8 bits: each vector is rounded once, when it is
-    written, with a scale of its own (`sinkattn.reference.quantise`), and every query sees it so. Sinks stay in
-    ``dtype``.
+    written, with a scale of its own (`sinkattn.reference.quantise`; keys after `sinkattn.reference.hadamard`), and
+    every query sees it so. Sinks stay in ``dtype``.
 
     Args:
         batch_size, kv_heads, head_dim: shape of the cache; one row per stream.
@@ -281,10 +282,9 @@ class RingKVCache:
             ops.linearise(key_scales, value_scales, seen, num_sinks=0, window=window),
             strict=True,
         )
-        keys, values = (
-            torch.cat((of_sinks, (x.float() * scales).to(self.dtype)), dim=2)
-            for of_sinks, (x, scales) in zip(sinks, ring, strict=True)
-        )
+        (keys, key_scales), (values, value_scales) = ring
+        in_ring = dequantise_keys(keys, key_scales, torch.float32), values.float() * value_scales
+        keys, values = (torch.cat((x, y.to(self.dtype)), dim=2) for x, y in zip(sinks, in_ring, strict=True))
         return keys, values
 
 

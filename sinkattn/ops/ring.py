@@ -48,7 +48,8 @@ def append_(
         sink_keys, sink_values: ``[batch, kv_heads, num_sinks, head_dim]`` sinks beside a ring of 8 bits, contiguous;
             float32, float16 or bfloat16; written in place.
         key_scales, value_scales: float32 ``[batch, kv_heads, slots, 1]`` what the elements of each vector of a ring of
-            8 bits are multiplied by (`sinkattn.reference.quantise`), contiguous; written in place.
+            8 bits are multiplied by (`sinkattn.reference.quantise`), contiguous; written in place. Keys are rounded
+            after a product with a Hadamard matrix (`sinkattn.reference.hadamard`), values as they are.
 
     Raises:
         ValueError, TypeError: shape, dtype or device of an argument.
