@@ -1,8 +1,12 @@
 // Decoding: few queries per KV head. Included by attention_kernel.h.
 //
-// A work item is one KV split (a range of slots) of one KV row. For each new token, an item reads its keys and values
-// once, in storage order, for all query heads of the group. The last item of a KV row to finish combines the splits.
-// The number of splits depends only on shapes, so results do not depend on the number of threads.
+// A work item is one KV split (a range of slots) of one KV row. An item reads its keys and values once, in storage order
+// and in blocks, for all new tokens and all query heads of the group. The last item of a KV row to finish combines the
+// splits.
+//
+// The number of splits depends only on shapes, so results do not depend on the number of threads. Where blocks begin
+// depends only on slots, and the sums of a query only on the keys of a block that it sees, so a token gives bit for bit
+// what it gives in a call of its own.
 #pragma once
 
 #include <algorithm>
@@ -37,7 +41,7 @@ class Decode : AttentionBase<scalar_t> {
   void run() {
     const int64_t num_items = num_kv_rows_ * num_splits_;
     const int64_t num_workers = this->num_workers_for(num_items, this->cache_bytes(layout_.slots()));
-    const int64_t scratch_bytes = 2 * Arena::bytes<acc_t>(group_size_ * query_stride_) +
+    const int64_t scratch_bytes = 2 * Arena::bytes<acc_t>(num_queries_ * query_stride_) +
                                   Arena::bytes<acc_t>(query_stride_) +
                                   Arena::bytes<acc_t>(kDecodeQueries<acc_t> * kDecodeBlock);
     Arena arena{workers_.workspace(
@@ -53,8 +57,8 @@ class Decode : AttentionBase<scalar_t> {
     for_each_item(workers_, num_workers, num_items, [&](int64_t item, int64_t worker) {
       Arena worker_arena{arena.next + worker * scratch_bytes};
       Scratch scratch;
-      scratch.window_query = worker_arena.take<acc_t>(group_size_ * query_stride_);
-      scratch.sink_query = worker_arena.take<acc_t>(group_size_ * query_stride_);
+      scratch.window_query = worker_arena.take<acc_t>(num_queries_ * query_stride_);
+      scratch.sink_query = worker_arena.take<acc_t>(num_queries_ * query_stride_);
       scratch.unrotated = worker_arena.take<acc_t>(query_stride_);
       scratch.scores = worker_arena.take<acc_t>(kDecodeQueries<acc_t> * kDecodeBlock);
       const int64_t kv_row = item / num_splits_;
@@ -120,83 +124,86 @@ class Decode : AttentionBase<scalar_t> {
     }
   }
 
+  // Query q is head q % group_size_ of token q / group_size_.
   void attend(
       int64_t kv_row, const RingLayout& layout, const SlotRange& split, const Scratch& scratch,
       const Partial& partial) const {
     const int64_t row = this->row_of(kv_row), count = this->tokens_of(row), seen = call_.seen[row];
+    const int64_t num_queries = count * group_size_;
+    for (int64_t q = 0; q < num_queries; ++q) {
+      this->rotate_query(
+          scratch.window_query + q * query_stride_, scratch.sink_query + q * query_stride_, scratch.unrotated, row,
+          this->kv_head_of(kv_row) * group_size_ + q % group_size_, q / group_size_);
+    }
+    std::fill(partial.state, partial.state + num_queries, SoftmaxState<acc_t>{kMinusInfinity<acc_t>, 0});
+    std::fill(partial.acc, partial.acc + num_queries * acc_stride_, acc_t{0});
     Run runs[RingLayout::kMaxRuns];
     const int n = layout.held_runs(seen + count, runs);
-    for (int64_t i = 0; i < count; ++i) {
-      const Partial token_partial = at(partial, i * group_size_);
-      for (int64_t g = 0; g < group_size_; ++g) {
-        this->rotate_query(
-            scratch.window_query + g * query_stride_, scratch.sink_query + g * query_stride_, scratch.unrotated, row,
-            this->kv_head_of(kv_row) * group_size_ + g, i);
-      }
-      std::fill(token_partial.state, token_partial.state + group_size_, SoftmaxState<acc_t>{kMinusInfinity<acc_t>, 0});
-      std::fill(token_partial.acc, token_partial.acc + group_size_ * acc_stride_, acc_t{0});
-      for (int r = 0; r < n; ++r) {
-        const SlotRange here = intersect(layout, split, runs[r]);
-        if (here.begin >= here.end) continue;
-        const bool is_sink = runs[r].slot < layout.num_sinks;
-        const Run run{runs[r].token + here.begin - runs[r].slot, here.begin, here.end - here.begin};
-        const Interval visible = this->visible_interval(layout, seen + i, run, is_sink);
-        for (int64_t j = 0; j < visible.count; j += kDecodeBlock) {
-          const int64_t first = visible.first + j;
-          const Run block{run.token + first, run.slot + first, std::min<int64_t>(kDecodeBlock, visible.count - j)};
-          attend_block(
-              kv_row, layout, seen + i, block, is_sink, is_sink ? scratch.sink_query : scratch.window_query,
-              scratch.scores, token_partial);
-        }
+    for (int r = 0; r < n; ++r) {
+      const bool is_sink = runs[r].slot < layout.num_sinks;
+      const SlotRange here = intersect(layout, split, runs[r]);
+      const int64_t origin = split.begin + (is_sink ? 0 : layout.unused);
+      for (int64_t slot = here.begin, end; slot < here.end; slot = end) {
+        end = std::min(here.end, slot + kDecodeBlock - (slot - origin) % kDecodeBlock);
+        const Run block{runs[r].token + slot - runs[r].slot, slot, end - slot};
+        attend_block(kv_row, layout, seen, count, block, is_sink, scratch, partial);
       }
     }
   }
 
-  // All heads of the group use a block while its keys are in the L1 cache.
+  // Attention of all tokens over a block. Tokens that see the same keys of it, which are all but at an end of a window,
+  // share loads.
   void attend_block(
-      int64_t kv_row, const RingLayout& layout, int64_t token, const Run& block, bool is_sink, const acc_t* query,
-      acc_t* scores, const Partial& partial) const {
-    constexpr int max_queries = kDecodeQueries<acc_t>;
-    for (int64_t g = 0; g < group_size_; g += max_queries) {
-      const acc_t* group_query = query + g * query_stride_;
-      const Partial group_partial = at(partial, g);
-      const int64_t head = this->kv_head_of(kv_row) * group_size_ + g;
-      switch (std::min<int64_t>(max_queries, group_size_ - g)) {
-        case 1:
-          attend_queries<1>(kv_row, layout, head, token, block, is_sink, group_query, scores, group_partial);
-          break;
-        case 2:
-          attend_queries<2>(kv_row, layout, head, token, block, is_sink, group_query, scores, group_partial);
-          break;
-        case 3:
-          attend_queries<std::min(max_queries, 3)>(
-              kv_row, layout, head, token, block, is_sink, group_query, scores, group_partial);
-          break;
-        case 4:
-          attend_queries<max_queries>(
-              kv_row, layout, head, token, block, is_sink, group_query, scores, group_partial);
-          break;
+      int64_t kv_row, const RingLayout& layout, int64_t seen, int64_t count, const Run& block, bool is_sink,
+      const Scratch& scratch, const Partial& partial) const {
+    for (int64_t i = 0, end; i < count; i = end) {
+      const Interval visible = this->visible_interval(layout, seen + i, block, is_sink);
+      for (end = i + 1; end < count; ++end) {
+        const Interval other = this->visible_interval(layout, seen + end, block, is_sink);
+        if (other.first != visible.first || other.count != visible.count) break;
       }
+      if (visible.count == 0) continue;
+      const Run keys{block.token + visible.first, block.slot + visible.first, visible.count};
+      for (int64_t q = i * group_size_; q < end * group_size_; q += kDecodeQueries<acc_t>) {
+        attend_queries(kv_row, layout, seen, q, end * group_size_ - q, keys, is_sink, scratch, partial);
+      }
+    }
+  }
+
+  // Attention of up to kDecodeQueries queries, from q on, over keys that they all see.
+  void attend_queries(
+      int64_t kv_row, const RingLayout& layout, int64_t seen, int64_t q, int64_t count, const Run& keys, bool is_sink,
+      const Scratch& scratch, const Partial& partial) const {
+    constexpr int max_queries = kDecodeQueries<acc_t>;
+    switch (std::min<int64_t>(max_queries, count)) {
+      case 1: return attend_queries<1>(kv_row, layout, seen, q, keys, is_sink, scratch, partial);
+      case 2: return attend_queries<2>(kv_row, layout, seen, q, keys, is_sink, scratch, partial);
+      case 3:
+        return attend_queries<std::min(max_queries, 3)>(kv_row, layout, seen, q, keys, is_sink, scratch, partial);
+      case 4: return attend_queries<max_queries>(kv_row, layout, seen, q, keys, is_sink, scratch, partial);
     }
   }
 
   template <int kQueries>
   void attend_queries(
-      int64_t kv_row, const RingLayout& layout, int64_t head, int64_t token, const Run& block, bool is_sink,
-      const acc_t* query, acc_t* scores, const Partial& partial) const {
-    const int count = static_cast<int>(block.count);
-    const scalar_t* keys = this->keys_of(kv_row) + block.slot * call_.head_dim;
-    const scalar_t* values = this->values_of(kv_row) + block.slot * call_.value_dim;
+      int64_t kv_row, const RingLayout& layout, int64_t seen, int64_t q, const Run& run, bool is_sink,
+      const Scratch& scratch, const Partial& partial) const {
+    const int count = static_cast<int>(run.count);
+    const acc_t* query = (is_sink ? scratch.sink_query : scratch.window_query) + q * query_stride_;
+    const scalar_t* keys = this->keys_of(kv_row) + run.slot * call_.head_dim;
+    const scalar_t* values = this->values_of(kv_row) + run.slot * call_.value_dim;
     decode_scores<kQueries>(
-        scores, score_scale_, query, query_stride_, keys, call_.head_dim, count, values, call_.value_dim);
+        scratch.scores, score_scale_, query, query_stride_, keys, call_.head_dim, count, values, call_.value_dim);
     acc_t factor[kQueries];
     for (int r = 0; r < kQueries; ++r) {
-      acc_t* query_scores = scores + r * kDecodeBlock;
-      this->adjust_scores(layout, query_scores, count, head + r, token, block.token, is_sink);
-      factor[r] = update_softmax(partial.state[r], query_scores, count);
+      acc_t* scores = scratch.scores + r * kDecodeBlock;
+      const int64_t head = this->kv_head_of(kv_row) * group_size_ + (q + r) % group_size_;
+      this->adjust_scores(layout, scores, count, head, seen + (q + r) / group_size_, run.token, is_sink);
+      factor[r] = update_softmax(partial.state[q + r], scores, count);
     }
     decode_add_values<kQueries>(
-        partial.acc, acc_stride_, factor, scores, values, call_.value_dim, count, keys + count * call_.head_dim);
+        partial.acc + q * acc_stride_, acc_stride_, factor, scratch.scores, values, call_.value_dim, count,
+        keys + count * call_.head_dim);
   }
 
   void combine_splits(int64_t kv_row, const Partial& partial) const {

@@ -47,8 +47,10 @@ SINKATTN_INLINE void decode_scores(
       }
     }
     if (full_dim < dim) {
+#pragma GCC unroll 16
       for (int c = 0; c < step; ++c) {
         const V k = load_first(key[c] + full_dim, dim - full_dim);
+#pragma GCC unroll 4
         for (int r = 0; r < kQueries; ++r) {
           partial[r * step + c] = multiply_add(load(query + r * query_stride + full_dim), k, partial[r * step + c]);
         }

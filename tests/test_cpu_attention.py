@@ -92,6 +92,20 @@ def test_results_do_not_depend_on_threads(tokens, batch, dtype):
         assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
 
 
+@pytest.mark.parametrize("dtype", LOW_PRECISION.values(), ids=LOW_PRECISION.keys())
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (5, 1)], ids=str)
+def test_tokens_of_a_call_are_bit_for_bit_those_of_calls_of_one(heads, kv_heads, dtype):
+    """Some of the tokens see all keys of a block, and some do not: at both ends of the window, anywhere in the ring."""
+    layout, rope = (3, 130, 8), make_rope(24)
+    calls = [4, 9, 2, *[3, 7, 5, 8, 6] * 12] if heads < 5 else [4] * 80  # 5 query heads: longer calls are chunks
+    q, k, v = make_qkv(sum(calls), heads=heads, kv_heads=kv_heads, head_dim=24, value_dim=40, dtype=dtype)
+    rings = [RingKVCache(*k.shape[:2], k.shape[3], *layout, value_dim=v.shape[3], dtype=dtype) for _ in range(2)]
+    together = run(sink_attention, rings[0], q, k, v, calls, rope=rope, sink_logits=torch.zeros(heads))
+    one_by_one = run(sink_attention, rings[1], q, k, v, [1] * sum(calls), rope=rope, sink_logits=torch.zeros(heads))
+    assert torch.equal(together, one_by_one)
+    assert all(torch.equal(getattr(rings[0], name), getattr(rings[1], name)) for name in ("keys", "values"))
+
+
 def test_every_output_is_written():
     """Fresh memory is filled with NaN by torch itself here."""
     torch.use_deterministic_algorithms(True)
