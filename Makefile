@@ -42,7 +42,7 @@ CORE := $(addprefix tests/hf/test_,swap.py trial.py versions.py generate.py gene
 
 STRICT := -std=c++17 -Wall -Wextra -Werror
 
-.PHONY: help setup demo test test-oldest test-newest wheels test-wheels check check-python check-cpp docs real bench compare bench-gpu gpu hub clean
+.PHONY: help setup demo test test-oldest test-newest wheels test-wheels check check-python check-cpp docs real bench bench-serve compare bench-gpu gpu hub clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
@@ -156,7 +156,10 @@ real: $(READY)  ## evaluate that model; says first how long it takes; ARGS=--ful
 	@$(PY) bench/real.py $(ARGS)
 
 bench: $(READY)  ## run the benchmarks
-	@$(PY) -m pytest $(wildcard bench/bench_*.py) $(ARGS)
+	@$(PY) -m pytest $(filter-out %/bench_serve.py,$(wildcard bench/bench_*.py)) $(ARGS)
+
+bench-serve: $(READY)  ## sinkattn serve beside transformers serve; about half an hour, ARGS="--help" lists options
+	@$(PY) bench/bench_serve.py $(ARGS)
 
 compare: $(READY)  ## that model side by side with transformers, attention_sinks and llama.cpp
 	@model=$$($(PY) bench/real_model.py) && $(PY) bench/compare --model "$$model" $(ARGS)
