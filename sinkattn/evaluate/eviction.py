@@ -42,25 +42,22 @@ class Dialogue:
     begins: dict[Unit, list[int]] = field(default_factory=lambda: {"token": [], "message": [], "turn": []})
     """First tokens of what leaves at a time, without the system prompt."""
     ends: dict[int, int] = field(default_factory=dict)
-    """For the first token of a message the one after those that a `Chat` feeds together there, with one window."""
+    """For the first token of a message the one after those that have one window there, in a `Chat`."""
 
     @classmethod
     def of(cls, encoder: MessageEncoder, rounds: Sequence[Round]) -> Dialogue:
         """Encode a chat."""
         dialogue = cls([*encoder.prefix], len(encoder.prefix), [False] * len(encoder.prefix))
         for each in rounds:
-            for unit in ("message", "turn"):
-                dialogue.begins[unit].append(len(dialogue.ids))
-            dialogue._add_together(encoder.question(each.question))
-            dialogue.begins["message"].append(len(dialogue.ids))
-            dialogue._add_together(encoder.before_reply)
-            reply = encoder.reply(each.reply)
+            question, opening, reply = encoder.question(each.question), encoder.before_reply, encoder.reply(each.reply)
+            asked, opened = len(dialogue.ids), len(dialogue.ids) + len(question)
+            dialogue.begins["turn"].append(asked)
+            dialogue.begins["message"] += [asked, opened]
+            # A question makes room for the opening of its reply.
+            dialogue.ends |= dict.fromkeys((asked, opened), opened + len(opening))
+            dialogue._add([*question, *opening], 0)
             dialogue._add([*reply, *encoder.end], len(reply) + each.ended)
         return dialogue
-
-    def _add_together(self, ids: Sequence[int]) -> None:
-        self.ends[len(self.ids)] = len(self.ids) + len(ids)
-        self._add(ids, 0)
 
     def _add(self, ids: Sequence[int], num_wanted: int) -> None:
         self.ids += ids

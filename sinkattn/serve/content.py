@@ -35,8 +35,8 @@ class Content(Protocol[Input]):
     def begin_reply(self) -> None:
         """Append what a reply begins with; then it can be generated, and `end_reply` follows."""
 
-    def end_reply(self, text: str) -> None:
-        """Append what a reply ends with; ``text`` is its text."""
+    def end_reply(self, text: str) -> bool:
+        """Append what a reply ends with, if there is anything, and return whether there is; ``text`` is its text."""
 
     def fork(self) -> Content[Input]:
         """A copy, which goes on from here. It may wait for a step of the pool."""

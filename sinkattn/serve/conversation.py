@@ -109,17 +109,23 @@ class Conversation:
         """Append messages with their ids."""
         for message, ids in messages:
             self._note(message, len(self.stream))
-            self.stream.feed(ids, begins_message=self._opener.begins_message(message), wait=False)
+            self.stream.feed(
+                ids,
+                begins_message=self._opener.begins_message(message),
+                num_following=len(self.encoder.before_reply) if message.role == "user" else 0,
+                wait=False,
+            )
 
     def begin_reply(self) -> None:
         """Append what a reply begins with; then it can be generated, and `end_reply` follows."""
         self._note(Message("assistant", ""), len(self.stream))
         self.stream.feed(self.encoder.before_reply, begins_message=self.encoder.replies_stand_alone, wait=False)
 
-    def end_reply(self, text: str) -> None:
-        """Append what a reply ends with; ``text`` is its text."""
+    def end_reply(self, text: str) -> bool:
+        """See `Content`."""
         self._turns[-1] = self._turns[-1]._replace(digest=Message("assistant", text).digest)
         self.stream.feed(self.encoder.end, begins_message=False, wait=False)
+        return bool(self.encoder.end)
 
     def fork(self) -> Conversation:
         """See `Content`."""

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from sinkattn.hf.pool.pool import StreamPool
 from sinkattn.hf.pool.scheduler import PoolFullError
 from sinkattn.hf.pool.stream import Stream
+from sinkattn.serve.catching_up import CatchingUp
 from sinkattn.serve.content import Content, Input, Opener
 from sinkattn.serve.errors import ApiError
 from sinkattn.serve.limits import Limits
@@ -46,6 +47,7 @@ class Sessions:
     ) -> None:
         self._pool, self._limits, self._restored, self._store = pool, limits, restored, store
         self._sessions: dict[tuple[str, str], Session[Any]] = {}
+        self._catching_up = CatchingUp()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -161,7 +163,8 @@ class Sessions:
             finally:
                 held.used_at = time.monotonic()
                 try:
-                    content.end_reply(held.reply)
+                    if content.end_reply(held.reply):
+                        self._catching_up.begin(content.stream)
                 except RuntimeError:
                     await self._close(held)  # the pool has given its stream up
 

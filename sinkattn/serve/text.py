@@ -46,8 +46,9 @@ class TextStream:
     def begin_reply(self) -> None:
         """See `Content`; there is nothing."""
 
-    def end_reply(self, text: str) -> None:
+    def end_reply(self, text: str) -> bool:
         """See `Content`; there is nothing."""
+        return False
 
     def fork(self) -> TextStream:
         """See `Content`."""

@@ -46,12 +46,13 @@ class Record:
         self.prefix, self.evict = [*prefix], evict
         self.num_sinks = max(len(prefix), S)
         self.draws = 0
-        self.begins, self.peak = [], 0
+        self.messages, self.peak = {}, 0
+        """First token of each message, and the one after those that have one window there."""
         self.unchecked = []
 
-    def feed(self, ids, *, begins_message=True):
+    def feed(self, ids, *, begins_message=True, num_following=0):
         if ids and begins_message:
-            self.begins.append(len(self.ids))
+            self.messages[len(self.ids)] = len(self.ids) + len(ids) + num_following
         self.ids += ids
 
     def generate(self, token):
@@ -67,24 +68,23 @@ class Record:
     def rollback(self, count):
         self.peak = max(self.peak, len(self.ids))
         del self.ids[len(self.ids) - count :]
-        self.begins = [begin for begin in self.begins if begin < len(self.ids)]
+        count = len(self.ids)
+        self.messages = {begin: min(end, count) for begin, end in self.messages.items() if begin < count}
 
     def reset(self):
-        self.ids, self.begins, self.peak = [*self.prefix], [], 0
+        self.ids, self.messages, self.peak = [*self.prefix], {}, 0
 
     def in_sight(self, length):
         """Ids that the last of so many tokens sees."""
         sinks, recent = self.ids[:length][: self.num_sinks], self.ids[self.num_sinks : length]
         if self.evict == "token":
             return sinks + recent[-W:]
-        visible = []
-        for begin in sorted({self.num_sinks, *self.begins}, reverse=True):
-            message = recent[begin - self.num_sinks :] if begin >= self.num_sinks else []
-            if visible and len(visible) + len(message) > W:
-                break
-            visible = (message + visible)[-W:]
-            recent = recent[: len(recent) - len(message)]
-        return sinks + visible
+        begun = {begin: end for begin, end in self.messages.items() if begin < length}
+        end = max([length, *begun.values()])
+        begins = sorted({self.num_sinks, *(begin for begin in begun if begin > self.num_sinks)})
+        # With what there is room for, all of it or nothing is in sight of a message; the last tokens of a long one are.
+        first = next((begin for begin in begins if end - begin <= W), begins[-1])
+        return sinks + recent[max(first, length - W) - self.num_sinks :]
 
     def check(self, model, plain=None):
         """Compare generated tokens with those that the model chooses in one run over all ids.

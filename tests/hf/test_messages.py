@@ -8,10 +8,11 @@ from sinkattn.hf.pool.messages import Messages
 
 
 def begin_by_definition(begins, ends, token, window):
-    """The first message of which a token sees all; 0 if it does not see all of its own."""
-    own = max(index for index, begin in enumerate(begins) if begin <= token)
-    last = max(token, ends[own] - 1)  # what is fed together has one window
-    return next((begin for begin in begins[: own + 1] if begin > last - window), 0)
+    """The first message of which a token sees all, or its own one, of which it sees the last tokens."""
+    begun = [begin for begin in begins if begin <= token]
+    # What is fed together, and what there is room for, has one window.
+    last = max(token, *(end - 1 for end in ends[: len(begun)]))
+    return next((begin for begin in begun if begin > last - window), begun[-1])
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -21,13 +22,13 @@ def test_windows_begin_with_messages(seed):
     messages, begins, ends, token = Messages(num_sinks, window, kept), [num_sinks], [num_sinks], num_sinks
     assert messages.run_length(0, num_sinks + 1) == num_sinks + 1  # sinks and what follows them
     for _ in range(30):
-        fed, generated = rng.randint(1, 12), rng.randint(0, 12)
-        messages.begin(token, fed, token)
+        fed, generated, following = rng.randint(1, 12), rng.randint(0, 12), rng.choice([0, 0, rng.randint(1, 12)])
+        messages.begin(token, fed + following, token)
         if token == num_sinks:
-            ends[0] = token + fed
+            ends[0] = token + fed + following
         else:
             begins.append(token)
-            ends.append(token + fed)
+            ends.append(token + fed + following)
         end = token + fed + generated
         while token < end:
             count = messages.run_length(token, end - token)
@@ -52,7 +53,32 @@ def test_what_is_fed_together_runs_together():
     messages.begin(8, 7, 8)
     assert messages.run_length(8, 7) == 7
     assert messages.window_begin(8) == 8  # with the first message, the last token would not fit
-    assert [messages.window_begin(token) for token in (14, 15, 17, 18)] == [8, 8, 8, 0]
+    assert [messages.window_begin(token) for token in (14, 15, 17, 18)] == [8, 8, 8, 8]
+
+
+def test_what_a_message_makes_room_for_runs_with_it():
+    """Be it a message of its own, or a part of this one."""
+    for is_message in (False, True):
+        messages = Messages(2, 10, 0)
+        for begin in (2, 6):
+            messages.begin(begin, 4, begin)
+        messages.begin(10, 2 + 3, 10)
+        assert messages.window_begin(10) == 6  # though with 2 tokens the first message would fit
+        if is_message:
+            messages.begin(12, 3, 10)
+        assert messages.run_length(10, 5) == 5
+        assert messages.run_length(10, 9) == 6  # then the second message leaves, too
+        assert messages.window_begin(16) == 10
+
+
+def test_no_token_sees_half_an_earlier_message():
+    """Not even at the beginning of a message that is longer than the window, or with more to follow than fits."""
+    for count, following in ((15, 0), (8, 4)):
+        messages = Messages(2, 10, 0)
+        messages.begin(2, 6, 2)
+        messages.begin(8, count + following, 8)
+        assert messages.run_length(8, 30) == 30
+        assert {messages.window_begin(token) for token in range(8, 38)} == {8}
 
 
 def test_a_rollback_forgets_messages():

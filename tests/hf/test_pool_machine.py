@@ -112,12 +112,14 @@ class PoolAgainstLists(RuleBasedStateMachine):
         count=st.one_of(st.integers(0, 3), st.integers(0, 3 * W), st.integers(W, 2 * W)),
         seed=st.integers(0, 99),
         begins_message=st.booleans(),
+        num_following=st.sampled_from([0, 0, 3, W]),
     )
-    def feed(self, index, count, seed, begins_message):
+    def feed(self, index, count, seed, begins_message, num_following=0):
         stream, record, _ = self.pick(index)
         ids = some_ids(count, seed)
-        stream.feed(ids, begins_message=begins_message)
-        record.feed(ids, begins_message=begins_message)
+        options = {"begins_message": begins_message, "num_following": num_following}
+        stream.feed(ids, **options)
+        record.feed(ids, **options)
 
     @precondition(lambda self: self.streams)
     @rule(index=any_stream, count=st.integers(1, HEADROOM), seed=st.integers(0, 99))
@@ -133,7 +135,8 @@ class PoolAgainstLists(RuleBasedStateMachine):
     @rule(index=any_stream, counts=st.lists(st.integers(1, 2 * W), min_size=1, max_size=4), seed=st.integers(0, 99))
     def talk(self, index, counts, seed):
         for count in counts:
-            self.feed(index, count, seed, begins_message=True)
+            self.feed(index, count, seed, begins_message=True, num_following=2)
+            self.feed(index, 2, seed, begins_message=count % 2 == 0)
             self.generate([index], 3, leave=False)
 
     @precondition(lambda self: self.streams)

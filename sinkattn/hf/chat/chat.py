@@ -157,7 +157,7 @@ class Chat:
         self.reply_tokens = 0
         self._note("user", text)
         conversation.num_turns += 1
-        stream.feed(ids, wait=False)
+        stream.feed(ids, num_following=len(encoder.before_reply), wait=False)
         reply = self._note("assistant")
         stream.feed(encoder.before_reply, begins_message=encoder.replies_stand_alone, wait=False)
         begin = len(stream)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator
+import asyncio
+from collections.abc import AsyncIterator, Collection, Generator
+from typing import TypeVar
 
 from sinkattn.hf.pool.scheduler import Scheduler
 from sinkattn.hf.pool.state import StreamState
 from sinkattn.hf.sampling.stream_sampler import StreamSampler
+
+T = TypeVar("T")
 
 
 class Generation:
@@ -130,3 +134,22 @@ class Generation:
         [token] = state.ids.last(1)
         engine.rollback(state, 1)
         state.queue.appendleft(token)
+
+
+async def without_blocking(generation: Generation, items: Generator[T]) -> AsyncIterator[T]:
+    """Items that are made of the tokens of a generation: threads wait for these, but do not take them.
+
+    So a stream has no token that a task that was cancelled has not got.
+    """
+    try:
+        while True:
+            if generation.is_ready:
+                await asyncio.sleep(0)
+            while not generation.is_ready:  # also if something is fed before this task goes on
+                await asyncio.to_thread(generation.wait)
+            if (item := next(items, None)) is None:
+                return
+            yield item
+    finally:
+        items.close()
+        generation.cancel()

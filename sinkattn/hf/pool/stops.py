@@ -1,8 +1,11 @@
-"""`StopStrings`: ends a text that comes in pieces where one of several strings is complete."""
+"""What ends a generation: `StopStrings` ends a text that comes in pieces where one of several is complete."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from numbers import Integral
+
+from sinkattn.argument_checks import check_kind
 
 
 class StopStrings:
@@ -33,3 +36,12 @@ class StopStrings:
         """The text that was held back, at the end."""
         rest, self._held = self._held, ""
         return rest
+
+
+def each_stop(stop: Collection[int | str]) -> list[int | str]:
+    """Ids and texts that end a generation; raises ValueError for anything else, which would never end it."""
+    check_kind("stop", stop, Collection, "a collection of ids and texts")
+    each: list[int | str] = [stop] if isinstance(stop, str) else [*stop]
+    if others := [x for x in each if not isinstance(x, (str, Integral))]:
+        raise ValueError(f"stop: expected ids and texts, got {others[0]!r}")
+    return each

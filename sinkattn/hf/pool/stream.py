@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Generator, Iterator, Sequence
-from numbers import Integral
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from torch import Tensor
 
-from sinkattn.argument_checks import check_kind, check_path, check_whole
+from sinkattn.argument_checks import check_path, check_whole
 from sinkattn.hf.cache.stream_file import write_streams
 from sinkattn.hf.pool import saved
-from sinkattn.hf.pool.generation import Generation
+from sinkattn.hf.pool.generation import Generation, without_blocking
 from sinkattn.hf.pool.model import PoolModel
 from sinkattn.hf.pool.scheduler import Scheduler
 from sinkattn.hf.pool.state import StreamState
-from sinkattn.hf.pool.stops import StopStrings
+from sinkattn.hf.pool.stops import StopStrings, each_stop
 from sinkattn.hf.sampling.params import SamplingParams
 from sinkattn.hf.stream import DECODE_CONTEXT, stream_text
-
-T = TypeVar("T")
 
 
 class Stream:
@@ -74,39 +71,62 @@ class Stream:
             first = max(state.window_begin(len(state.queue) - 1), count - layout.window)
             return [begin for begin in state.messages.begins if first <= begin < count]
 
-    def feed(self, tokens: str | Sequence[int] | Tensor, *, begins_message: bool = True, wait: bool = True) -> None:
+    def feed(
+        self,
+        tokens: str | Sequence[int] | Tensor,
+        *,
+        begins_message: bool = True,
+        num_following: int = 0,
+        wait: bool = True,
+    ) -> None:
         """Append tokens; returns when they are in memory.
 
         Args:
             tokens: text, or ids ``[tokens]`` or ``[1, tokens]``. The first text of a stream gets the special tokens
                 that begin one.
             begins_message: whether they begin a message; of effect only with ``evict="message"``.
+            num_following: how many tokens will follow at once for which this message makes room, too, such as those
+                that a reply begins with. So all of them see the same messages, and can run in one forward.
             wait: if False, returns at once; the tokens run with those that are fed or generated next.
 
         Raises:
-            ValueError: for text without a tokenizer, or ids that the model does not have.
+            ValueError: for an invalid argument, text without a tokenizer, or ids that the model does not have.
         """
-        length = self._append(tokens, begins_message=begins_message)
+        length = self._append(tokens, begins_message=begins_message, num_following=num_following)
         if wait:
             self._wait_until_fed(length)
 
-    def _append(self, tokens: str | Sequence[int] | Tensor, *, begins_message: bool) -> int:
+    def _append(self, tokens: str | Sequence[int] | Tensor, *, begins_message: bool, num_following: int) -> int:
         """Append tokens, which wait; returns the length of the stream."""
+        check_whole("num_following", num_following)
         ids = self._model.ids_of("tokens", tokens, is_first=not len(self))
         with self._scheduler.locked(self._state) as state:
             if ids:
                 state.drop_ready()
                 if state.messages is not None and begins_message:
-                    state.messages.begin(len(state), len(ids), len(state.ids))
+                    state.messages.begin(len(state), len(ids) + num_following, len(state.ids))
                 state.queue.extend(ids)
             return len(state)
 
-    def _wait_until_fed(self, length: int) -> None:
-        """Return when so many tokens of the stream, or all of them, are in memory."""
-        with self._scheduler.locked(self._state) as state:
+    def catch_up(self) -> None:
+        """Run the tokens that wait: of `feed` with ``wait=False``, and the last one that was generated.
+
+        For a moment in which nobody waits, so that less is to be run when something follows. As long as the stream is
+        in the memory of the device: no other one is parked for this. A stream that is closed has nothing to run.
+        """
+        self._wait_until_fed(len(self), or_parked=True)
+
+    def _wait_until_fed(self, length: int, *, or_parked: bool = False) -> None:
+        """Return when so many tokens of the stream, or all of them, are in memory, or when it has no row."""
+        state = self._state
+
+        def is_done() -> bool:
+            return not state.queue or len(state.ids) >= length or (or_parked and state.memory.row is None)
+
+        with self._scheduler.condition:
             state.num_feeding += 1
             try:
-                self._scheduler.wait(state, lambda: not state.queue or len(state.ids) >= length)
+                self._scheduler.wait(state, is_done)
             finally:
                 state.num_feeding -= 1
 
@@ -151,7 +171,7 @@ class Stream:
         return self._text(self._generation(max_new_tokens, stop, sampling), stops)
 
     def _stop_strings(self, stop: Collection[int | str]) -> StopStrings | None:
-        strings = [x for x in _each(stop) if isinstance(x, str)]
+        strings = [x for x in each_stop(stop) if isinstance(x, str)]
         if strings and self._model.tokenizer is None:
             raise ValueError(f"stop: expected ids, as the pool has no tokenizer, got {strings[0]!r}")
         if "" in strings:
@@ -170,7 +190,7 @@ class Stream:
             check_whole("max_new_tokens", max_new_tokens)
         self._model.check_enabled()
         sampler = None if sampling is None else self._model.new_sampler(sampling)
-        stop_ids = frozenset(x for x in _each(stop) if not isinstance(x, str))
+        stop_ids = frozenset(x for x in each_stop(stop) if not isinstance(x, str))
         return Generation(self._scheduler, self._state, sampler, stop_ids, max_new_tokens)
 
     def _tokens(self, generation: Generation, stops: StopStrings | None) -> Generator[int]:
@@ -213,9 +233,11 @@ class Stream:
         finally:
             tokens.close()
 
-    async def feed_async(self, tokens: str | Sequence[int] | Tensor, *, begins_message: bool = True) -> None:
+    async def feed_async(
+        self, tokens: str | Sequence[int] | Tensor, *, begins_message: bool = True, num_following: int = 0
+    ) -> None:
         """`feed` for asyncio. The tokens belong to the stream also if it is cancelled."""
-        length = self._append(tokens, begins_message=begins_message)
+        length = self._append(tokens, begins_message=begins_message, num_following=num_following)
         await asyncio.to_thread(self._wait_until_fed, length)
 
     def generate_async(
@@ -227,7 +249,7 @@ class Stream:
     ) -> AsyncIterator[int]:
         """`generate` for asyncio."""
         stops, generation = self._stop_strings(stop), self._generation(max_new_tokens, stop, sampling)
-        return _without_blocking(generation, self._tokens(generation, stops))
+        return without_blocking(generation, self._tokens(generation, stops))
 
     def generate_text_async(
         self,
@@ -238,7 +260,7 @@ class Stream:
     ) -> AsyncIterator[str]:
         """`generate_text` for asyncio."""
         stops, generation = self._text_stops(stop), self._generation(max_new_tokens, stop, sampling)
-        return _without_blocking(generation, self._text(generation, stops))
+        return without_blocking(generation, self._text(generation, stops))
 
     def fork(self) -> Stream:
         """An independent copy, which goes on from here; with the same sampling it draws the same tokens.
@@ -321,31 +343,3 @@ class Stream:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _each(stop: Collection[int | str]) -> list[int | str]:
-    """Ids and texts that end a generation; raises ValueError for anything else, which would never end it."""
-    check_kind("stop", stop, Collection, "a collection of ids and texts")
-    each: list[int | str] = [stop] if isinstance(stop, str) else [*stop]
-    if others := [x for x in each if not isinstance(x, (str, Integral))]:
-        raise ValueError(f"stop: expected ids and texts, got {others[0]!r}")
-    return each
-
-
-async def _without_blocking(generation: Generation, items: Generator[T]) -> AsyncIterator[T]:
-    """Items that are made of the tokens of a generation: threads wait for these, but do not take them.
-
-    So a stream has no token that a task that was cancelled has not got.
-    """
-    try:
-        while True:
-            if generation.is_ready:
-                await asyncio.sleep(0)
-            while not generation.is_ready:  # also if something is fed before this task goes on
-                await asyncio.to_thread(generation.wait)
-            if (item := next(items, None)) is None:
-                return
-            yield item
-    finally:
-        items.close()
-        generation.cancel()
