@@ -88,10 +88,12 @@ def test_a_turn_costs_what_the_first_costs(tokenizer, monkeypatch):
     first, *others = turns[1][0]
     assert turns[0][0] == [chat.num_prefix + first, *others]
     assert all(sum(fed) == sum(turns[1][0]) and encoded == turns[1][1] for fed, encoded, _ in turns[1:])
-    # Question with the opening of the reply; a forward for each token of it, the last one with what ends the reply.
+    encoder = chat._encoder
+    assert first == len(encoder.question("What is it?")) + len(encoder.before_reply)
+    # A forward until the first token of the reply, whatever leaves the window; then one for each token, the last one
+    # with what ends the reply, for which more may leave.
+    assert all(fed[:3] == [first, 1, 1] and len(fed) <= 5 for fed, *_ in turns[1:])
     assert len(turns[1][0]) == 1 + 2 + 1
-    # What leaves the window for the question leaves it before, in no forward of its own; the reply may make more leave.
-    assert max(len(fed) for fed, *_ in turns) <= len(turns[1][0]) + 1
     assert turns[-1][2] == turns[-2][2] < 2 * 60, "no more messages are kept than can be seen"
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from hf_models import VOCABULARY, build, enabled, interrupted
-from pool_streams import HEADROOM, S, W, model_in_double, some_ids
+from pool_streams import HEADROOM, Record, S, W, model_in_double, some_ids
 from transformers import LogitsProcessor
 
 import sinkattn
@@ -573,6 +573,36 @@ def test_a_message_still_begins_where_its_first_token_runs_again():
     assert stream.in_sight == [7, token, *some_ids(8, 3)]
     stream.feed(some_ids(3, 4))
     assert stream.in_sight == some_ids(3, 4)
+
+
+@pytest.mark.parametrize("begins_message", [True, False])
+def test_a_message_runs_with_what_it_makes_room_for(begins_message, monkeypatch):
+    """In one forward, whatever leaves for it; each token is that of a plain model which sees what it sees."""
+    model = sinkattn.enable(build("llama", torch.float64, num_hidden_layers=1), 0, W, HEADROOM)
+    plain, pool = build("llama", torch.float64, num_hidden_layers=1), StreamPool(model, 1, max_prefix=2)
+    work, run = [], pool.scheduler.engine.memory.run
+    monkeypatch.setattr(
+        pool.scheduler.engine.memory, "run", lambda inputs: work.append(len(inputs[0].ids)) or run(inputs)
+    )
+    for num_following in (2, 0):
+        stream = pool.open(some_ids(2), evict="message")
+        record = Record(prefix=some_ids(2), evict="message")
+        work.clear()
+        for turn in range(12):
+            for ids, options in (
+                (some_ids(4, turn), {"num_following": num_following}),
+                (some_ids(2, -1 - turn), {"begins_message": begins_message}),
+            ):
+                stream.feed(ids, **options, wait=False)
+                record.feed(ids, **options)
+            for token in stream.generate(2):
+                record.generate(token)
+            assert stream.in_sight == record.in_sight(len(record.ids))
+            stream.catch_up()
+        record.check(model, plain)
+        first_forwards = [8 if turn == 0 else 6 for turn in range(12)]
+        assert (work == [count for first in first_forwards for count in (first, 1, 1)]) == (num_following == 2)
+        stream.close()
 
 
 def test_models_without_rings_evict_no_messages():

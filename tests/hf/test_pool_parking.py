@@ -56,6 +56,22 @@ def no_space(*_):
     raise OSError("No space left on device")
 
 
+def test_catching_up_parks_no_other_stream():
+    pool = StreamPool(model_in_double(), 1, max_parked=1)
+    one, two = Recorded(pool, 0), Recorded(pool, 1)
+    for each in (one, two):
+        each.record.feed(some_ids(3))
+        each.stream.feed(some_ids(3), wait=False)
+        each.stream.catch_up()
+    assert (one.place, two.place) == ("host", "device")
+    assert [len(each.stream._state.queue) for each in (one, two)] == [3, 0]
+    for each in (one, two):
+        each.generate(4)
+        each.record.check(model_in_double())
+    one.stream.close()
+    one.stream.catch_up()
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "falcon_h1", "gpt2"])
 def test_streams_beyond_host_memory_come_back_from_disk(family, tmp_path):
     model = model_in_double(family)
