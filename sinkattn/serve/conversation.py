@@ -202,7 +202,7 @@ class ChatOpener:
     def open(self, pool: StreamPool, messages: Sequence[Message]) -> Conversation:
         """A conversation with the last of these messages, as many as can be in sight when a reply to them begins."""
         fitting = self._fitting(messages)  # before a stream is opened, as this may raise an error
-        if messages[0].role == "assistant" and len(fitting) == len(messages) - 1:
+        if not self.begins_message(messages[0]) and len(fitting) == len(messages) - 1:
             raise ValueError("expected a message of the user first, as this model's chat template writes no other")
         conversation = Conversation(pool.open(self.encoder.prefix, evict="message"), self)
         if forgotten := messages[: len(messages) - len(fitting)]:

@@ -65,6 +65,12 @@ def test_two_messages_of_one_role_are_no_turns(server):
         conversation.add([Message("assistant", "Hi"), Message("user", "And?")])
 
 
+def test_a_chat_may_begin_with_a_reply_that_does_not_fit(server):
+    for count in (1, 2):
+        messages = [*turns(*["Hello", LONG] * count)[1:], Message("user", "And?")]
+        assert [part["role"] for part in chat(server, messages).in_sight()] == ["system", "user", "assistant"]
+
+
 def test_an_old_message_that_is_too_long_is_forgotten(server):
     conversation = chat(server, turns(LONG, "No", "Hello"))
     assert [part["role"] for part in conversation.in_sight()][-2:] == ["user", "assistant"]
