@@ -1,5 +1,6 @@
 """The measurements of `bench_serve.py`: servers in turns, round after round, and late turns of a chat."""
 
+import asyncio
 import copy
 import sys
 import time
@@ -14,6 +15,9 @@ from serve_peer import Peer, agreement
 from serve_process import Kind, OtherWork, Server, sinkattn_serve, transformers_serve, transformers_serve_batching
 from serve_report import late_row, load_rows
 from transformers import PreTrainedTokenizerBase
+
+# Seconds before a turn of a chat that is measured, in which somebody reads the last reply, and its end runs.
+PAUSE = 0.5
 
 
 @dataclass(frozen=True)
@@ -113,9 +117,11 @@ class Benchmark:
                     await chat.turn(http)
                 with other_work.counted([server]):
                     for sample in range(samples):
+                        await asyncio.sleep(PAUSE)
                         late.append(await chat.turn(http))
                         other = self._chat(chat_type, 1 + sample)
                         await other.turn(http)
+                        await asyncio.sleep(PAUSE)
                         second.append(await other.turn(http))
                         await other.forget(http)
         return late_row(chat_type.sends, turn, late, second, other_work.percent)
