@@ -5,6 +5,7 @@ from sinkattn.hf.background import BackgroundLearner
 from sinkattn.hf.cache.load_stream import load_stream
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.learner import OnlineLearner
+from sinkattn.hf.pool.joining import join_pool
 from sinkattn.hf.pool.pool import StreamPool
 from sinkattn.hf.pool.scheduler import PoolFullError
 from sinkattn.hf.pool.speculation import DraftModel, PromptLookup
@@ -27,6 +28,7 @@ __all__ = [
     "decode_steps",
     "disable",
     "enable",
+    "join_pool",
     "load_stream",
     "stream_text",
     "stream_tokens",

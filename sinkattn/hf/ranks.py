@@ -28,6 +28,12 @@ def num_ranks(model: nn.Module) -> int:
     return 1 if mesh is None else mesh.size()
 
 
+def group_of_ranks(model: nn.Module) -> Any:
+    """The process group of these processes; None for a model in one process."""
+    mesh = _mesh(model)
+    return None if mesh is None else mesh.get_group()
+
+
 def check_distribution(model: PreTrainedModel) -> None:
     """Raise UnsupportedModelError if a model is spread over processes in another way than by heads and experts."""
     name, mesh = type(model).__name__, _mesh(model)

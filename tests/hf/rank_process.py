@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,46 @@ def pool_tokens(model: PreTrainedModel) -> dict[str, Any]:
         return {f"stream {seed}": [*tokens] for seed, tokens in enumerate(zip(*steps, strict=True))}
 
 
+def led_pool_tokens(model: PreTrainedModel, rank: int) -> dict[str, Any]:
+    """What the streams of a pool say that rank 0 leads, each in a thread, and two of them parked at a time."""
+    if rank:
+        sinkattn.hf.join_pool(model)
+        return {"error": error_of(sinkattn.StreamPool, model, leads=True)}
+    found: dict[str, Any] = {}
+
+    def say(seed: int) -> None:
+        stream = pool.open()
+        stream.feed(random_ids(1, PROMPT, seed))
+        found[f"stream {seed}"] = [*stream.generate(NEW)]
+
+    with sinkattn.StreamPool(model, 2, max_parked=2, leads=True) as pool:
+        threads = [threading.Thread(target=say, args=[seed]) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        found["error"] = error_of(pool.open().feed, [-1])
+        for thread in threads:
+            thread.join()
+    return found
+
+
+def pool_without_a_rank(path: Path, rank: int, gone: int) -> str:
+    """What a rank finds when another one, of this number, has gone in the midst of a pool that rank 0 leads."""
+    model = sinkattn.enable(load(path), S, W)
+    if rank:
+        if rank == gone:
+            model.model.layers[1].register_forward_pre_hook(lambda *args: os._exit(0))
+        return error_of(sinkattn.hf.join_pool, model)
+    with sinkattn.StreamPool(model, 2, leads=True) as pool:
+        stream = pool.open()
+        if rank == gone:
+            stream.feed([1])
+            os._exit(0)
+        errors = [error_of(stream.feed, [1]) for _ in range(2)]
+        assert errors[0]
+        assert pool.has_failed
+        return errors[1]
+
+
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
     """Gradients of the loss of a stream, those of shards put together."""
     ids = random_ids(1, STREAM)
@@ -119,6 +160,7 @@ def what_llama_does(path: Path, rank: int, ranks: int) -> dict[str, Any]:
     return {
         "generated": generated(model),
         "pool": pool_tokens(model),
+        "led pool": led_pool_tokens(model, rank),
         "gradients": gradients(model),
         "saved": saved_and_loaded(model, path.parent, rank, ranks),
     }
@@ -172,6 +214,10 @@ def run(rank: int, ranks: int, folder: Path, families: list[str], parts: list[st
         found["split sinks"] = split_sinks(folder / "gpt_oss", ranks)
     if "few heads" in parts:
         found["few heads"] = few_heads(folder / "few heads")
+    for gone in range(ranks):
+        if f"without {gone}" in parts:
+            torch.save(found, folder / f"{rank}.pt")
+            found["error"] = pool_without_a_rank(folder / "llama", rank, gone)
     if "compiled" in parts:
         found["compiled"] = compiled(folder / "llama")
     torch.save(found, folder / f"{rank}.pt")

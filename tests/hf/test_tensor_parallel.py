@@ -66,6 +66,11 @@ def assert_same_words(found: list[dict[str, Any]]) -> None:
     for got in found:
         assert got["generated"] == want
         assert got["pool"].items() <= want.items()
+    led, *joined = [got["led pool"] for got in found]
+    assert led.pop("error").startswith("ValueError: tokens: expected ids from 0")
+    assert led == {name: tokens for name, tokens in want.items() if name.startswith("stream")}
+    for each in joined:
+        assert each["error"].startswith("ValueError: model: expected rank 0 to lead the pool")
 
 
 def assert_same_gradients(found: list[dict[str, Any]]) -> None:
@@ -124,6 +129,16 @@ def test_four_ranks_do_what_one_process_does(tmp_path):
     few_heads = [each["few heads"] for each in found]
     assert_same_stream("few heads", few_heads, is_split=False)
     assert all("its 2 key heads cannot be spread evenly over 4 ranks" in each["refused"] for each in few_heads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gone", "error"), [(0, "rank 0, which leads its pool, has ended"), (1, "cannot go on with the ranks")]
+)
+def test_a_rank_that_ends_lets_no_other_one_wait(tmp_path, gone, error):
+    found = run_ranks(2, tmp_path, ["llama"], [f"without {gone}"])
+    assert error in found[1 - gone]["error"]
+    assert "error" not in found[gone]
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def load_stream(model: nn.Module, path: str | Path, *, accept: Collection[Accept
     """
     patch = require_patch(model)
     saved = read_saved(patch, path, accept)
-    saved.drop("pool")
+    saved.split("pool")
     cache = load_cache(patch, saved)
     saved.check_all_taken()
     return cache

@@ -164,10 +164,15 @@ class SavedStreams:
         """Elements of all tensors that are left in the file."""
         return sum(x.numel() for x in self._tensors.values())
 
-    def drop(self, name: str) -> None:
-        """Leave out the part of this name."""
-        for key in [key for key in self._tensors if key.startswith(f"{self._prefix}{name}.")]:
-            del self._tensors[key]
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that are left in the file, unchecked."""
+        return {**self._tensors}
+
+    def split(self, name: str) -> dict[str, Tensor]:
+        """Take the part of this name out: its tensors, unchecked, by their names in it."""
+        prefix = f"{self._prefix}{name}."
+        return {key.removeprefix(prefix): self._tensors.pop(key) for key in [*self._tensors] if key.startswith(prefix)}
 
     def check_all_taken(self) -> None:
         """Raise ValueError if tensors are left that nothing has taken."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +31,13 @@ class Step(NamedTuple):
     forwards: list[list[Segment]]
     sampled: list[StreamState]
     """Streams that get a token after these forwards."""
+
+
+@contextmanager
+def step_modes(device: torch.device) -> Iterator[None]:
+    """For a step: without gradients and autocast, whichever thread runs it, as it is one for all streams."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 class Engine:
@@ -110,11 +117,9 @@ class Engine:
         state.ids.rollback(count)
         state.has_logits, state.parked_logits = False, None
 
-    @contextmanager
-    def modes(self) -> Iterator[None]:
-        """For a step: without gradients and autocast, whichever thread runs it, as it is one for all streams."""
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-            yield
+    def modes(self) -> AbstractContextManager[None]:
+        """See `step_modes`."""
+        return step_modes(self._device)
 
     def give_rows(self, streams: Collection[StreamState]) -> None:
         """Give rows to those of all streams that have work and none; others are parked for it.

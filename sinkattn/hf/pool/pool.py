@@ -15,13 +15,15 @@ from sinkattn.hf.fingerprint import Accepted
 from sinkattn.hf.pool import saved
 from sinkattn.hf.pool.engine import Engine
 from sinkattn.hf.pool.ids import StreamIds
-from sinkattn.hf.pool.memory import StreamMemory, memory_for
+from sinkattn.hf.pool.leading import LeadingMemory
+from sinkattn.hf.pool.memory import Memory, StreamMemory, memory_for
 from sinkattn.hf.pool.messages import Messages
 from sinkattn.hf.pool.model import PoolModel
 from sinkattn.hf.pool.scheduler import Scheduler
-from sinkattn.hf.pool.speculation import Speculation, drafter_for
+from sinkattn.hf.pool.speculation import DraftModel, Speculation, drafter_for
 from sinkattn.hf.pool.state import StreamState
 from sinkattn.hf.pool.stream import Stream
+from sinkattn.hf.ranks import num_ranks
 from sinkattn.hf.sampling.params import SamplingParams
 
 
@@ -55,10 +57,15 @@ class StreamPool:
             at once as turn out right. One forward checks them, so that a stream gets several tokens from it. They are
             those that it would get without, from logits that are equal up to rounding. What can be rolled back is less
             by as many as are drafted at once.
+        leads: whether this process alone makes the calls, from any threads, for a model that is spread over ranks: rank
+            0 leads the pool, and the others join it (`sinkattn.hf.join_pool`). Such a pool takes no ``max_on_disk``,
+            its files are for such pools of as many ranks, and after a forward that failed it cannot go on. Without
+            ``leads`` all ranks make the same calls, from one thread.
 
     Raises:
         TypeError, ValueError: for an invalid argument, or a model that is not enabled; with ``speculation`` also for
-            models with recurrent states and those that stream by re-encoding, and if the headroom is too small.
+            models with recurrent states and those that stream by re-encoding, and if the headroom is too small; with
+            ``leads`` for a model in one process, and on another rank than 0.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class StreamPool:
         max_prefix: int = 0,
         tokens_per_step: int = 512,
         speculation: Speculation | None = None,
+        leads: bool = False,
     ) -> None:
         for name, value, least in (
             ("max_streams", max_streams, 1),
@@ -88,7 +96,12 @@ class StreamPool:
         self._model = PoolModel(model, tokenizer)
         self._patch = self._model.patch
         self._max_sinks = max(self._patch.layout.num_sinks, max_prefix)
-        self._memory = memory_for(model, max_streams, self._max_sinks)
+        if leads and max_on_disk:
+            raise ValueError(
+                f"max_on_disk: expected 0 with leads, as other ranks park nothing on disk, got {max_on_disk}"
+            )
+        self._leading = LeadingMemory(model, max_streams, self._max_sinks) if leads else None
+        self._memory: Memory = self._leading or memory_for(model, max_streams, self._max_sinks)
         self._drafter = None
         if speculation is not None:
             if not self.is_batched:
@@ -96,6 +109,8 @@ class StreamPool:
                     "speculation: expected None, as models with recurrent states and those that stream by re-encoding "
                     f"check no drafts, got {type(speculation).__name__}"
                 )
+            if leads and isinstance(speculation, DraftModel) and (ranks := num_ranks(speculation.model)) > 1:
+                raise ValueError(f"speculation: expected a draft model in one process with leads, got {ranks} ranks")
             self._drafter = drafter_for(
                 speculation,
                 self._model,
@@ -105,6 +120,8 @@ class StreamPool:
             )
         engine = Engine(self._memory, max_streams, max_parked, folder, tokens_per_step, model.device, self._drafter)
         self.scheduler = Scheduler(engine, max_streams + max_parked + max_on_disk)
+        if self._leading is not None:
+            self._leading.open()
 
     def open(
         self,
@@ -223,9 +240,16 @@ class StreamPool:
         """Bytes of keys and values on the device, those of a draft model among them."""
         return self._memory.nbytes + (0 if self._drafter is None else self._drafter.nbytes)
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether it cannot go on, as one of the ranks that it leads has failed, or this one in their midst."""
+        return self._leading is not None and self._leading.has_failed
+
     def close(self) -> None:
-        """Close all streams; no more can be opened."""
+        """Close all streams; no more can be opened. Other ranks, which have joined the pool, leave it."""
         self.scheduler.close()
+        if self._leading is not None:
+            self._leading.close()
 
     def __enter__(self) -> StreamPool:
         return self

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from sinkattn.hf.cache.id_history import MAX_PREFIX_IDS, UNKNOWN_ID, IdHistory
 from sinkattn.hf.cache.load_stream import load_cache, read_saved
-from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.cache.stream_file import SavedStreams
 from sinkattn.hf.fingerprint import Accepted, fingerprint
 from sinkattn.hf.model_patch import ModelPatch
 from sinkattn.hf.pool.ids import StreamIds
-from sinkattn.hf.pool.memory import Memory
+from sinkattn.hf.pool.leading import LeadingMemory
+from sinkattn.hf.pool.memory import Memory, StreamMemory
 from sinkattn.hf.pool.messages import Messages
 from sinkattn.hf.pool.state import StreamState
 from sinkattn.hf.sampling.params import SamplingParams
@@ -27,19 +27,24 @@ from sinkattn.hf.sampling.stream_sampler import StreamSampler
 from sinkattn.ops import DTYPES
 
 POOL = "pool"
+# What rank 1 has of a stream, if rank 0 leads the pool, is in the part "rank1", and so on.
+RANK = "rank"
 
 
 def file_parts(
-    patch: ModelPatch, state: StreamState, cache: SinkCache, logits: Tensor | None
+    patch: ModelPatch, state: StreamState, memory: Memory, stream: StreamMemory, logits: Tensor | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """What `write_streams` writes for `Stream.save`.
 
     Args:
         patch: of the model.
         state: the stream.
-        cache: what it has in memory, without recorded ids.
+        memory: of the pool.
+        stream: a copy of what it has in memory, which must not be used any more.
         logits: those after its last token; None if they are not known.
     """
+    shards = memory.shards(stream) if isinstance(memory, LeadingMemory) else []
+    cache = memory.to_cache(stream)
     params = state.sampler.params
     if cache.state.history.prefix_ids is None:
         _record(cache.state.history, state.ids)
@@ -62,7 +67,9 @@ def file_parts(
         "notes": state.notes,
     }
     return (
-        cache.state_tensors() | {f"{POOL}.{name}": x.unsqueeze(0) for name, x in tensors.items()},
+        cache.state_tensors()
+        | {f"{RANK}{rank}.{name}": x for rank, shard in enumerate(shards, 1) for name, x in shard.items()}
+        | {f"{POOL}.{name}": x.unsqueeze(0) for name, x in tensors.items()},
         fingerprint(patch),
         {**cache.state_fields(), POOL: own_fields},
     )
@@ -83,12 +90,15 @@ def load(
     if not isinstance(saved.fields.get(POOL), dict):
         raise ValueError(f"path: expected a stream of a StreamPool, got {path}, which SinkCache.save has written")
     own = saved.part(POOL, rows=1)
-    cache = load_cache(patch, saved)
-    layout = cache.layout
+    if isinstance(memory, LeadingMemory):
+        stream = memory.load(saved, [saved.split(f"{RANK}{rank}") for rank in range(1, memory.num_ranks)])
+    else:
+        stream = memory.from_cache(load_cache(patch, saved))
+    layout = patch.layout_with(stream.num_sinks)
     state = StreamState(
         _ids(own, "prefix", vocabulary),
         _sampler(own, new_sampler, sampling),
-        memory.from_cache(cache),
+        stream,
         StreamIds(layout),
         None
         if own.field("message_begins", (list, NoneType)) is None
@@ -98,8 +108,8 @@ def load(
     shape, cpu = (own.count("num_known"),), torch.device("cpu")
     numbers, ids = (own.tensor(name, shape, torch.int64, cpu)[0].numpy() for name in ("numbers", "ids"))
     count = own.count("num_ids")
-    if count != cache.tokens_seen or not ((numbers >= 0) & (numbers < count) & (ids >= 0) & (ids < vocabulary)).all():
-        raise ValueError(f"path: pool.ids: expected those of {cache.tokens_seen} tokens")
+    if count != stream.seen or not ((numbers >= 0) & (numbers < count) & (ids >= 0) & (ids < vocabulary)).all():
+        raise ValueError(f"path: pool.ids: expected those of {stream.seen} tokens")
     state.ids.restore(count, max(count, own.count("peak_ids")), numbers, ids)
     if state.messages is not None:
         begins, ends = own.counts("message_begins"), own.counts("message_ends")

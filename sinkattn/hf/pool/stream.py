@@ -331,7 +331,7 @@ class Stream:
             state.drop_ready()
             engine = self._scheduler.engine
             memory, logits = engine.snapshot(state)
-            parts = saved.file_parts(self._model.patch, state, engine.memory.to_cache(memory), logits)
+            parts = saved.file_parts(self._model.patch, state, engine.memory, memory, logits)
         write_streams(path, *parts)  # while others go on
 
     def close(self) -> None:
