@@ -226,8 +226,8 @@ def open_text(name: str | None) -> Text:
     return Pipe(open_stdin()) if name == "-" else TextFile(Path(name))
 
 
-def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model that the arguments name, and its tokenizer."""
+def load_model(args: argparse.Namespace, *, spread: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model that the arguments name, maybe spread over processes, and its tokenizer."""
     if args.model is None and getattr(args, "chat", False):
         raise UserError("chat: the model that ships with sinkattn has no chat template; give --model")
     with as_user_error(ImportError):
@@ -237,7 +237,7 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
     gc.freeze()  # what was imported stays: no collection, between tokens either, need look through it
     gc.enable()  # `main` has disabled it
     with as_user_error(ValueError, RuntimeError, ImportError):
-        model, tokenizer = load(args.model, device=args.device, dtype=args.dtype, quantize=args.quantize)
+        model, tokenizer = load(args.model, device=args.device, dtype=args.dtype, quantize=args.quantize, spread=spread)
     if args.model is None and "OMP_NUM_THREADS" not in os.environ:
         # The shipped model is so small that a second thread costs more than it gains.
         torch.set_num_threads(1)

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import logging
 import os
+import signal
 from contextlib import suppress
 from dataclasses import fields
 from ipaddress import ip_address
@@ -87,12 +88,17 @@ def run(args: argparse.Namespace) -> int:
     keys = _keys(args)
     if not keys and not _is_loopback(args.host):
         raise UserError(f"--host {args.host}: expected --api-keys with it, as others can reach it")
+    rank, ranks = _rank()
     if args.replicas is not None:
+        if ranks > 1:
+            raise UserError("--replicas: expected none under torchrun, whose processes have a model together")
         return _run_replicas(args, keys)
-    model, tokenizer = load_model(args)
+    model, tokenizer = load_model(args, spread=ranks > 1)
+    if rank:
+        return _join(model, args)
     print(model_lines(describe_model(model, args)), flush=True)
     with as_user_error(ValueError, RuntimeError, OSError):
-        server = make_server(model, tokenizer, args, keys)
+        server = make_server(model, tokenizer, args, keys, leads=ranks > 1)
     from sinkattn.serve.app import create_app
 
     _log_as_json()
@@ -107,6 +113,26 @@ def run(args: argparse.Namespace) -> int:
     )
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run()
+    return 0
+
+
+def _rank() -> tuple[int, int]:
+    """The number of this process among those that torchrun has started, and how many they are."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def _join(model: PreTrainedModel, args: argparse.Namespace) -> int:
+    """Do on another rank what the model of rank 0 does, until its server ends."""
+    from sinkattn.hf import join_pool
+
+    with as_user_error(ValueError, RuntimeError):
+        _enable(model, args)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # torchrun sends it to all, and rank 0 still has replies to end
+    with as_user_error(ValueError):
+        join_pool(model)
     return 0
 
 
@@ -135,27 +161,39 @@ def _run_replicas(args: argparse.Namespace, keys: dict[str, str]) -> int:
 
 
 def make_server(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, keys: dict[str, str]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: argparse.Namespace,
+    keys: dict[str, str],
+    *,
+    leads: bool = False,
 ) -> Server:
-    """Make a model stream, and a server of it."""
-    from sinkattn.hf.model_config import default_window, trained_length
+    """Make a model stream, and a server of it; ``leads``: it is spread over ranks, of which this is the first."""
     from sinkattn.serve.access import Keys
     from sinkattn.serve.server import Server
 
-    trained = trained_length(model)
-    max_prefix = args.max_prefix if trained is None else min(args.max_prefix, max(1, trained // 4))
-    window = args.window or default_window(model, max_prefix)
     announce_compilation(args)
-    # The sinks are the system prompt, whose length each chat has of its own.
-    sinkattn.enable(model, 0, window, min(window, HEADROOM), compile=args.compile)
+    window, max_prefix = _enable(model, args)
     pool = sinkattn.StreamPool(
-        model, args.max_streams, max_parked=args.max_parked, tokenizer=tokenizer, max_prefix=max_prefix
+        model, args.max_streams, max_parked=args.max_parked, tokenizer=tokenizer, max_prefix=max_prefix, leads=leads
     )
     params = sampling(args, model)
     defaults = {each.name: getattr(params, each.name) for each in fields(params) if each.name != "seed"}
     path = Path(args.model)
     name = args.name or (path.name if path.exists() else args.model)
     return Server(pool, name, window, defaults, Keys(keys), _limits(args), args.sessions)
+
+
+def _enable(model: PreTrainedModel, args: argparse.Namespace) -> tuple[int, int]:
+    """Make a model stream; returns the window, and the most tokens of a system prompt."""
+    from sinkattn.hf.model_config import default_window, trained_length
+
+    trained = trained_length(model)
+    max_prefix = args.max_prefix if trained is None else min(args.max_prefix, max(1, trained // 4))
+    window = args.window or default_window(model, max_prefix)
+    # The sinks are the system prompt, whose length each chat has of its own.
+    sinkattn.enable(model, 0, window, min(window, HEADROOM), compile=args.compile)
+    return window, max_prefix
 
 
 def _limits(args: argparse.Namespace) -> Limits:

@@ -27,6 +27,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "auto",
     quantize: Quantization | None = None,
+    spread: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model, in evaluation mode, and its tokenizer.
 
@@ -37,6 +38,9 @@ def load(
         dtype: default: the checkpoint's; float32 for a GGUF file; bfloat16 with ``quantize``.
         quantize: "int8" or "int4" for the weights of linear layers (`sinkattn.hf.quantize`); None leaves them as they
             are. Activations and the cache have the dtype.
+        spread: whether its heads and experts are spread over the processes that torchrun has started, each of which
+            calls this: by transformers' plan for it (``tp_plan="auto"``), each on the accelerator of its number if
+            there are any, else on the CPU. Takes neither ``device`` nor ``quantize`` nor a GGUF file.
 
     Raises:
         ValueError: if the model cannot be loaded or quantized, or the device is not available; the message is a single
@@ -44,15 +48,20 @@ def load(
     """
     if quantize not in (None, *QUANTIZATIONS):
         raise ValueError(f"quantize: expected one of {', '.join(QUANTIZATIONS)}, got {quantize!r}")
+    for what, value in (("device", device), ("quantize", quantize)):
+        if spread and value is not None:
+            raise ValueError(f"{what}: expected none for a model that is spread over processes, got {value}")
     if quantize is not None and dtype == "auto":
         dtype = torch.bfloat16
-    device = _device(device)
+    device = None if spread else _device(device)
     try:
         with _no_progress_bars():
-            model, tokenizer = _load(DEMO_MODEL if name is None else name, dtype)
+            model, tokenizer = _load(DEMO_MODEL if name is None else name, dtype, spread=spread)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model: cannot load {name}: {_reason(error)}") from error
-    model = model.to(device).eval()  # type: ignore[arg-type]  # transformers decorates `to` without its self
+    if device is not None:
+        model = model.to(device)  # type: ignore[arg-type]  # transformers decorates `to` without its self
+    model = model.eval()
     if quantize is not None:
         quantize_weights(model, quantize)
     return model, tokenizer
@@ -69,10 +78,14 @@ def advised_sinks(model: PreTrainedModel) -> tuple[int, str]:
     return 4, f"as most pretrained models need; {measured}"
 
 
-def _load(name: str | Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(
+    name: str | Path, dtype: torch.dtype | str, *, spread: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load what a name stands for: files and folders before names on the hub."""
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
+        if spread:
+            raise ValueError("a GGUF file cannot be spread over processes")
         path = _gguf_path(str(name), path)
         with gguf_file.opened(path) as file:
             return _from_pretrained(
@@ -86,7 +99,11 @@ def _load(name: str | Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, 
         name = path
     elif isinstance(name, Path) or name.startswith((".", "/", "~")):
         raise ValueError("there is no such file or folder")
-    return _from_pretrained(name, {}, dtype)
+    if not spread:
+        return _from_pretrained(name, {}, dtype)
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    return _from_pretrained(name, {}, dtype, distributed_config=DistributedConfig(tp_plan="auto"))
 
 
 def _from_pretrained(

@@ -47,7 +47,7 @@ def quantize_weights(model: PreTrainedModel, quantization: Quantization) -> None
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Memory of all parameters of a model, in bytes, those of quantized weights with their scales."""
+    """Memory of all parameters of a model, on all of its ranks, in bytes; of quantized weights with their scales."""
     return sum(_bytes(parameter) for parameter in model.parameters())
 
 
@@ -59,7 +59,7 @@ def quantized_share(model: PreTrainedModel) -> float:
 
 def _bytes(tensor: Any) -> int:
     flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None:
+    if flatten is None or hasattr(tensor, "device_mesh"):  # a DTensor has the size of all shards
         return int(tensor.nbytes)
     names, _ = flatten()
     return sum(_bytes(getattr(tensor, name)) for name in names)

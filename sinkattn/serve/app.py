@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import signal
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -25,10 +27,13 @@ from sinkattn.serve.request_log import RequestLog
 from sinkattn.serve.same_site import SameSite
 from sinkattn.serve.server import Server
 
+LOGGER = logging.getLogger("sinkattn.serve")
 # Seconds between looks at sessions that nobody uses.
 IDLE_CHECK = 10.0
 # Seconds between looks whether another server wants a session.
 HAND_OVER_CHECK = 0.1
+# Seconds between looks whether the model can go on.
+FAILURE_CHECK = 1.0
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 413, 429, 500, 503, 507)
 }
@@ -87,7 +92,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     # A thread for each request that may wait for a step.
     executor = ThreadPoolExecutor(server.limits.requests + 8, thread_name_prefix="sinkattn")
     asyncio.get_running_loop().set_default_executor(executor)
-    tasks = [asyncio.create_task(_close_idle(server)), asyncio.create_task(_hand_over(server))]
+    tasks = [asyncio.create_task(work(server)) for work in (_close_idle, _hand_over, _end_if_failed)]
     try:
         yield
     finally:
@@ -96,6 +101,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(server.pool.close)
 
 
 async def _close_idle(server: Server) -> None:
@@ -108,6 +114,13 @@ async def _hand_over(server: Server) -> None:
     while server.folder is not None:
         await asyncio.sleep(HAND_OVER_CHECK)
         await server.sessions.hand_over()
+
+
+async def _end_if_failed(server: Server) -> None:
+    while not server.pool.has_failed:
+        await asyncio.sleep(FAILURE_CHECK)
+    LOGGER.error("the ranks of the model cannot go on, so the server ends")
+    signal.raise_signal(signal.SIGTERM)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
