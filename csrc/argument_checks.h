@@ -104,11 +104,72 @@ inline void check_new_tokens(const Tensor& keys, const Tensor& values, const Ten
       "key, value: expected the dtype of the cache");
 }
 
-inline void check_new_tokens(
-    const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, int64_t num_sinks) {
-  check_new_tokens(keys, values, key, value);
+// What a ring of 8 bits has beside keys and values, which are then the ring alone; any other ring has none of it.
+struct __attribute__((visibility("hidden"))) EightBit {  // as Tensor is
+  const std::optional<Tensor>&sink_keys, &sink_values, &key_scales, &value_scales;
+};
+
+// Checks a contiguous part of a cache of the shape [rows and kv_heads of keys, slots, dim].
+inline void check_part(
+    const Tensor& part, const Tensor& keys, int64_t slots, int64_t dim, ScalarType dtype, const char* name) {
+  check_device(part, keys, name);
   require(
-      num_sinks >= 0 && num_sinks < keys.size(2), "num_sinks: expected 0 to ", keys.size(2) - 1, ", got ", num_sinks);
+      part.dim() == 4 && part.size(0) == keys.size(0) && part.size(1) == keys.size(1) && part.size(2) == slots &&
+          part.size(3) == dim && part.scalar_type() == dtype && part.is_contiguous(),
+      name, ": expected a contiguous tensor of the rows and kv_heads of keys, ", slots, " slots and ", dim,
+      " elements, of the dtype of key, or float32 scales");
+}
+
+// Checks all parts of a cache and returns whether its ring is of 8 bits. `dtype` is that of new tokens.
+inline bool check_parts(
+    const Tensor& keys, const Tensor& values, int64_t num_sinks, const EightBit& more, ScalarType dtype) {
+  check_cache(keys, values);
+  const ScalarType stored = keys.scalar_type();
+  const bool is_eight_bit = stored == ScalarType::Char || stored == ScalarType::Float8_e4m3fn;
+  for (const std::optional<Tensor>* part : {&more.sink_keys, &more.sink_values, &more.key_scales, &more.value_scales}) {
+    require(
+        part->has_value() == is_eight_bit, "sink_keys, sink_values, key_scales, value_scales: expected all of them "
+        "beside keys of int8 or float8_e4m3fn, none beside others");
+  }
+  const int64_t slots = keys.size(2);
+  if (!is_eight_bit) {
+    require(num_sinks >= 0 && num_sinks < slots, "num_sinks: expected 0 to ", slots - 1, ", got ", num_sinks);
+    return false;
+  }
+  require(slots > 0 && num_sinks >= 0, "num_sinks: expected 0 or more, and a slot in keys, got ", num_sinks);
+  require(
+      dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+      "key, value: expected dtype float32, float16 or bfloat16 with a ring of 8 bits");
+  check_part(*more.sink_keys, keys, num_sinks, keys.size(3), dtype, "sink_keys");
+  check_part(*more.sink_values, keys, num_sinks, values.size(3), dtype, "sink_values");
+  check_part(*more.key_scales, keys, slots, 1, ScalarType::Float, "key_scales");
+  check_part(*more.value_scales, keys, slots, 1, ScalarType::Float, "value_scales");
+  return true;
+}
+
+inline void check_new_tokens(
+    const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, ScalarType dtype) {
+  check_cache(keys, values);
+  check_device(key, keys, "key");
+  check_device(value, keys, "value");
+  require(
+      key.dim() == 4 && value.dim() == 4, "key, value: expected 4 dimensions, got ", key.dim(), " and ", value.dim());
+  const int64_t batch = key.size(0), tokens = key.size(2);
+  require(
+      key.size(1) == keys.size(1) && key.size(3) == keys.size(3) && value.size(0) == batch &&
+          value.size(1) == keys.size(1) && value.size(2) == tokens && value.size(3) == values.size(3),
+      "key, value: expected the kv_heads and head_dim of the cache, and the same batch and number of tokens");
+  require(
+      key.scalar_type() == dtype && value.scalar_type() == dtype, "key, value: expected the dtype of the cache");
+}
+
+// Returns whether the ring is of 8 bits.
+inline bool check_new_tokens(
+    const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, int64_t num_sinks,
+    const EightBit& more) {
+  const bool is_eight_bit = check_parts(keys, values, num_sinks, more, key.scalar_type());
+  check_new_tokens(keys, values, key, value, is_eight_bit ? key.scalar_type() : keys.scalar_type());
+  return is_eight_bit;
 }
 
 // Dtype of accumulation, rotary tables, sink logits and ALiBi slopes.
@@ -139,11 +200,13 @@ inline void check_tables(
   }
 }
 
-inline void check_append(
+// Returns whether the ring is of 8 bits.
+inline bool check_append(
     const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, const std::optional<Tensor>& cos,
-    const std::optional<Tensor>& sin, int64_t num_sinks) {
-  check_new_tokens(keys, values, key, value, num_sinks);
+    const std::optional<Tensor>& sin, int64_t num_sinks, const EightBit& more) {
+  const bool is_eight_bit = check_new_tokens(keys, values, key, value, num_sinks, more);
   check_tables(cos, sin, key, keys, 0);
+  return is_eight_bit;
 }
 
 inline void check_query(const Tensor& query, const Tensor& key, const Tensor& keys) {
@@ -152,7 +215,7 @@ inline void check_query(const Tensor& query, const Tensor& key, const Tensor& ke
       query.dim() == 4 && query.size(0) == key.size(0) && query.size(2) == key.size(2) &&
           query.size(3) == keys.size(3) && keys.size(1) > 0 && query.size(1) > 0 && query.size(1) % keys.size(1) == 0,
       "query: expected the batch, tokens and head_dim of key, and heads a multiple of kv_heads");
-  require(query.scalar_type() == keys.scalar_type(), "query: expected the dtype of the cache");
+  require(query.scalar_type() == key.scalar_type(), "query: expected the dtype of key");
 }
 
 // Address of an optional tensor with one element per query head, or null.
@@ -167,12 +230,12 @@ inline const void* per_head_data(
   return option->const_data_ptr();
 }
 
-inline void check_layout(const Tensor& keys, const Tensor& values, int64_t num_sinks, int64_t window) {
-  check_cache(keys, values);
+// `slots`: of sinks and ring.
+inline void check_layout(int64_t slots, int64_t num_sinks, int64_t window) {
   require(
-      num_sinks >= 0 && window >= 1 && window <= keys.size(2) && num_sinks <= keys.size(2) - window,
-      "num_sinks, window: expected num_sinks >= 0, window >= 1 and num_sinks + window <= ", keys.size(2),
-      " slots, got ", num_sinks, " and ", window);
+      num_sinks >= 0 && window >= 1 && window <= slots && num_sinks <= slots - window,
+      "num_sinks, window: expected num_sinks >= 0, window >= 1 and num_sinks + window <= ", slots, " slots, got ",
+      num_sinks, " and ", window);
 }
 
 }  // namespace sinkattn

@@ -26,13 +26,13 @@ StridedView view_of(const Tensor& tensor) {
   return out;
 }
 
-CacheType cache_type(const Tensor& keys) {
-  switch (keys.scalar_type()) {
+CacheType cache_type(const Tensor& key) {
+  switch (key.scalar_type()) {
     case ScalarType::Float: return CacheType::kFloat;
     case ScalarType::Double: return CacheType::kDouble;
     case ScalarType::Half: return CacheType::kHalf;
     case ScalarType::BFloat16: return CacheType::kBFloat16;
-    default: require(false, "keys, values: expected dtype float32, float64, float16 or bfloat16");
+    default: require(false, "key, value: expected dtype float32, float64, float16 or bfloat16");
   }
   return {};
 }
@@ -55,7 +55,7 @@ AttentionCall make_call(
   require(values.size(3) > 0, "values: expected a head_dim of 1 or more, got 0");
   check_tables(cos, sin, key, keys, 1);
   AttentionCall call{};
-  call.type = cache_type(keys);
+  call.type = cache_type(key);
   call.batch = key.size(0);
   call.heads = query.size(1);
   call.kv_heads = keys.size(1);
@@ -88,13 +88,13 @@ Tensor sink_attention_(
     const std::optional<Tensor>& rows, const std::optional<Tensor>& row_sinks, const std::optional<Tensor>& begins,
     const std::optional<Tensor>& sink_keys, const std::optional<Tensor>& sink_values,
     const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales) {
-  require(
-      !sink_keys && !sink_values && !key_scales && !value_scales, "keys: rings of 8 bits are not supported here");
-  check_new_tokens(keys, values, key, value, num_sinks);
-  check_layout(keys, values, num_sinks, window);
+  const EightBit more{sink_keys, sink_values, key_scales, value_scales};
+  const bool is_eight_bit = check_new_tokens(keys, values, key, value, num_sinks, more);
+  const int64_t slots = keys.size(2) + (is_eight_bit ? num_sinks : 0);
+  check_layout(slots, num_sinks, window);
   AttentionCall call = make_call(
       keys, values, query, key, value, seen, lengths, cos, sin, scale, interleaved, sink_logits, softcap, alibi_slopes);
-  call.layout = RingLayout{num_sinks, window, keys.size(2) - num_sinks - window};
+  call.layout = RingLayout{num_sinks, window, slots - num_sinks - window};
   const RowOptions options = row_options(rows, row_sinks, call.batch, keys);
   check_row_options(options, call.batch, keys.size(0), num_sinks);
   call.rows = options.rows;
@@ -103,6 +103,13 @@ Tensor sink_attention_(
   check_begins(call.begins, call.seen, call.batch);
   call.keys = keys.mutable_data_ptr();
   call.values = values.mutable_data_ptr();
+  if (is_eight_bit) {
+    call.ring = keys.scalar_type() == ScalarType::Char ? RingType::kInt8 : RingType::kFloat8;
+    call.sink_keys = sink_keys->mutable_data_ptr();
+    call.sink_values = sink_values->mutable_data_ptr();
+    call.key_scales = static_cast<float*>(key_scales->mutable_data_ptr());
+    call.value_scales = static_cast<float*>(value_scales->mutable_data_ptr());
+  }
   // [batch, tokens, heads, value_dim] in memory, so that models can merge the heads without a copy.
   Tensor out = torch::stable::new_empty(query, {call.batch, call.tokens, call.heads, call.value_dim});
   call.out = out.mutable_data_ptr();
@@ -129,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sink_attention_gradients(
     const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, int64_t num_sinks, int64_t window, double scale,
     bool interleaved, const std::optional<Tensor>& sink_logits, std::optional<double> softcap,
     const std::optional<Tensor>& alibi_slopes) {
-  check_new_tokens(keys, values, key, value);
+  check_new_tokens(keys, values, key, value, keys.scalar_type());
   require(key.size(0) == keys.size(0), "key: expected the batch of keys (", keys.size(0), "), got ", key.size(0));
   require(
       num_sinks >= 0 && num_sinks <= kMaxTokens && window >= 1 && window <= kMaxTokens,

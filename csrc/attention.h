@@ -9,7 +9,11 @@
 
 namespace sinkattn {
 
+// Of queries, keys, values and outputs.
 enum class CacheType { kFloat, kDouble, kHalf, kBFloat16 };
+
+// How the ring holds tokens: in that type, or in 8 bits with a scale for each vector (quantise.h).
+enum class RingType { kWhole, kInt8, kFloat8 };
 
 // Read-only view of a 4-dimensional tensor; strides in elements.
 struct StridedView {
@@ -45,6 +49,11 @@ struct AttentionCall {
   const int64_t* rows = nullptr;       // [batch] cache row of each row, all different; null: row i
   const int64_t* row_sinks = nullptr;  // [batch] sinks of each row, up to layout.num_sinks; null: layout.num_sinks
   const int64_t* begins = nullptr;     // [batch] first token that a window of each row may hold, up to seen; null: 0
+  RingType ring = RingType::kWhole;
+  // Of a ring of 8 bits, whose slots are then all that keys and values have: sinks, [cache rows, kv_heads, num_sinks,
+  // ...] in `type`, and scales, [cache rows, kv_heads, ring]; contiguous.
+  void *sink_keys = nullptr, *sink_values = nullptr;
+  float *key_scales = nullptr, *value_scales = nullptr;
 };
 
 // Arguments of the gradients of one call. What the ring held before the call is a constant.

@@ -8,10 +8,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "attention.h"
 #include "attention_softmax.h"
 #include "instruction_sets.h"
+#include "quantise.h"
 #include "rotary.h"
 #include "simd.h"
 
@@ -84,24 +86,68 @@ class AttentionBase {
         call_.row_sinks ? call_.row_sinks[row] : layout_.num_sinks, call_.begins ? call_.begins[row] : 0);
   }
 
-  scalar_t* keys_of(int64_t kv_row) const {
-    return static_cast<scalar_t*>(call_.keys) + cache_row_of(kv_row) * layout_.slots() * call_.head_dim;
+  // Keys or values of consecutive slots, or of consecutive tokens in a buffer.
+  struct Vectors {
+    char* data;
+    float* scales;  // null if elements are scalar_t, else they are of 8 bits
+
+    Vectors after(int64_t count, int64_t dim) const {
+      if (scales) return {data + count * dim, scales + count};
+      return {data + count * dim * int64_t{sizeof(scalar_t)}, nullptr};
+    }
+  };
+
+  // Keys and values from a slot on: as far as the sinks go, or to the end of the ring.
+  Vectors keys_of(int64_t kv_row, int64_t slot) const {
+    return slots_of(kv_row, slot, call_.head_dim, call_.keys, call_.sink_keys, call_.key_scales);
   }
-  scalar_t* values_of(int64_t kv_row) const {
-    return static_cast<scalar_t*>(call_.values) + cache_row_of(kv_row) * layout_.slots() * call_.value_dim;
+  Vectors values_of(int64_t kv_row, int64_t slot) const {
+    return slots_of(kv_row, slot, call_.value_dim, call_.values, call_.sink_values, call_.value_scales);
   }
 
-  // Bytes of `count` keys and values of every KV row.
+  // Calls use(elements) with the address of the elements in the type that they have.
+  template <typename Use>
+  void with_elements(const Vectors& vectors, const Use& use) const {
+    if constexpr (kCanQuantise) {
+      if (vectors.scales && call_.ring == RingType::kInt8) return use(reinterpret_cast<int8_t*>(vectors.data));
+      if (vectors.scales) return use(reinterpret_cast<Float8*>(vectors.data));
+    }
+    use(reinterpret_cast<scalar_t*>(vectors.data));
+  }
+
+  // Multiplies scores or weights by the scales of keys or values, whose elements are as `load` returns them.
+  void multiply_by_scales(acc_t* x, const float* scales, int64_t count) const {
+    const float load_scale = call_.ring == RingType::kFloat8 ? kLoadScale<Float8> : 1;
+    for (int64_t j = 0; j < count; ++j) x[j] *= scales[j] * load_scale;
+  }
+
+  int64_t element_bytes() const { return call_.ring == RingType::kWhole ? sizeof(scalar_t) : 1; }
+
+  // Bytes of `count` keys and values of every KV row in the ring.
   int64_t cache_bytes(int64_t count) const {
-    return num_kv_rows_ * count * (call_.head_dim + call_.value_dim) * int64_t{sizeof(scalar_t)};
+    return num_kv_rows_ * count * (call_.head_dim + call_.value_dim) * element_bytes();
   }
 
   int64_t num_workers_for(int64_t num_items, int64_t bytes) const {
     return std::max<int64_t>(1, std::min({workers_.max_workers(), num_items, bytes / kMinWorkerBytes}));
   }
 
-  // Writes the new key of a token, rotated at its stream position and rounded to the dtype of the cache.
-  void write_key(scalar_t* to, int64_t kv_row, int64_t token) const {
+  // Writes the new key or value of a token as it is held there. `buffer` has room for a key.
+  void write_key(const Vectors& to, int64_t kv_row, int64_t token, acc_t* buffer) const {
+    if (!to.scales) return write_key(reinterpret_cast<scalar_t*>(to.data), kv_row, token);
+    write_key(buffer, kv_row, token);
+    hadamard_vector(buffer, call_.head_dim);
+    quantise_to(to, buffer, 1, call_.head_dim);
+  }
+  void write_value(const Vectors& to, int64_t kv_row, int64_t token) const {
+    if (!to.scales) return write_value(reinterpret_cast<scalar_t*>(to.data), kv_row, token);
+    const scalar_t* from = call_.value.at<scalar_t>(row_of(kv_row), kv_head_of(kv_row), token);
+    quantise_to(to, from, call_.value.stride[3], call_.value_dim);
+  }
+
+  // Writes the new key of a token, rotated at its stream position and rounded to scalar_t.
+  template <typename out_t>
+  void write_key(out_t* to, int64_t kv_row, int64_t token) const {
     const int64_t row = row_of(kv_row);
     rotate(to, call_.key.at<scalar_t>(row, kv_head_of(kv_row), token), call_.key.stride[3], 0, row, token);
   }
@@ -119,7 +165,7 @@ class AttentionBase {
   // Rotates the query of one head twice: into `window` at its stream position, for window keys, and into `sink` at its
   // cache-relative position, for sink keys. Both are padded with zeros to query_stride_. `unrotated` is scratch for one
   // query. The power of two in the softmax scale is multiplied in here: that is exact and keeps the dot products in
-  // range.
+  // range. For keys of 8 bits, which are transformed, `window` is so, too.
   void rotate_query(acc_t* window, acc_t* sink, acc_t* unrotated, int64_t row, int64_t head, int64_t token) const {
     const scalar_t* from = call_.query.at<scalar_t>(row, head, token);
     const int64_t stride = call_.query.stride[3];
@@ -129,6 +175,11 @@ class AttentionBase {
     for (; d < call_.head_dim; ++d) unrotated[d] = static_cast<acc_t>(from[d * stride]) * query_scale_;
     rotate(window, unrotated, 1, 0, row, token);
     rotate(sink, unrotated, 1, 1, row, token);
+    if (call_.ring != RingType::kWhole) {
+      hadamard_vector(window, call_.head_dim);
+      const acc_t inverse = acc_t{1} / static_cast<acc_t>(hadamard_block(call_.head_dim));
+      for (int64_t i = 0; i < call_.head_dim; ++i) window[i] *= inverse;
+    }
     std::fill(window + call_.head_dim, window + query_stride_, acc_t{0});
     std::fill(sink + call_.head_dim, sink + query_stride_, acc_t{0});
   }
@@ -176,8 +227,8 @@ class AttentionBase {
   }
 
   // Rotates by the rotary tables of stream positions (table 0) or of cache-relative positions (table 1).
-  template <typename T>
-  void rotate(T* to, const T* from, int64_t stride, int64_t table, int64_t row, int64_t token) const {
+  template <typename out_t, typename T>
+  void rotate(out_t* to, const T* from, int64_t stride, int64_t table, int64_t row, int64_t token) const {
     const acc_t* cos = call_.pairs ? call_.cos.at<acc_t>(table, row, token) : nullptr;
     const acc_t* sin = call_.pairs ? call_.sin.at<acc_t>(table, row, token) : nullptr;
     const int64_t dim = call_.head_dim, pairs = call_.pairs, table_stride = call_.cos.stride[3];
@@ -207,6 +258,25 @@ class AttentionBase {
   acc_t query_scale_;           // multiplied into the query, the former into the scores
 
  private:
+  static constexpr bool kCanQuantise = std::is_same_v<acc_t, float>;
+
+  Vectors slots_of(int64_t kv_row, int64_t slot, int64_t dim, void* cache, void* sinks, float* scales) const {
+    const int64_t cache_row = cache_row_of(kv_row), num_sinks = layout_.num_sinks;
+    if (call_.ring == RingType::kWhole) {
+      return Vectors{static_cast<char*>(cache), nullptr}.after(cache_row * layout_.slots() + slot, dim);
+    }
+    if (slot < num_sinks) return Vectors{static_cast<char*>(sinks), nullptr}.after(cache_row * num_sinks + slot, dim);
+    return Vectors{static_cast<char*>(cache), scales}.after(cache_row * layout_.ring() + slot - num_sinks, dim);
+  }
+
+  template <typename T>
+  void quantise_to(const Vectors& to, const T* from, int64_t stride, int64_t dim) const {
+    with_elements(to, [&](auto* elements) {
+      using stored_t = std::remove_reference_t<decltype(*elements)>;
+      if constexpr (!std::is_same_v<stored_t, scalar_t>) *to.scales = quantise(elements, from, stride, dim);
+    });
+  }
+
   // The KV row of the cache that a KV row of the call is in.
   int64_t cache_row_of(int64_t kv_row) const {
     return call_.rows ? call_.rows[row_of(kv_row)] * call_.kv_heads + kv_head_of(kv_row) : kv_row;

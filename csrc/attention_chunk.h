@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "attention_base.h"
 #include "attention_chunk_microkernel.h"
@@ -26,7 +27,7 @@ constexpr int64_t kMaxBufferBytes = 32 << 20;
 template <typename scalar_t>
 class Chunk : AttentionBase<scalar_t> {
   using Base = AttentionBase<scalar_t>;
-  using typename Base::acc_t, typename Base::Interval;
+  using typename Base::acc_t, typename Base::Interval, typename Base::Vectors;
   using Base::call_, Base::workers_, Base::num_kv_rows_, Base::group_size_, Base::query_stride_, Base::acc_stride_,
       Base::score_scale_;
   using Microkernel = ChunkMicrokernel<scalar_t>;
@@ -56,9 +57,13 @@ class Chunk : AttentionBase<scalar_t> {
     return std::clamp<int64_t>(this->tokens_of(row) - chunk_start_, 0, chunk_tokens_);
   }
 
-  // Buffered keys and values of a KV row, rotated and rounded as in the cache.
-  scalar_t* new_keys_of(int64_t kv_row) const { return new_keys_ + kv_row * chunk_tokens_ * call_.head_dim; }
-  scalar_t* new_values_of(int64_t kv_row) const { return new_values_ + kv_row * chunk_tokens_ * call_.value_dim; }
+  // Buffered keys and values of a KV row, rotated and rounded as in the ring, from a token of the chunk on.
+  Vectors new_keys_of(int64_t kv_row, int64_t token) const {
+    return new_keys_.after(kv_row * chunk_tokens_ + token, call_.head_dim);
+  }
+  Vectors new_values_of(int64_t kv_row, int64_t token) const {
+    return new_values_.after(kv_row * chunk_tokens_ + token, call_.value_dim);
+  }
 
   void attend_chunk() {
     const int64_t item_tokens = std::clamp<int64_t>(Microkernel::kItemQueries / group_size_, 1, chunk_tokens_);
@@ -73,13 +78,23 @@ class Chunk : AttentionBase<scalar_t> {
         Arena::bytes<packed_t>(values_elements) + Arena::bytes<acc_t>(3 * query_stride_) +
         Arena::bytes<acc_t>(queries * acc_stride_) + Arena::bytes<acc_t>(Microkernel::kQueries * Microkernel::kKeys) +
         Arena::bytes<SoftmaxState<acc_t>>(queries);
+    const int64_t count = num_kv_rows_ * chunk_tokens_;
+    const int64_t num_scales = call_.ring == RingType::kWhole ? 0 : count;
+    const int64_t key_bytes = count * call_.head_dim * this->element_bytes();
+    const int64_t value_bytes = count * call_.value_dim * this->element_bytes();
     Arena arena{workers_.workspace(
-        num_workers * scratch_bytes + Arena::bytes<scalar_t>(num_kv_rows_ * chunk_tokens_ * call_.head_dim) +
-        Arena::bytes<scalar_t>(num_kv_rows_ * chunk_tokens_ * call_.value_dim))};
-    new_keys_ = arena.take<scalar_t>(num_kv_rows_ * chunk_tokens_ * call_.head_dim);
-    new_values_ = arena.take<scalar_t>(num_kv_rows_ * chunk_tokens_ * call_.value_dim);
+        num_workers * scratch_bytes + Arena::bytes<char>(key_bytes) + Arena::bytes<char>(value_bytes) +
+        2 * Arena::bytes<float>(num_scales))};
+    new_keys_.data = arena.take<char>(key_bytes);
+    new_values_.data = arena.take<char>(value_bytes);
+    if (num_scales > 0) {
+      new_keys_.scales = arena.take<float>(num_scales);
+      new_values_.scales = arena.take<float>(num_scales);
+    }
 
-    for_each_item(workers_, num_workers, num_kv_rows_, [&](int64_t kv_row, int64_t) { fill_buffer(kv_row); });
+    for_each_item(workers_, num_workers, num_kv_rows_, [&](int64_t kv_row, int64_t worker) {
+      fill_buffer(kv_row, reinterpret_cast<acc_t*>(arena.next + worker * scratch_bytes));
+    });
     for_each_item(workers_, num_workers, num_items, [&](int64_t item, int64_t worker) {
       Arena worker_arena{arena.next + worker * scratch_bytes};
       Scratch scratch;
@@ -100,31 +115,37 @@ class Chunk : AttentionBase<scalar_t> {
     for_each_item(workers_, num_workers, num_kv_rows_, [&](int64_t kv_row, int64_t) { flush_buffer(kv_row); });
   }
 
-  void fill_buffer(int64_t kv_row) const {
-    const int64_t row = this->row_of(kv_row), seen = call_.seen[row] + chunk_start_, count = chunk_tokens_of(row);
+  // `key` has room for one.
+  void fill_buffer(int64_t kv_row, acc_t* key) const {
+    const int64_t row = this->row_of(kv_row), seen = call_.seen[row] + chunk_start_;
     const int64_t num_sinks = this->layout_of(row).num_sinks;
-    for (int64_t i = 0; i < count; ++i) {
-      this->write_key(new_keys_of(kv_row) + i * call_.head_dim, kv_row, chunk_start_ + i);
-      this->write_value(new_values_of(kv_row) + i * call_.value_dim, kv_row, chunk_start_ + i);
+    for (int64_t i = 0; i < chunk_tokens_of(row); ++i) {
+      // Sinks evict nothing, so they are written at once: queries read them from the cache.
+      const int64_t slot = seen + i;
+      const bool is_sink = slot < num_sinks;
+      this->write_key(
+          is_sink ? this->keys_of(kv_row, slot) : new_keys_of(kv_row, i), kv_row, chunk_start_ + i, key);
+      this->write_value(
+          is_sink ? this->values_of(kv_row, slot) : new_values_of(kv_row, i), kv_row, chunk_start_ + i);
     }
-    // Sinks evict nothing, so they are written at once: queries read them from the cache.
-    if (seen < num_sinks) write_slots(kv_row, {0, seen, std::min(count, num_sinks - seen)});
   }
 
   void flush_buffer(int64_t kv_row) const {
     const int64_t row = this->row_of(kv_row);
+    const RingLayout layout = this->layout_of(row);
     Run runs[RingLayout::kMaxRuns];
-    const int n = this->layout_of(row).write_runs(call_.seen[row] + chunk_start_, chunk_tokens_of(row), runs);
-    for (int r = 0; r < n; ++r) write_slots(kv_row, runs[r]);
+    const int n = layout.write_runs(call_.seen[row] + chunk_start_, chunk_tokens_of(row), runs);
+    for (int r = 0; r < n; ++r) {
+      const auto [token, slot, count] = runs[r];
+      if (slot < layout.num_sinks) continue;
+      copy(this->keys_of(kv_row, slot), new_keys_of(kv_row, token), count, call_.head_dim);
+      copy(this->values_of(kv_row, slot), new_values_of(kv_row, token), count, call_.value_dim);
+    }
   }
 
-  void write_slots(int64_t kv_row, const Run& run) const {
-    std::copy_n(
-        new_keys_of(kv_row) + run.token * call_.head_dim, run.count * call_.head_dim,
-        this->keys_of(kv_row) + run.slot * call_.head_dim);
-    std::copy_n(
-        new_values_of(kv_row) + run.token * call_.value_dim, run.count * call_.value_dim,
-        this->values_of(kv_row) + run.slot * call_.value_dim);
+  void copy(const Vectors& to, const Vectors& from, int64_t count, int64_t dim) const {
+    std::memcpy(to.data, from.data, count * dim * this->element_bytes());
+    if (to.scales) std::copy_n(from.scales, count, to.scales);
   }
 
   // Attention of one item: all query heads of the group for tokens [first, end) of the chunk. Query q of the item is
@@ -152,19 +173,19 @@ class Chunk : AttentionBase<scalar_t> {
     const RingLayout layout = this->layout_of(row);
     const Queries queries{layout, seen + first, num_queries, this->kv_head_of(kv_row) * group_size_};
     const int64_t stop = seen + end, sinks = std::min(stop, layout.num_sinks);
-    attend_run(queries, {0, 0, sinks}, true, this->keys_of(kv_row), this->values_of(kv_row), stop, scratch);
+    attend_run(queries, {0, 0, sinks}, true, this->keys_of(kv_row, 0), this->values_of(kv_row, 0), stop, scratch);
     Run runs[RingLayout::kMaxRuns];
     const int n = layout.held_runs(seen, runs);
     for (int r = 0; r < n; ++r) {
       if (runs[r].slot < layout.num_sinks) continue;
       attend_run(
-          queries, runs[r], false, this->keys_of(kv_row) + runs[r].slot * call_.head_dim,
-          this->values_of(kv_row) + runs[r].slot * call_.value_dim, stop, scratch);
+          queries, runs[r], false, this->keys_of(kv_row, runs[r].slot), this->values_of(kv_row, runs[r].slot), stop,
+          scratch);
     }
     const int64_t skip = std::clamp<int64_t>(layout.num_sinks - seen, 0, end);
     attend_run(
-        queries, {seen + skip, 0, end - skip}, false, new_keys_of(kv_row) + skip * call_.head_dim,
-        new_values_of(kv_row) + skip * call_.value_dim, stop, scratch);
+        queries, {seen + skip, 0, end - skip}, false, new_keys_of(kv_row, skip), new_values_of(kv_row, skip), stop,
+        scratch);
 
     for (int64_t q = 0; q < num_queries; ++q) {
       acc_t* acc = scratch.acc + q * acc_stride_;
@@ -184,28 +205,40 @@ class Chunk : AttentionBase<scalar_t> {
     int64_t head;  // of query 0
   };
 
+  // A block of keys and values that is packed.
+  struct Packed {
+    Run tokens;
+    bool is_sink;
+    const scalar_t* nonfinite_values;  // null if all values are finite, else their address before packing
+    const float *key_scales, *value_scales;  // null for scalar_t
+  };
+
   // Attends over a run: consecutive tokens, before token `stop`, whose keys and values are consecutive in memory.
   void attend_run(
-      const Queries& queries, const Run& run, bool is_sink, const scalar_t* keys, const scalar_t* values, int64_t stop,
+      const Queries& queries, const Run& run, bool is_sink, const Vectors& keys, const Vectors& values, int64_t stop,
       const Scratch& scratch) const {
     const int64_t begin = std::max(run.token, is_sink ? 0 : queries.layout.window_begin(queries.token));
     const int64_t end = std::min(run.token + run.count, stop);
     for (int64_t token = begin; token < end; token += Microkernel::kKeys) {
       const int count = static_cast<int>(std::min<int64_t>(Microkernel::kKeys, end - token));
-      const scalar_t* block_values = values + (token - run.token) * call_.value_dim;
-      Microkernel::pack_keys(scratch.keys, keys + (token - run.token) * call_.head_dim, call_.head_dim, count);
-      const bool finite = Microkernel::pack_values(scratch.values, block_values, call_.value_dim, count);
-      for (int64_t q = 0; q < queries.count; q += Microkernel::kQueries) {
-        attend_tile(queries, q, {token, 0, count}, is_sink, finite ? nullptr : block_values, scratch);
-      }
+      const Vectors block_keys = keys.after(token - run.token, call_.head_dim);
+      const Vectors block_values = values.after(token - run.token, call_.value_dim);
+      Packed block{{token, 0, count}, is_sink, nullptr, block_keys.scales, block_values.scales};
+      this->with_elements(block_keys, [&](const auto* from) {
+        Microkernel::pack_keys(scratch.keys, from, call_.head_dim, count);
+      });
+      this->with_elements(block_values, [&](const auto* from) {
+        const bool finite = Microkernel::pack_values(scratch.values, from, call_.value_dim, count);
+        if constexpr (std::is_same_v<decltype(from), const scalar_t*>) block.nonfinite_values = finite ? nullptr : from;
+      });
+      for (int64_t q = 0; q < queries.count; q += Microkernel::kQueries) attend_tile(queries, q, block, scratch);
     }
   }
 
-  // Attends with queries [q, q + kQueries) over a packed block. `nonfinite_values` is null if all values of the block
-  // are finite, else the address of its values before packing.
-  void attend_tile(
-      const Queries& queries, int64_t q, const Run& block, bool is_sink, const scalar_t* nonfinite_values,
-      const Scratch& scratch) const {
+  // Attends with queries [q, q + kQueries) over a packed block.
+  void attend_tile(const Queries& queries, int64_t q, const Packed& packed, const Scratch& scratch) const {
+    const Run& block = packed.tokens;
+    const bool is_sink = packed.is_sink;
     Interval visible[Microkernel::kQueries];
     bool any = false, all = true;
     for (int r = 0; r < Microkernel::kQueries; ++r) {
@@ -224,6 +257,7 @@ class Chunk : AttentionBase<scalar_t> {
     acc_t factor[Microkernel::kQueries];
     for (int r = 0; r < Microkernel::kQueries; ++r) {
       acc_t* scores = scratch.scores + r * Microkernel::kKeys;
+      if (packed.key_scales) this->multiply_by_scales(scores, packed.key_scales, count);
       const Interval here = visible[r];
       if (here.count == 0) {
         std::fill(scores, scores + Microkernel::kKeys, acc_t{0});
@@ -235,12 +269,16 @@ class Chunk : AttentionBase<scalar_t> {
       std::fill(scores, scores + here.first, kMinusInfinity<acc_t>);
       std::fill(scores + here.first + here.count, scores + count, kMinusInfinity<acc_t>);
       factor[r] = update_softmax(scratch.state[q + r], scores, count);
+      // Only those in sight: other weights are 0, and a scale may be NaN.
+      if (packed.value_scales) {
+        this->multiply_by_scales(scores + here.first, packed.value_scales + here.first, here.count);
+      }
     }
     acc_t* acc = scratch.acc + q * acc_stride_;
-    if (!nonfinite_values || all) {
+    if (!packed.nonfinite_values || all) {
       Microkernel::add_values(acc, factor, scratch.scores, scratch.values, call_.value_dim, count);
     } else {
-      add_visible_values(acc, factor, scratch.scores, nonfinite_values, visible);
+      add_visible_values(acc, factor, scratch.scores, packed.nonfinite_values, visible);
     }
   }
 
@@ -260,8 +298,7 @@ class Chunk : AttentionBase<scalar_t> {
 
   int64_t chunk_start_ = 0;  // first token of the chunk, counted from the start of the call
   int64_t chunk_tokens_ = 0;
-  scalar_t* new_keys_ = nullptr;  // buffer, [KV row, token of the chunk, element]
-  scalar_t* new_values_ = nullptr;
+  Vectors new_keys_{}, new_values_{};  // buffer, [KV row, token of the chunk, element]; without sinks
 };
 
 }  // namespace SINKATTN_ISA

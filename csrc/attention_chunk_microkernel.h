@@ -96,12 +96,13 @@ struct ChunkMicrokernel {
   }
 
   // Transposed: packed[d * kKeys + j] is element d of key j.
-  static void pack_keys(packed_t* packed, const scalar_t* keys, int64_t dim, int count) {
+  template <typename stored_t>
+  static void pack_keys(packed_t* packed, const stored_t* keys, int64_t dim, int count) {
     for (int64_t d = 0; d < dim; d += kVectorLanes) {
       for (int j = 0; j < count; j += kVectorLanes) {
         Vec<acc_t> square[kVectorLanes] = {};
         for (int i = 0; i < kVectorLanes && j + i < count; ++i) {
-          const scalar_t* from = keys + (j + i) * dim + d;
+          const stored_t* from = keys + (j + i) * dim + d;
           square[i] = d + kVectorLanes <= dim ? load(from) : load_first(from, dim - d);
         }
         transpose(square);
@@ -111,11 +112,12 @@ struct ChunkMicrokernel {
   }
 
   // Converted to acc_t, rows padded with zeros. Returns whether all values are finite.
-  static bool pack_values(packed_t* packed, const scalar_t* values, int64_t dim, int count) {
+  template <typename stored_t>
+  static bool pack_values(packed_t* packed, const stored_t* values, int64_t dim, int count) {
     Vec<acc_t> nonfinite{};
     for (int j = 0; j < count; ++j) {
       for (int64_t d = 0; d < dim; d += kVectorLanes) {
-        const scalar_t* from = values + j * dim + d;
+        const stored_t* from = values + j * dim + d;
         const Vec<acc_t> x = d + kVectorLanes <= dim ? load(from) : load_first(from, dim - d);
         store(packed + j * round_up(dim, kVectorLanes) + d, x);
         nonfinite += x * acc_t{0};

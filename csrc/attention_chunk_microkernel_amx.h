@@ -51,15 +51,13 @@ struct ChunkMicrokernel<BFloat16> {
   }
 
   // Transposed by pairs: packed[(d / 2 * kKeys + j) * 2 + d % 2] is element d of key j, or zero if there is none.
-  static void pack_keys(packed_t* packed, const BFloat16* keys, int64_t dim, int count) {
+  template <typename stored_t>
+  static void pack_keys(packed_t* packed, const stored_t* keys, int64_t dim, int count) {
     for (int64_t d = 0; d < dim; d += kTileDepth) {
-      const bool whole = d + kTileDepth <= dim;
       for (int j = 0; j < count; j += kTileRows) {
         WideBits square[kTileRows] = {};
         for (int i = 0; i < kTileRows && j + i < count; ++i) {
-          const BFloat16* from = keys + (j + i) * dim + d;
-          if (whole) std::memcpy(&square[i], from, sizeof square[i]);
-          else std::memcpy(&square[i], from, (dim - d) * sizeof(BFloat16));
+          square[i] = load_row(keys + (j + i) * dim + d, std::min<int64_t>(kTileDepth, dim - d));
         }
         transpose(square);
         for (int i = 0; i < kTileRows; ++i) {
@@ -71,14 +69,15 @@ struct ChunkMicrokernel<BFloat16> {
 
   // Rows interleaved by pairs: packed[(j / 2 * width + d) * 2 + j % 2] is element d of value j, or zero beyond dim or
   // beyond count, up to a multiple of kTileDepth. Returns whether all values are finite.
-  static bool pack_values(packed_t* packed, const BFloat16* values, int64_t dim, int count) {
+  template <typename stored_t>
+  static bool pack_values(packed_t* packed, const stored_t* values, int64_t dim, int count) {
     const int64_t width = round_up(dim, kTileRows);
     Vec<float> nonfinite{};
     for (int j = 0; j < round_up(count, kTileDepth); j += 2) {
       for (int64_t d = 0; d < dim; d += kTileRows) {
         Vec<float> row[2] = {};
         for (int i = 0; i < 2 && j + i < count; ++i) {
-          const BFloat16* from = values + (j + i) * dim + d;
+          const stored_t* from = values + (j + i) * dim + d;
           row[i] = d + kTileRows <= dim ? load(from) : load_first(from, dim - d);
           nonfinite += row[i] * 0.0f;
         }
@@ -116,6 +115,23 @@ struct ChunkMicrokernel<BFloat16> {
   }
 
  private:
+  // `count` elements in a row of a tile, then zeros. Elements of 8 bits are exact in bfloat16.
+  static WideBits load_row(const BFloat16* from, int64_t count) {
+    WideBits row{};
+    if (count == kTileDepth) std::memcpy(&row, from, sizeof row);
+    else std::memcpy(&row, from, count * sizeof(BFloat16));
+    return row;
+  }
+  template <typename stored_t>
+  static WideBits load_row(const stored_t* from, int64_t count) {
+    stored_t padded[kTileDepth] = {};
+    if (count < kTileDepth) {
+      std::memcpy(padded, from, count * sizeof(stored_t));
+      from = padded;
+    }
+    return bit_cast<WideBits>(_mm512_cvtne2ps_pbh((__m512)load(from + kTileRows), (__m512)load(from)));
+  }
+
   // c += a x b if `add`, else c = a x b, for kQueries rows and `columns` columns, a multiple of 16.
   static void multiply_tiles(
       float* c, int64_t c_stride, bool add, const packed_t* a, int64_t a_stride, const packed_t* b, int64_t b_stride,

@@ -27,7 +27,7 @@ constexpr int64_t kMaxItems = 256;
 template <typename scalar_t>
 class Decode : AttentionBase<scalar_t> {
   using Base = AttentionBase<scalar_t>;
-  using typename Base::acc_t, typename Base::Interval;
+  using typename Base::acc_t, typename Base::Interval, typename Base::Vectors;
   using Base::call_, Base::layout_, Base::workers_, Base::num_kv_rows_, Base::group_size_, Base::query_stride_,
       Base::acc_stride_, Base::score_scale_;
 
@@ -64,7 +64,7 @@ class Decode : AttentionBase<scalar_t> {
       const int64_t kv_row = item / num_splits_;
       const RingLayout layout = this->layout_of(this->row_of(kv_row));
       const SlotRange split = split_of(layout, item % num_splits_);
-      append(kv_row, layout, split);
+      append(kv_row, layout, split, scratch);
       attend(kv_row, layout, split, scratch, at(partial, item * num_queries_));
       // Acquire and release: the last item reads what the others wrote.
       if (splits_done[kv_row].fetch_add(1, std::memory_order_acq_rel) == num_splits_ - 1) {
@@ -110,7 +110,7 @@ class Decode : AttentionBase<scalar_t> {
   }
 
   // Writes the new tokens whose slots lie in this split. No other item writes or reads these slots.
-  void append(int64_t kv_row, const RingLayout& layout, const SlotRange& split) const {
+  void append(int64_t kv_row, const RingLayout& layout, const SlotRange& split, const Scratch& scratch) const {
     const int64_t row = this->row_of(kv_row);
     Run runs[RingLayout::kMaxRuns];
     const int n = layout.write_runs(call_.seen[row], this->tokens_of(row), runs);
@@ -118,8 +118,8 @@ class Decode : AttentionBase<scalar_t> {
       const SlotRange here = intersect(layout, split, runs[r]);
       for (int64_t slot = here.begin; slot < here.end; ++slot) {
         const int64_t token = runs[r].token + slot - runs[r].slot;
-        this->write_key(this->keys_of(kv_row) + slot * call_.head_dim, kv_row, token);
-        this->write_value(this->values_of(kv_row) + slot * call_.value_dim, kv_row, token);
+        this->write_key(this->keys_of(kv_row, slot), kv_row, token, scratch.unrotated);
+        this->write_value(this->values_of(kv_row, slot), kv_row, token);
       }
     }
   }
@@ -190,20 +190,25 @@ class Decode : AttentionBase<scalar_t> {
       const Scratch& scratch, const Partial& partial) const {
     const int count = static_cast<int>(run.count);
     const acc_t* query = (is_sink ? scratch.sink_query : scratch.window_query) + q * query_stride_;
-    const scalar_t* keys = this->keys_of(kv_row) + run.slot * call_.head_dim;
-    const scalar_t* values = this->values_of(kv_row) + run.slot * call_.value_dim;
-    decode_scores<kQueries>(
-        scratch.scores, score_scale_, query, query_stride_, keys, call_.head_dim, count, values, call_.value_dim);
-    acc_t factor[kQueries];
-    for (int r = 0; r < kQueries; ++r) {
-      acc_t* scores = scratch.scores + r * kDecodeBlock;
-      const int64_t head = this->kv_head_of(kv_row) * group_size_ + (q + r) % group_size_;
-      this->adjust_scores(layout, scores, count, head, seen + (q + r) / group_size_, run.token, is_sink);
-      factor[r] = update_softmax(partial.state[q + r], scores, count);
-    }
-    decode_add_values<kQueries>(
-        partial.acc + q * acc_stride_, acc_stride_, factor, scratch.scores, values, call_.value_dim, count,
-        keys + count * call_.head_dim);
+    const Vectors keys = this->keys_of(kv_row, run.slot), values = this->values_of(kv_row, run.slot);
+    this->with_elements(keys, [&](const auto* key_elements) {
+      const auto* value_elements = reinterpret_cast<decltype(key_elements)>(values.data);
+      decode_scores<kQueries>(
+          scratch.scores, score_scale_, query, query_stride_, key_elements, call_.head_dim, count, value_elements,
+          call_.value_dim);
+      acc_t factor[kQueries];
+      for (int r = 0; r < kQueries; ++r) {
+        acc_t* scores = scratch.scores + r * kDecodeBlock;
+        const int64_t head = this->kv_head_of(kv_row) * group_size_ + (q + r) % group_size_;
+        if (keys.scales) this->multiply_by_scales(scores, keys.scales, count);
+        this->adjust_scores(layout, scores, count, head, seen + (q + r) / group_size_, run.token, is_sink);
+        factor[r] = update_softmax(partial.state[q + r], scores, count);
+        if (values.scales) this->multiply_by_scales(scores, values.scales, count);
+      }
+      decode_add_values<kQueries>(
+          partial.acc + q * acc_stride_, acc_stride_, factor, scratch.scores, value_elements, call_.value_dim, count,
+          key_elements + count * call_.head_dim);
+    });
   }
 
   void combine_splits(int64_t kv_row, const Partial& partial) const {

@@ -24,6 +24,7 @@
 #include "attention.h"
 #include "dtypes.h"
 #include "instruction_sets.h"
+#include "quantise.h"
 #include "rotary.h"
 // From here on, code is compiled for the instruction set: other headers must be included above.
 #include "simd.h"

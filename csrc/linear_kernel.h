@@ -25,22 +25,6 @@ constexpr int64_t kFloats = kLanes<float>;
 constexpr int64_t kMinWorkerWeightBytes = 1 << 16;  // a thread with fewer bytes to read costs more than it saves
 constexpr int64_t kPrefetchBytes = 4096;            // the processor's own prefetching stops at the end of a page
 
-template <>
-struct VectorIO<int8_t> {
-  static SINKATTN_INLINE Floats load(const int8_t* from) {
-#if defined(SINKATTN_AVX512)
-    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    return (Floats)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, x));
-#elif defined(SINKATTN_AVX2)
-    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-#else
-    VectorOf<int8_t, SINKATTN_VECTOR_BYTES / 4>::type x;
-    std::memcpy(&x, from, sizeof x);
-    return __builtin_convertvector(x, Floats);
-#endif
-  }
-};
-
 template <typename weight_t, typename scalar_t>
 class Linear {
  public:

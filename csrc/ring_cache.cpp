@@ -15,6 +15,7 @@
 
 #include "argument_checks.h"
 #include "operators.h"
+#include "quantise.h"
 #include "require.h"
 #include "ring.h"
 #include "rotary.h"
@@ -29,45 +30,85 @@ int64_t grain_size(int64_t elements_per_item) {
   return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements_per_item));
 }
 
+// Keys or values of a cache, by KV row and slot.
+template <typename scalar_t>
+class Slots {
+ public:
+  // `sinks` and `scales`: of a ring of 8 bits.
+  Slots(const Tensor& cache, const std::optional<Tensor>& sinks, const std::optional<Tensor>& scales, bool are_keys)
+      : num_slots_(cache.size(2)), dim_(cache.size(3)), are_keys_(are_keys) {
+    const Tensor& whole = sinks ? *sinks : cache;
+    whole_ = static_cast<scalar_t*>(whole.mutable_data_ptr());
+    num_whole_ = whole.size(2);
+    if (!scales) return;
+    ring_ = cache.mutable_data_ptr();
+    scales_ = static_cast<float*>(scales->mutable_data_ptr());
+    is_int8_ = cache.scalar_type() == ScalarType::Char;
+  }
+
+  // Writes the vector of a token: visit(emit) calls emit(d, element) for all of its elements. `buffer` has room for it.
+  template <typename Visit>
+  void write(int64_t kv_row, int64_t slot, float* buffer, const Visit& visit) const {
+    if (slot < num_whole_) {
+      scalar_t* to = whole_ + (kv_row * num_whole_ + slot) * dim_;
+      return visit([=](int64_t d, scalar_t x) { to[d] = x; });
+    }
+    visit([=](int64_t d, scalar_t x) { buffer[d] = static_cast<float>(x); });
+    if (are_keys_) hadamard(buffer, dim_);
+    const int64_t target = kv_row * num_slots_ + slot - num_whole_;
+    scales_[target] = is_int8_ ? quantise(static_cast<int8_t*>(ring_) + target * dim_, buffer, 1, dim_)
+                               : quantise(static_cast<Float8*>(ring_) + target * dim_, buffer, 1, dim_);
+  }
+
+ private:
+  scalar_t* whole_;  // slots in the dtype of new tokens: all, or beside a ring of 8 bits those of the sinks
+  void* ring_ = nullptr;
+  float* scales_ = nullptr;
+  int64_t num_whole_, num_slots_, dim_;
+  bool are_keys_, is_int8_ = false;
+};
+
 template <typename scalar_t>
 void append_rows(
     const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, const int64_t* seen,
     const int64_t* lengths, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-    const RingLayout& layout, bool interleaved, const RowOptions& options) {
+    const RingLayout& layout, bool interleaved, const RowOptions& options, const EightBit& more) {
   using acc_t = typename Accumulate<scalar_t>::type;
-  const int64_t kv_heads = keys.size(1), slots = keys.size(2), tokens = key.size(2);
+  const int64_t kv_heads = keys.size(1), tokens = key.size(2);
   const int64_t key_dim = keys.size(3), value_dim = values.size(3);
-  auto* keys_data = static_cast<scalar_t*>(keys.mutable_data_ptr());
-  auto* values_data = static_cast<scalar_t*>(values.mutable_data_ptr());
+  const Slots<scalar_t> key_slots(keys, more.sink_keys, more.key_scales, true);
+  const Slots<scalar_t> value_slots(values, more.sink_values, more.value_scales, false);
   const auto* key_data = static_cast<const scalar_t*>(key.const_data_ptr());
   const auto* value_data = static_cast<const scalar_t*>(value.const_data_ptr());
   const acc_t* cos_data = cos ? static_cast<const acc_t*>(cos->const_data_ptr()) : nullptr;
   const acc_t* sin_data = sin ? static_cast<const acc_t*>(sin->const_data_ptr()) : nullptr;
   const int64_t pairs = cos ? cos->size(2) : 0;
 
-  const int64_t max_written = std::min(tokens, slots);
+  const int64_t max_written = std::min(tokens, layout.slots());
   torch::stable::parallel_for(
       0, key.size(0) * kv_heads, grain_size(max_written * (key_dim + value_dim)), [&](int64_t begin, int64_t end) {
+        std::vector<float> buffer(std::max(key_dim, value_dim));
         for (int64_t kv_row = begin; kv_row < end; ++kv_row) {
           const int64_t row = kv_row / kv_heads, head = kv_row % kv_heads;
           Run runs[RingLayout::kMaxRuns];
           const int64_t sinks = options.row_sinks ? options.row_sinks[row] : layout.num_sinks;
-          const int64_t cache_row = (options.rows ? options.rows[row] : row) * kv_heads + head;
+          const int64_t cache_kv_row = (options.rows ? options.rows[row] : row) * kv_heads + head;
           const int n = layout.of_row(sinks, 0).write_runs(seen[row], lengths ? lengths[row] : tokens, runs);
           for (int r = 0; r < n; ++r) {
             for (int64_t i = 0; i < runs[r].count; ++i) {
-              const int64_t token = runs[r].token + i;
-              const int64_t target = cache_row * slots + runs[r].slot + i;
-              rotate_vector<scalar_t>(
-                  keys_data + target * key_dim,
-                  key_data + row * key.stride(0) + head * key.stride(1) + token * key.stride(2), key.stride(3),
-                  key_dim, pairs, cos ? cos_data + row * cos->stride(0) + token * cos->stride(1) : nullptr,
-                  sin ? sin_data + row * sin->stride(0) + token * sin->stride(1) : nullptr,
-                  cos ? cos->stride(2) : 0, interleaved);
+              const int64_t token = runs[r].token + i, slot = runs[r].slot + i;
+              key_slots.write(cache_kv_row, slot, buffer.data(), [&](const auto& emit) {
+                for_each_rotated<scalar_t>(
+                    key_data + row * key.stride(0) + head * key.stride(1) + token * key.stride(2), key.stride(3),
+                    key_dim, pairs, cos ? cos_data + row * cos->stride(0) + token * cos->stride(1) : nullptr,
+                    sin ? sin_data + row * sin->stride(0) + token * sin->stride(1) : nullptr,
+                    cos ? cos->stride(2) : 0, interleaved, emit);
+              });
               const scalar_t* from =
                   value_data + row * value.stride(0) + head * value.stride(1) + token * value.stride(2);
-              scalar_t* to = values_data + target * value_dim;
-              for (int64_t d = 0; d < value_dim; ++d) to[d] = from[d * value.stride(3)];
+              value_slots.write(cache_kv_row, slot, buffer.data(), [&](const auto& emit) {
+                for (int64_t d = 0; d < value_dim; ++d) emit(d, from[d * value.stride(3)]);
+              });
             }
           }
         }
@@ -80,19 +121,19 @@ void append_(
     int64_t num_sinks, bool interleaved, const std::optional<Tensor>& rows, const std::optional<Tensor>& row_sinks,
     const std::optional<Tensor>& sink_keys, const std::optional<Tensor>& sink_values,
     const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales) {
-  require(
-      !sink_keys && !sink_values && !key_scales && !value_scales, "keys: rings of 8 bits are not supported here");
-  check_append(keys, values, key, value, cos, sin, num_sinks);
+  const EightBit more{sink_keys, sink_values, key_scales, value_scales};
+  const bool is_eight_bit = check_append(keys, values, key, value, cos, sin, num_sinks, more);
   const int64_t batch = key.size(0), tokens = key.size(2);
   const RowOptions options = row_options(rows, row_sinks, batch, keys);
   check_row_options(options, batch, keys.size(0), num_sinks);
   const int64_t* seen_data = int64_data(seen, batch, keys, "seen");
   const int64_t* length_data = lengths ? int64_data(*lengths, batch, keys, "lengths") : nullptr;
   check_seen_and_lengths(seen_data, length_data, batch, tokens);
-  const RingLayout layout{num_sinks, keys.size(2) - num_sinks, 0};
+  const RingLayout layout{num_sinks, keys.size(2) - (is_eight_bit ? 0 : num_sinks), 0};
   THO_DISPATCH_V2(
-      keys.scalar_type(), "append_", AT_WRAP([&] {
-        append_rows<scalar_t>(keys, values, key, value, seen_data, length_data, cos, sin, layout, interleaved, options);
+      key.scalar_type(), "append_", AT_WRAP([&] {
+        append_rows<scalar_t>(
+            keys, values, key, value, seen_data, length_data, cos, sin, layout, interleaved, options, more);
       }),
       AT_FLOATING_TYPES, ScalarType::Half, ScalarType::BFloat16);
 }
@@ -170,8 +211,9 @@ void reset_(const Tensor& keys, const Tensor& values, const Tensor& rows) {
 
 std::tuple<Tensor, Tensor> linearise(
     const Tensor& keys, const Tensor& values, const Tensor& seen, int64_t num_sinks, int64_t window) {
-  check_layout(keys, values, num_sinks, window);
+  check_cache(keys, values);
   const int64_t batch = keys.size(0), kv_heads = keys.size(1), slots = keys.size(2);
+  check_layout(slots, num_sinks, window);
   const int64_t* seen_data = int64_data(seen, batch, keys, "seen");
   const RingLayout layout{num_sinks, window, slots - num_sinks - window};
   const auto linearised = [&](const Tensor& cache) {

@@ -79,14 +79,35 @@ RotaryTables<acc_t> rotary_tables(const std::optional<Tensor>& cos, const std::o
 }
 
 template <typename scalar_t>
+dim3 append_grid(const AppendCall<scalar_t>& call, int key_lanes, int value_lanes) {
+  return {num_blocks(call.num_items(), kThreads / std::max(key_lanes, value_lanes)), 2};
+}
+
+template <typename scalar_t>
 void launch_append(const AppendCall<scalar_t>& call, cudaStream_t stream) {
   if (call.num_items() == 0) return;
   const bool vectorized = call.can_vectorize();
   const int key_lanes = call.key_lanes(vectorized), value_lanes = call.value_lanes(vectorized);
-  const dim3 grid(num_blocks(call.num_items(), kThreads / std::max(key_lanes, value_lanes)), 2);
   const auto kernel = vectorized ? append_kernel<scalar_t, true> : append_kernel<scalar_t, false>;
-  kernel<<<grid, kThreads, 0, stream>>>(call, key_lanes, value_lanes);
+  kernel<<<append_grid(call, key_lanes, value_lanes), kThreads, 0, stream>>>(call, key_lanes, value_lanes);
   SINKATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+template <typename scalar_t, typename stored_t>
+void launch_append(const AppendCall<scalar_t>& call, const EightBitRing<stored_t>& ring, cudaStream_t stream) {
+  if (call.num_items() == 0) return;
+  const int key_lanes = call.key_lanes(false), value_lanes = call.value_lanes(false);
+  append_eight_bit_kernel<<<append_grid(call, key_lanes, value_lanes), kThreads, 0, stream>>>(
+      call, ring, key_lanes, value_lanes);
+  SINKATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+template <typename stored_t>
+EightBitRing<stored_t> eight_bit_ring(const Tensor& keys, const Tensor& values, const EightBit& more) {
+  return {
+      static_cast<stored_t*>(keys.mutable_data_ptr()), static_cast<stored_t*>(values.mutable_data_ptr()),
+      static_cast<float*>(more.key_scales->mutable_data_ptr()),
+      static_cast<float*>(more.value_scales->mutable_data_ptr())};
 }
 
 void append_(
@@ -95,26 +116,43 @@ void append_(
     int64_t num_sinks, bool interleaved, const std::optional<Tensor>& rows, const std::optional<Tensor>& row_sinks,
     const std::optional<Tensor>& sink_keys, const std::optional<Tensor>& sink_values,
     const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales) {
-  require(
-      !sink_keys && !sink_values && !key_scales && !value_scales, "keys: rings of 8 bits are not supported here");
-  check_append(keys, values, key, value, cos, sin, num_sinks);
+  const EightBit more{sink_keys, sink_values, key_scales, value_scales};
+  const bool is_eight_bit = check_append(keys, values, key, value, cos, sin, num_sinks, more);
   const int64_t batch = key.size(0);
   const RowOptions options = row_options(rows, row_sinks, batch, keys);
   const int64_t* seen_data = int64_data(seen, batch, keys, "seen");
   const int64_t* length_data = lengths ? int64_data(*lengths, batch, keys, "lengths") : nullptr;
   const DeviceGuard guard(keys.get_device_index());
-  const RingLayout layout{num_sinks, keys.size(2) - num_sinks, 0};
-  THO_DISPATCH_V2(
-      keys.scalar_type(), "append_", AT_WRAP([&] {
-        launch_append(
-            AppendCall<scalar_t>{
-                static_cast<scalar_t*>(keys.mutable_data_ptr()), static_cast<scalar_t*>(values.mutable_data_ptr()),
-                token_view<scalar_t>(key), token_view<scalar_t>(value), seen_data, length_data,
-                rotary_tables<typename Accumulate<scalar_t>::type>(cos, sin), batch, keys.size(1), key.size(2),
-                keys.size(3), values.size(3), layout, interleaved, keys.size(0), options.rows, options.row_sinks},
-            current_stream(keys));
-      }),
-      AT_FLOATING_TYPES, ScalarType::Half, ScalarType::BFloat16);
+  const cudaStream_t stream = current_stream(keys);
+  const RingLayout layout{num_sinks, keys.size(2) - (is_eight_bit ? 0 : num_sinks), 0};
+  // With the keys and values that are of the dtype of new tokens.
+  const auto call = [&](auto scalar, const Tensor& whole_keys, const Tensor& whole_values) {
+    using scalar_t = decltype(scalar);
+    return AppendCall<scalar_t>{
+        static_cast<scalar_t*>(whole_keys.mutable_data_ptr()), static_cast<scalar_t*>(whole_values.mutable_data_ptr()),
+        token_view<scalar_t>(key), token_view<scalar_t>(value), seen_data, length_data,
+        rotary_tables<typename Accumulate<scalar_t>::type>(cos, sin), batch, keys.size(1), key.size(2),
+        keys.size(3), values.size(3), layout, interleaved, keys.size(0), options.rows, options.row_sinks};
+  };
+  if (is_eight_bit) {
+    require(
+        keys.size(3) <= kMaxEightBitDim && values.size(3) <= kMaxEightBitDim,
+        "keys, values: expected a head_dim of at most ", kMaxEightBitDim, " with a ring of 8 bits on a GPU");
+    THO_DISPATCH_V2(
+        key.scalar_type(), "append_", AT_WRAP([&] {
+          const auto sinks = call(scalar_t{}, *sink_keys, *sink_values);
+          if (keys.scalar_type() == ScalarType::Char) {
+            launch_append(sinks, eight_bit_ring<int8_t>(keys, values, more), stream);
+          } else {
+            launch_append(sinks, eight_bit_ring<Float8>(keys, values, more), stream);
+          }
+        }),
+        ScalarType::Float, ScalarType::Half, ScalarType::BFloat16);
+  } else {
+    THO_DISPATCH_V2(
+        key.scalar_type(), "append_", AT_WRAP([&] { launch_append(call(scalar_t{}, keys, values), stream); }),
+        AT_FLOATING_TYPES, ScalarType::Half, ScalarType::BFloat16);
+  }
 }
 
 void rollback_(const Tensor& seen, const Tensor& peak, const Tensor& counts, int64_t headroom) {
@@ -198,8 +236,9 @@ void reset_(const Tensor& keys, const Tensor& values, const Tensor& rows) {
 
 std::tuple<Tensor, Tensor> linearise(
     const Tensor& keys, const Tensor& values, const Tensor& seen, int64_t num_sinks, int64_t window) {
-  check_layout(keys, values, num_sinks, window);
+  check_cache(keys, values);
   const int64_t batch = keys.size(0), kv_heads = keys.size(1), slots = keys.size(2), length = num_sinks + window;
+  check_layout(slots, num_sinks, window);
   const int64_t* seen_data = int64_data(seen, batch, keys, "seen");
   const DeviceGuard guard(keys.get_device_index());
   const RingLayout layout{num_sinks, window, slots - length};

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "quantise.h"
 #include "ring.h"
 #include "rotary.h"
 #include "row_moves.h"
@@ -82,11 +83,17 @@ struct RotaryTables {
   int64_t row_stride, token_stride, pair_stride, pairs;
 };
 
+// Where a new token of a KV head comes from, and the slot of which KV row of the cache it is written to.
+struct NewToken {
+  int64_t row, head, token;
+  int64_t cache_kv_row, slot;  // slot -1: it is not written
+};
+
 template <typename scalar_t>
 struct AppendCall {
   using acc_t = typename Accumulate<scalar_t>::type;
 
-  scalar_t* keys;
+  scalar_t* keys;  // if the ring is of 8 bits, only of the sinks
   scalar_t* values;
   TokenView<scalar_t> key, value;
   const int64_t* seen;
@@ -102,6 +109,38 @@ struct AppendCall {
   // Most tokens of a KV row that are written.
   SINKATTN_HOST_DEVICE int64_t max_written() const { return tokens < layout.slots() ? tokens : layout.slots(); }
   SINKATTN_HOST_DEVICE int64_t num_items() const { return batch * kv_heads * max_written(); }
+
+  // item = kv_row * max_written + i, for the i-th token that the append writes.
+  __device__ NewToken new_token(int64_t item) const {
+    const int64_t kv_row = item / max_written(), row = kv_row / kv_heads, head = kv_row % kv_heads;
+    NewToken out{row, head, 0, 0, -1};
+    if (item >= num_items()) return out;
+    const int64_t cache_row = rows ? rows[row] : row;
+    if (cache_row < 0 || cache_row >= cache_rows) return out;
+    const int64_t most = layout.num_sinks;
+    const RingLayout here = layout.of_row(row_sinks ? clamp(row_sinks[row], 0, most) : most, 0);
+    const int64_t before = clamp(seen[row], 0, kMaxTokens);
+    const int64_t count = lengths ? clamp(lengths[row], 0, tokens) : tokens;
+    out.token = here.written_token(before, count, item % max_written());
+    out.cache_kv_row = cache_row * kv_heads + head;
+    if (out.token < count) out.slot = here.slot(before + out.token);  // else this row writes fewer tokens
+    return out;
+  }
+
+  // Calls emit(d, element) for the elements of a new key, rotated, or value, that are of one of `lanes` threads.
+  template <typename Emit>
+  __device__ void for_each_element(const NewToken& now, bool is_key, int lane, int lanes, const Emit& emit) const {
+    if (is_key) {
+      const int64_t table = now.row * tables.row_stride + now.token * tables.token_stride;
+      for_each_rotated<scalar_t>(
+          key.at(now.row, now.head, now.token), key.element_stride, key_dim, tables.pairs, tables.cos + table,
+          tables.sin + table, tables.pair_stride, interleaved, emit, lane, lanes);
+    } else {
+      const scalar_t* from = value.at(now.row, now.head, now.token);
+      SINKATTN_NO_UNROLL
+      for (int64_t d = lane; d < value_dim; d += lanes) emit(d, from[d * value.element_stride]);
+    }
+  }
 
   // Whether all tensors can be read and written in accesses of kMaxAccessBytes (AlignedVector).
   bool can_vectorize() const {
@@ -167,50 +206,100 @@ __device__ void copy_vector(
 }
 
 // Blocks with blockIdx.y == 0 write keys, those with blockIdx.y == 1 write values. A group of `lanes` threads writes
-// one token of one KV row: item = kv_row * max_written + i, for the i-th token that the append writes.
+// one token of one KV row.
 template <typename scalar_t, bool vectorized>
 __global__ void append_kernel(AppendCall<scalar_t> call, int key_lanes, int value_lanes) {
   const bool is_key = blockIdx.y == 0;
   const int lanes = is_key ? key_lanes : value_lanes, vectors_per_block = kThreads / lanes;
   const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
-  const int64_t max_written = call.max_written(), num_items = call.num_items();
-  const int64_t step = int64_t{gridDim.x} * vectors_per_block;
+  const int64_t num_items = call.num_items(), step = int64_t{gridDim.x} * vectors_per_block;
   for (int64_t item = int64_t{blockIdx.x} * vectors_per_block + group; item < num_items; item += step) {
-    const int64_t kv_row = item / max_written;
-    const int64_t row = kv_row / call.kv_heads, head = kv_row % call.kv_heads;
-    const int64_t cache_row = call.rows ? call.rows[row] : row;
-    if (cache_row < 0 || cache_row >= call.cache_rows) continue;
-    const int64_t most = call.layout.num_sinks;
-    const RingLayout layout = call.layout.of_row(call.row_sinks ? clamp(call.row_sinks[row], 0, most) : most, 0);
-    const int64_t before = clamp(call.seen[row], 0, kMaxTokens);
-    const int64_t count = call.lengths ? clamp(call.lengths[row], 0, call.tokens) : call.tokens;
-    const int64_t token = layout.written_token(before, count, item % max_written);
-    if (token == count) continue;  // this row writes fewer tokens
-    const int64_t target = (cache_row * call.kv_heads + head) * layout.slots() + layout.slot(before + token);
-    if (is_key) {
-      scalar_t* to = call.keys + target * call.key_dim;
-      const scalar_t* from = call.key.at(row, head, token);
-      const auto& tables = call.tables;
-      const int64_t table = row * tables.row_stride + token * tables.token_stride;
-      const auto *cos = tables.cos + table, *sin = tables.sin + table;
-      if constexpr (vectorized) {
-        rotate_vectorized(to, from, call.key_dim, tables.pairs, cos, sin, call.interleaved, lane, lanes);
+    const NewToken now = call.new_token(item);
+    if (now.slot < 0) continue;
+    const int64_t target = now.cache_kv_row * call.layout.slots() + now.slot;
+    scalar_t* to = is_key ? call.keys + target * call.key_dim : call.values + target * call.value_dim;
+    if constexpr (vectorized) {
+      if (is_key) {
+        const auto& tables = call.tables;
+        const int64_t table = now.row * tables.row_stride + now.token * tables.token_stride;
+        rotate_vectorized(
+            to, call.key.at(now.row, now.head, now.token), call.key_dim, tables.pairs, tables.cos + table,
+            tables.sin + table, call.interleaved, lane, lanes);
       } else {
-        rotate_vector<scalar_t>(
-            to, from, call.key.element_stride, call.key_dim, tables.pairs, cos, sin, tables.pair_stride,
-            call.interleaved, lane, lanes);
-      }
-    } else {
-      scalar_t* to = call.values + target * call.value_dim;
-      const scalar_t* from = call.value.at(row, head, token);
-      if constexpr (vectorized) {
         using Unit = AlignedVector<scalar_t, kVectorElements<scalar_t>>;
+        const scalar_t* from = call.value.at(now.row, now.head, now.token);
         const int64_t units = call.value_dim / kVectorElements<scalar_t>;
         copy_vector(&view_as<Unit>(to), &view_as<Unit>(from), 1, units, lane, lanes);
-      } else {
-        copy_vector(to, from, call.value.element_stride, call.value_dim, lane, lanes);
       }
+    } else {
+      call.for_each_element(now, is_key, lane, lanes, [&](int64_t d, scalar_t x) { to[d] = x; });
     }
+  }
+}
+
+// The ring of a cache of 8 bits (quantise.h).
+template <typename stored_t>
+struct EightBitRing {
+  stored_t *keys, *values;           // [cache rows, kv_heads, ring, head_dim or value_dim]
+  float *key_scales, *value_scales;  // [cache rows, kv_heads, ring]
+};
+
+constexpr int kMaxEightBitDim = 256;
+// Vectors are shared by a warp, or by at least a third as many threads as they have elements.
+constexpr int kEightBitElements = kThreads / kWarpSize * kMaxEightBitDim;
+
+// append_kernel for a ring of 8 bits, with vectors of up to kMaxEightBitDim elements. The threads of a group have their
+// vector in shared memory, so all threads of a block take as many turns.
+template <typename scalar_t, typename stored_t>
+__global__ void append_eight_bit_kernel(
+    AppendCall<scalar_t> call, EightBitRing<stored_t> ring, int key_lanes, int value_lanes) {
+  __shared__ float elements[kEightBitElements];
+  __shared__ uint32_t largest_of[kThreads];
+  const bool is_key = blockIdx.y == 0;
+  const int lanes = is_key ? key_lanes : value_lanes, vectors_per_block = kThreads / lanes;
+  const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
+  const int dim = static_cast<int>(is_key ? call.key_dim : call.value_dim);
+  const int block = is_key ? static_cast<int>(hadamard_block(dim)) : 1;
+  const int64_t sinks = call.layout.num_sinks;
+  const int64_t num_items = call.num_items(), step = int64_t{gridDim.x} * vectors_per_block;
+  float* const x = elements + group * dim;
+  for (int64_t first = int64_t{blockIdx.x} * vectors_per_block; first < num_items; first += step) {
+    const NewToken now = call.new_token(first + group);
+    const bool in_ring = now.slot >= sinks;
+    if (in_ring) {
+      call.for_each_element(now, is_key, lane, lanes, [&](int64_t d, scalar_t from) {
+        x[d] = static_cast<float>(from);
+      });
+    } else if (now.slot >= 0) {
+      scalar_t* to = (is_key ? call.keys : call.values) + (now.cache_kv_row * sinks + now.slot) * dim;
+      call.for_each_element(now, is_key, lane, lanes, [&](int64_t d, scalar_t from) { to[d] = from; });
+    }
+    __syncthreads();
+    for (int distance = 1; distance < block; distance *= 2) {
+      for (int pair = lane; in_ring && pair < dim / 2; pair += lanes) {
+        const int i = pair / distance * 2 * distance + pair % distance;
+        add_and_subtract(x[i], x[i + distance]);
+      }
+      __syncthreads();
+    }
+    uint32_t largest = 0;
+    for (int d = lane; in_ring && d < dim; d += lanes) {
+      const uint32_t magnitude = magnitude_of(x[d]);
+      if (magnitude > largest) largest = magnitude;
+    }
+    largest_of[threadIdx.x] = largest;
+    __syncthreads();
+    if (in_ring) {
+      for (int i = group * lanes; i < (group + 1) * lanes; ++i) {
+        if (largest_of[i] > largest) largest = largest_of[i];
+      }
+      const int64_t target = now.cache_kv_row * call.layout.ring() + now.slot - sinks;
+      stored_t* to = (is_key ? ring.keys : ring.values) + target * dim;
+      const float scale = scale_of<stored_t>(largest);
+      if (lane == 0) (is_key ? ring.key_scales : ring.value_scales)[target] = scale;
+      for (int d = lane; d < dim; d += lanes) quantise_element(to[d], x[d], scale, largest);
+    }
+    __syncthreads();
   }
 }
 

@@ -26,15 +26,16 @@ SINKATTN_HOST_DEVICE inline void rotate_pair(scalar_t& a, scalar_t& b, acc_t cos
   b = static_cast<scalar_t>(y * cos + x * sin);
 }
 
-// Rotates `in` into `out`: pair i < `pairs` by the angle with cosine cos[i] and sine sin[i]; elements from 2 * pairs on
-// are copied. Pair i is elements (i, i + pairs), or (2i, 2i + 1) if `interleaved`.
-// Several threads can share one vector: this call handles pairs and copied elements first, first + step, ... kBack
-// rotates by the opposite angles; `out` may be `in`.
-template <typename scalar_t, bool kBack = false>
-SINKATTN_HOST_DEVICE inline void rotate_vector(
-    scalar_t* out, const scalar_t* in, int64_t in_stride, int64_t head_dim, int64_t pairs,
+// Calls emit(i, element) for the elements of the rotated vector: pair i < `pairs` is rotated by the angle with cosine
+// cos[i] and sine sin[i]; elements from 2 * pairs on are as they were. Pair i is elements (i, i + pairs), or
+// (2i, 2i + 1) if `interleaved`.
+// Several threads can share one vector: this call handles pairs and other elements first, first + step, ... kBack
+// rotates by the opposite angles.
+template <typename scalar_t, bool kBack = false, typename Emit>
+SINKATTN_HOST_DEVICE inline void for_each_rotated(
+    const scalar_t* in, int64_t in_stride, int64_t head_dim, int64_t pairs,
     const typename Accumulate<scalar_t>::type* cos, const typename Accumulate<scalar_t>::type* sin,
-    int64_t table_stride, bool interleaved, int64_t first = 0, int64_t step = 1) {
+    int64_t table_stride, bool interleaved, const Emit& emit, int64_t first = 0, int64_t step = 1) {
   SINKATTN_NO_UNROLL
   for (int64_t i = first; i < pairs; i += step) {
     const int64_t a = interleaved ? 2 * i : i;
@@ -42,11 +43,22 @@ SINKATTN_HOST_DEVICE inline void rotate_vector(
     scalar_t x = in[a * in_stride], y = in[b * in_stride];
     const auto s = sin[i * table_stride];
     rotate_pair(x, y, cos[i * table_stride], kBack ? -s : s);
-    out[a] = x;
-    out[b] = y;
+    emit(a, x);
+    emit(b, y);
   }
   SINKATTN_NO_UNROLL
-  for (int64_t i = 2 * pairs + first; i < head_dim; i += step) out[i] = in[i * in_stride];
+  for (int64_t i = 2 * pairs + first; i < head_dim; i += step) emit(i, in[i * in_stride]);
+}
+
+// Rotates `in` into `out`, which may be `in`. Elements are rounded to scalar_t, whatever the type of `out` is.
+template <typename scalar_t, bool kBack = false, typename out_t>
+SINKATTN_HOST_DEVICE inline void rotate_vector(
+    out_t* out, const scalar_t* in, int64_t in_stride, int64_t head_dim, int64_t pairs,
+    const typename Accumulate<scalar_t>::type* cos, const typename Accumulate<scalar_t>::type* sin,
+    int64_t table_stride, bool interleaved) {
+  for_each_rotated<scalar_t, kBack>(
+      in, in_stride, head_dim, pairs, cos, sin, table_stride, interleaved,
+      [=](int64_t i, scalar_t x) { out[i] = static_cast<out_t>(x); });
 }
 
 }  // namespace sinkattn

@@ -180,6 +180,56 @@ struct VectorIO<Half> {
   }
 };
 
+template <>
+struct VectorIO<int8_t> {
+  static SINKATTN_INLINE Vec<float> load(const int8_t* from) {
+#if defined(SINKATTN_AVX512)
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return (Vec<float>)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, x));
+#elif defined(SINKATTN_AVX2)
+    const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return (Vec<float>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x));
+#else
+    VectorOf<int8_t, kLanes<float>>::type x;
+    std::memcpy(&x, from, sizeof x);
+    return __builtin_convertvector(x, Vec<float>);
+#endif
+  }
+};
+
+// Loads return the numbers divided by 256, whose bits in float16 are those of the numbers, shifted. The caller multiplies
+// sums of products by kLoadScale.
+template <>
+struct VectorIO<Float8> {
+  static SINKATTN_INLINE Vec<float> load(const Float8* from) {
+    // Sign-extended and shifted, the sign is in two bits, of which the lower one is no part of the number.
+#if defined(SINKATTN_AVX512)
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(x), 7);
+    return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_and_si256(wide, _mm256_set1_epi16(kHalfMask)));
+#elif defined(SINKATTN_AVX2)
+    const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    const __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(x), 7);
+    return (Vec<float>)_mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16(kHalfMask)));
+#else
+    VectorOf<int8_t, kLanes<float>>::type x;
+    std::memcpy(&x, from, sizeof x);
+    const WideBits wide = bit_cast<WideBits>(__builtin_convertvector(x, IntVec));
+    const WideBits magnitude = (wide & 0x7f) << 20;
+    return bit_cast<Vec<float>>((wide & 0x80000000) | bit_cast<WideBits>(bit_cast<Vec<float>>(magnitude) * 0x1p112f));
+#endif
+  }
+
+ private:
+  static constexpr int16_t kHalfMask = static_cast<int16_t>(0xbf80);
+};
+
+// What `load` returns times this is the number.
+template <typename stored_t>
+constexpr float kLoadScale = 1;
+template <>
+constexpr float kLoadScale<Float8> = 256;
+
 template <typename scalar_t>
 SINKATTN_INLINE auto load(const scalar_t* from) {
   return VectorIO<scalar_t>::load(from);

@@ -1,8 +1,11 @@
-// Reductions, exp and tanh on SIMD vectors (simd.h).
+// Reductions, exp, tanh and the Hadamard transform on SIMD vectors (simd.h).
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
+#include "quantise.h"
+// From here on, code is compiled for the instruction set: other headers must be included above.
 #include "simd.h"
 
 namespace sinkattn {
@@ -35,6 +38,33 @@ SINKATTN_INLINE auto reduce_max(V x) {
 template <typename V>
 SINKATTN_INLINE auto reduce_sum(V x) {
   return reduce_sum_lanes<sizeof(V) / sizeof(x[0]) / 2>(x)[0];
+}
+
+template <int Step = 1, typename V>
+SINKATTN_INLINE V hadamard_lanes(V x) {
+  constexpr int lanes = sizeof(V) / sizeof(x[0]);
+  V sign;
+  for (int i = 0; i < lanes; ++i) sign[i] = i & Step ? -1 : 1;
+  x = swap_lanes<Step>(x) + x * sign;  // sums and differences
+  if constexpr (2 * Step < lanes) x = hadamard_lanes<2 * Step>(x);
+  return x;
+}
+
+// The same as hadamard (quantise.h), bit for bit.
+template <typename acc_t>
+SINKATTN_INLINE void hadamard_vector(acc_t* x, int64_t dim) {
+  constexpr int lanes = kLanes<acc_t>;
+  if (hadamard_block(dim) < lanes) return hadamard(x, dim);
+  for (int64_t d = 0; d < dim; d += lanes) store(x + d, hadamard_lanes(load(x + d)));
+  for (int64_t distance = lanes; distance < hadamard_block(dim); distance *= 2) {
+    for (int64_t first = 0; first < dim; first += 2 * distance) {
+      for (int64_t i = first; i < first + distance; i += lanes) {
+        const Vec<acc_t> a = load(x + i), b = load(x + i + distance);
+        store(x + i, a + b);
+        store(x + i + distance, a - b);
+      }
+    }
+  }
 }
 
 // exp(x) for x <= 0; results below the smallest normal number are flushed to zero.

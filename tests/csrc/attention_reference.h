@@ -1,8 +1,10 @@
 // Expected attention outputs in plain fp64: for each query, gathers its visible keys and rotates them at their ranks.
-// Independent of the kernel: no ring, no rotation at stream positions. Included by attention_test.cpp.
+// Independent of the kernel: no ring, no rotation at stream positions, but for keys that are held in 8 bits, which are
+// rounded after that rotation. Included by attention_test.cpp.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
@@ -13,6 +15,7 @@
 
 #include "attention.h"
 #include "dtypes.h"
+#include "eight_bit_reference.h"
 #include "rotary.h"
 
 namespace reference {
@@ -58,7 +61,7 @@ enum Option {
   kSinkLogits = 8,
   kGaps = 16,           // inputs with permuted strides, and NaN between all elements
   kNonFinite = 32,      // some inputs are NaN or infinite
-  kAllBitPatterns = 64  // values run through all bit patterns of a 16-bit type
+  kAllBitPatterns = 64  // values run through all bit patterns of a 16-bit type, or all numbers of the ring's 8 bits
 };
 
 using Call = std::vector<int64_t>;  // new tokens of each row, or one number for all rows
@@ -73,7 +76,9 @@ struct Case {
   std::vector<int64_t> rows = {};       // cache row of each row, in a cache of one row more; empty: the same row
   std::vector<int64_t> row_sinks = {};  // of each row; empty: those of the layout
   std::vector<Call> begins = {};        // of each row, in each call; empty: 0
+  sinkattn::RingType ring = sinkattn::RingType::kWhole;
 
+  bool is_eight_bit() const { return ring != sinkattn::RingType::kWhole; }
   bool has(Option option) const { return options & option; }
   int64_t batch() const { return static_cast<int64_t>(seen.size()); }
   int64_t cache_rows() const { return batch() + !rows.empty(); }
@@ -111,9 +116,10 @@ struct RotaryTable {
 
 enum Kind { kQuery, kKey, kValue };
 
-// A deliberate error: tokens added to the window, positions added to the sinks.
+// A deliberate error: tokens added to the window, positions added to the sinks, tokens not rounded to 8 bits.
 struct Defect {
   int64_t window, sinks;
+  bool whole;
 };
 
 // Expected output of a call, in the layout of AttentionCall::out, and the tolerance of each element.
@@ -178,10 +184,29 @@ class ReferenceStreams {
     }
   }
 
+  // A new key or value as the ring holds it; keys are rotated in the kernel's way before.
+  const Held& held(Kind kind, int64_t row, int64_t head, int64_t token) {
+    const auto [entry, is_new] = held_.try_emplace({kind, row, head, token});
+    if (!is_new) return entry->second;
+    std::vector<scalar_t> x;
+    for (int64_t d = 0; d < dim(kind); ++d) x.push_back(round_to<scalar_t>(at(kind, row, head, token)[d]));
+    if (kind == kKey) {
+      std::vector<Acc<scalar_t>> cos, sin;
+      for (const double c : rotary_table(token).cos) cos.push_back(static_cast<Acc<scalar_t>>(c));
+      for (const double s : rotary_table(token).sin) sin.push_back(static_cast<Acc<scalar_t>>(s));
+      const std::vector<scalar_t> in = x;
+      sinkattn::rotate_vector<scalar_t>(
+          x.data(), in.data(), 1, c_.head_dim, c_.pairs, cos.data(), sin.data(), 1, c_.has(kInterleaved));
+    }
+    std::vector<float> rounded;
+    for (const scalar_t element : x) rounded.push_back(static_cast<float>(element));
+    return entry->second = hold(c_.ring, rounded, kind == kKey);
+  }
+
   // Expected output of a call of `tokens` tokens after `seen`; each row has `lengths` new tokens, the rest is padding.
   Expected attend(
       int64_t call, const std::vector<int64_t>& seen, const std::vector<int64_t>& lengths, int64_t tokens,
-      const Defect& defect = {0, 0}) {
+      const Defect& defect = {0, 0, false}) {
     Expected expected;
     expected.out.resize(c_.batch() * tokens * c_.heads * c_.value_dim);  // zeros, exact for padding
     expected.tolerance.resize(expected.out.size());
@@ -200,6 +225,10 @@ class ReferenceStreams {
     if (c_.has(kNonFinite)) {
       if (kind == kValue && since == 9) return -kInfinity;
       if (since == (kind == kValue ? 5 : kind == kQuery ? 13 : 30)) return kNaN;
+    }
+    if (c_.has(kAllBitPatterns) && kind == kValue && c_.is_eight_bit()) {
+      const int magnitude = std::min<int>(d % 128, largest_code(c_.ring));
+      return (d < 128 ? 1 : -1) * magnitude_of_code(c_.ring, magnitude);
     }
     if constexpr (sizeof(scalar_t) == 2) {
       if (c_.has(kAllBitPatterns) && kind == kValue) {
@@ -221,15 +250,23 @@ class ReferenceStreams {
     for (int64_t u = std::max({sinks, token - window + 1, layout.begin}); u <= token; ++u) visible.push_back(u);
     const int64_t count = static_cast<int64_t>(visible.size()), group = c_.heads / c_.kv_heads;
     const auto position = [&](int64_t rank) { return rank + (visible[rank] < sinks ? defect.sinks : 0); };
-    std::vector<double> keys(count * c_.head_dim), query(c_.head_dim), weights(count);
+    const auto is_held = [&](int64_t rank) { return c_.is_eight_bit() && !defect.whole && visible[rank] >= sinks; };
+    std::vector<double> keys(count * c_.head_dim), query(c_.head_dim), late_query(c_.head_dim), weights(count);
     for (int64_t head = 0; head < c_.heads; ++head, out += c_.value_dim, tolerance += c_.value_dim) {
       for (int64_t j = 0; j < count && head % group == 0; ++j) {
-        rotate(&keys[j * c_.head_dim], at(kKey, row, head / group, visible[j]), position(j));
+        double* key = &keys[j * c_.head_dim];
+        if (is_held(j)) {
+          const Held& now = held(kKey, row, head / group, visible[j]);
+          std::copy(now.values.begin(), now.values.end(), key);
+        } else {
+          rotate(key, at(kKey, row, head / group, visible[j]), position(j));
+        }
       }
       rotate(query.data(), at(kQuery, row, head, token), count - 1);
+      if (c_.is_eight_bit()) rotate(late_query.data(), at(kQuery, row, head, token), token);
       double top = c_.has(kSinkLogits) ? sink_logit(head) : -kInfinity;
       for (int64_t j = 0; j < count; ++j) {
-        const double *q = query.data(), *key = &keys[j * c_.head_dim];
+        const double *q = is_held(j) ? late_query.data() : query.data(), *key = &keys[j * c_.head_dim];
         double score = 0;
         for (int64_t d = 0; d < c_.head_dim; ++d) score += q[d] * key[d];
         score *= c_.scale();
@@ -245,7 +282,9 @@ class ReferenceStreams {
         squares += weight * weight;
       }
       for (int64_t j = 0; j < count; ++j) {
-        const double *value = at(kValue, row, head / group, visible[j]), weight = weights[j] / total;
+        const double* value = at(kValue, row, head / group, visible[j]);
+        if (is_held(j)) value = held(kValue, row, head / group, visible[j]).values.data();
+        const double weight = weights[j] / total;
         for (int64_t d = 0; d < c_.value_dim; ++d) out[d] += weight * value[d];
       }
       for (int64_t d = 0; d < c_.value_dim; ++d) {
@@ -255,7 +294,8 @@ class ReferenceStreams {
         // visible, its value is the exact output.
         tolerance[d] = kType<scalar_t>.rounding * (std::abs(out[d]) + 2.5 * std::sqrt(squares) / total) +
                        32 * kType<Acc<scalar_t>>.rounding;
-        if (count == 1 && !c_.has(kSinkLogits)) tolerance[d] = 0;
+        const bool exact = !is_held(0) || c_.has(kAllBitPatterns);  // whose scale is 1
+        if (count == 1 && exact && !c_.has(kSinkLogits)) tolerance[d] = 0;
       }
     }
   }
@@ -264,6 +304,7 @@ class ReferenceStreams {
   std::vector<int64_t> end_, skipped_;         // skipped: tokens between sinks and window that no query sees
   std::vector<std::vector<double>> elements_;  // [row, kind][token, head, element]
   std::map<int64_t, RotaryTable> rotary_tables_;
+  std::map<std::array<int64_t, 4>, Held> held_;  // by kind, row, head, token
 };
 
 }  // namespace reference

@@ -18,6 +18,7 @@
 using namespace reference;
 using sinkattn::CacheType;
 using sinkattn::InstructionSet;
+using sinkattn::RingType;
 
 namespace {
 
@@ -76,24 +77,47 @@ struct Buffer {
   Buffer(Buffer&&) = default;
 };
 
+template <typename T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+// The slots of a ring of 8 bits, of keys or values.
+struct HeldSlots {
+  std::vector<uint8_t> codes;
+  std::vector<float> scales;
+
+  bool operator==(const HeldSlots& other) const {
+    return same_bits(codes, other.codes) && same_bits(scales, other.scales);
+  }
+};
+
+constexpr const char* kRingNames[] = {"", ", ring of int8", ", ring of float8"};
+
 template <typename scalar_t>
 class Test {
  public:
-  explicit Test(const Case& c) : c_(c), name_(std::string(c.name) + ", " + kType<scalar_t>.name), streams_(c) {}
+  explicit Test(const Case& c)
+      : c_(c),
+        name_(std::string(c.name) + ", " + kType<scalar_t>.name + kRingNames[static_cast<int>(c.ring)]),
+        streams_(c) {}
 
   void run() {
     prepare();
-    if (kType<scalar_t>.type == CacheType::kBFloat16) check_tolerance_reveals_defects();  // the largest tolerance
+    check_tolerance_reveals_defects();
     for (int set = 0; set < sinkattn::kNumInstructionSets; ++set) {
       const InstructionSet& chosen = sinkattn::kInstructionSets[set];
       if (!chosen.available()) continue;
-      const std::vector<std::vector<scalar_t>> one_worker = run(chosen, 1), four_workers = run(chosen, 4);
+      const Results one_worker = run(chosen, 1), four_workers = run(chosen, 4);
       for (size_t n = 0; n < expected_.size(); ++n) {
         const std::string part = n < prepared_.size() ? "call " + std::to_string(n) : "cache";
         current_case = name_ + ", " + chosen.name + ", " + part;
-        check_close(expected_[n], one_worker[n]);
-        CHECK(std::memcmp(one_worker[n].data(), four_workers[n].data(), one_worker[n].size() * sizeof(scalar_t)) == 0);
+        check_close(expected_[n], one_worker.whole[n]);
+        CHECK(same_bits(one_worker.whole[n], four_workers.whole[n]));
       }
+      if (!c_.is_eight_bit()) continue;
+      CHECK(one_worker.keys == held(kKey, streams_.end()) && one_worker.values == held(kValue, streams_.end()));
+      CHECK(one_worker.keys == four_workers.keys && one_worker.values == four_workers.values);
     }
   }
 
@@ -147,7 +171,8 @@ class Test {
     expected_.push_back(cached(kValue, seen, 0));
   }
 
-  // The tolerance must reveal the smallest defects: each exceeds it at least tenfold.
+  // The tolerance must reveal the smallest defects: each exceeds it at least tenfold, where it is the largest. That keys
+  // and values are rounded to 8 bits shows where they are in fp32 before.
   void check_tolerance_reveals_defects() {
     current_case = name_;
     const auto error_of = [&](const Defect& defect) {
@@ -162,57 +187,97 @@ class Test {
       return max_error;
     };
     const int64_t sinks = c_.layout.num_sinks, end = *std::max_element(streams_.end().begin(), streams_.end().end());
-    if (end > sinks + c_.layout.window) CHECK(error_of({1, 0}) > 10);
-    if (end > sinks && sinks > 0 && (c_.pairs > 0 || c_.has(kAlibi))) CHECK(error_of({0, 1}) > 10);
+    if (kType<scalar_t>.type == CacheType::kFloat && c_.is_eight_bit() && !c_.has(kAllBitPatterns)) {
+      CHECK(error_of({0, 0, true}) > 10);
+    }
+    if (kType<scalar_t>.type != CacheType::kBFloat16) return;
+    if (end > sinks + c_.layout.window) CHECK(error_of({1, 0, false}) > 10);
+    if (end > sinks && sinks > 0 && (c_.pairs > 0 || c_.has(kAlibi))) CHECK(error_of({0, 1, false}) > 10);
   }
 
-  // Expected cache after `end` tokens, [row, kv_head, slot, element]; NaN where nothing was written, or where a token
-  // from before the first call is outside the window of that call.
-  Expected cached(Kind kind, const std::vector<int64_t>& end, double tolerance) {
-    const int64_t slots = c_.layout.slots(), dim = streams_.dim(kind);
-    std::vector<double> cache(c_.cache_rows() * c_.kv_heads * slots * dim, kNaN);
+  // Calls write(row, layout of the row, token) for the tokens that the cache holds after `end` tokens, but for those
+  // from before the first call that are outside the window of that call.
+  template <typename Write>
+  void for_each_held(const std::vector<int64_t>& end, const Write& write) {
     for (int64_t row = 0; row < c_.batch(); ++row) {
       const sinkattn::RingLayout layout = c_.layout_of(row, 0);
-      const auto write = [&](int64_t token) {
-        for (int64_t head = 0; head < c_.kv_heads; ++head) {
-          double* to = &cache[((c_.cache_row(row) * c_.kv_heads + head) * slots + layout.slot(token)) * dim];
-          const double* from = streams_.at(kind, row, head, token);
-          if (kind == kKey) streams_.rotate(to, from, token);
-          else std::copy(from, from + dim, to);
-        }
-      };
-      for (int64_t token = 0; token < std::min(layout.num_sinks, end[row]); ++token) write(token);
+      for (int64_t token = 0; token < std::min(layout.num_sinks, end[row]); ++token) write(row, layout, token);
       const int64_t first = std::max({layout.num_sinks, c_.seen[row] - layout.window + 1, layout.begin});
-      for (int64_t token = first; token < end[row]; ++token) write(token);
+      for (int64_t token = first; token < end[row]; ++token) write(row, layout, token);
     }
+  }
+
+  // Expected cache after `end` tokens, [row, kv_head, slot, element], of sinks alone beside a ring of 8 bits; NaN where
+  // nothing was written.
+  Expected cached(Kind kind, const std::vector<int64_t>& end, double tolerance) {
+    const int64_t slots = c_.is_eight_bit() ? c_.layout.num_sinks : c_.layout.slots(), dim = streams_.dim(kind);
+    std::vector<double> cache(c_.cache_rows() * c_.kv_heads * slots * dim, kNaN);
+    for_each_held(end, [&](int64_t row, const sinkattn::RingLayout& layout, int64_t token) {
+      if (c_.is_eight_bit() && token >= layout.num_sinks) return;
+      for (int64_t head = 0; head < c_.kv_heads; ++head) {
+        double* to = &cache[((c_.cache_row(row) * c_.kv_heads + head) * slots + layout.slot(token)) * dim];
+        const double* from = streams_.at(kind, row, head, token);
+        if (kind == kKey) streams_.rotate(to, from, token);
+        else std::copy(from, from + dim, to);
+      }
+    });
     return {cache, std::vector<double>(cache.size(), tolerance)};
   }
 
-  // Runs all calls on a new cache. Returns the output of each, then the keys and the values of the cache.
-  std::vector<std::vector<scalar_t>> run(const InstructionSet& set, int64_t count) {
+  // Expected ring of 8 bits after `end` tokens; the largest numbers, times NaN, where nothing was written.
+  HeldSlots held(Kind kind, const std::vector<int64_t>& end) {
+    const int64_t slots = c_.layout.ring(), dim = streams_.dim(kind), count = c_.cache_rows() * c_.kv_heads * slots;
+    HeldSlots all{std::vector<uint8_t>(count * dim, 0x7f), std::vector<float>(count, static_cast<float>(kNaN))};
+    for_each_held(end, [&](int64_t row, const sinkattn::RingLayout& layout, int64_t token) {
+      if (token < layout.num_sinks) return;
+      for (int64_t head = 0; head < c_.kv_heads; ++head) {
+        const Held& now = streams_.held(kind, row, head, token);
+        const int64_t slot = (token - layout.num_sinks) % slots;
+        const int64_t at = (c_.cache_row(row) * c_.kv_heads + head) * slots + slot;
+        all.scales[at] = now.scale;
+        std::copy(now.codes.begin(), now.codes.end(), all.codes.begin() + at * dim);
+      }
+    });
+    return all;
+  }
+
+  struct Results {
+    std::vector<std::vector<scalar_t>> whole;  // output of each call, then keys and values of the cache
+    HeldSlots keys, values;                    // of a ring of 8 bits
+  };
+
+  // Runs all calls on a new cache.
+  Results run(const InstructionSet& set, int64_t count) {
     ThreadWorkers threads(count);
     std::vector<scalar_t> keys = keys_, values = values_;
+    const bool is_eight_bit = c_.is_eight_bit();
+    HeldSlots held_keys, held_values;
+    if (is_eight_bit) held_keys = held(kKey, c_.seen), held_values = held(kValue, c_.seen);
     std::vector<Acc<scalar_t>> logits, slopes;
     for (int64_t head = 0; head < c_.heads; ++head) {
       logits.push_back(static_cast<Acc<scalar_t>>(sink_logit(head)));
       slopes.push_back(static_cast<Acc<scalar_t>>(alibi_slope(head)));
     }
-    std::vector<std::vector<scalar_t>> results;
+    Results results;
     for (size_t n = 0; n < prepared_.size(); ++n) {
       const PreparedCall& now = prepared_[n];
       std::vector<scalar_t> out(expected_[n].out.size(), reference::round_to<scalar_t>(kNaN));
       set.attend(
           {kType<scalar_t>.type, c_.layout, c_.batch(), c_.heads, c_.kv_heads, now.tokens, c_.head_dim, c_.value_dim,
-           keys.data(), values.data(), now.query.view, now.key.view, now.value.view, now.seen.data(),
+           is_eight_bit ? static_cast<void*>(held_keys.codes.data()) : keys.data(),
+           is_eight_bit ? static_cast<void*>(held_values.codes.data()) : values.data(), now.query.view, now.key.view, now.value.view, now.seen.data(),
            now.ragged ? now.lengths.data() : nullptr, now.cos.view, now.sin.view, c_.pairs, c_.has(kInterleaved),
            c_.scale(), c_.softcap(), c_.has(kSinkLogits) ? logits.data() : nullptr,
            c_.has(kAlibi) ? slopes.data() : nullptr, out.data(), c_.rows.empty() ? nullptr : c_.rows.data(),
-           c_.row_sinks.empty() ? nullptr : c_.row_sinks.data(), now.begins},
+           c_.row_sinks.empty() ? nullptr : c_.row_sinks.data(), now.begins, c_.ring, keys.data(), values.data(),
+           held_keys.scales.data(), held_values.scales.data()},
           threads);
-      results.push_back(std::move(out));
+      results.whole.push_back(std::move(out));
     }
-    results.push_back(std::move(keys));
-    results.push_back(std::move(values));
+    results.whole.push_back(std::move(keys));
+    results.whole.push_back(std::move(values));
+    results.keys = std::move(held_keys);
+    results.values = std::move(held_values);
     return results;
   }
 
@@ -272,6 +337,13 @@ int main() {
     Test<double>(c).run();
     Test<sinkattn::Half>(c).run();
     Test<sinkattn::BFloat16>(c).run();
+    for (const RingType ring : {RingType::kInt8, RingType::kFloat8}) {
+      Case eight_bit = c;
+      eight_bit.ring = ring;
+      Test<float>(eight_bit).run();
+      Test<sinkattn::Half>(eight_bit).run();
+      Test<sinkattn::BFloat16>(eight_bit).run();
+    }
   }
   CHECK(ThreadWorkers::max_used == 4);
   std::puts("ok");

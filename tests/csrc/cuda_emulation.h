@@ -69,29 +69,38 @@ void run(unsigned int across, unsigned int down, unsigned int threads, bool back
   for (std::thread& thread : running) thread.join();
 }
 
-// Runs a kernel of one block whose threads synchronise, each on a host thread of its own.
+// Runs a kernel whose threads synchronise, block by block, each thread of a block on a host thread of its own.
+template <typename Kernel>
+void run_blocks(unsigned int across, unsigned int down, unsigned int threads, const Kernel& kernel) {
+  blockDim = {threads, 1, 1};
+  gridDim = {across, down, 1};
+  for (unsigned int block = 0; block < across * down; ++block) {
+    Barrier all(threads);
+    barrier = &all;
+    std::vector<std::thread> running;
+    for (unsigned int thread = 0; thread < threads; ++thread) {
+      running.emplace_back([=, &kernel] {
+        threadIdx = {thread, 0, 0};
+        blockIdx = {block % across, block / across, 0};
+        kernel();
+      });
+    }
+    for (std::thread& thread : running) thread.join();
+    barrier = nullptr;
+  }
+}
+
+// The same with one block.
 template <typename Kernel>
 void run_block(unsigned int threads, const Kernel& kernel) {
-  blockDim = {threads, 1, 1};
-  gridDim = {1, 1, 1};
-  Barrier all(threads);
-  barrier = &all;
-  std::vector<std::thread> running;
-  for (unsigned int thread = 0; thread < threads; ++thread) {
-    running.emplace_back([&kernel, thread] {
-      threadIdx = {thread, 0, 0};
-      kernel();
-    });
-  }
-  for (std::thread& thread : running) thread.join();
-  barrier = nullptr;
+  run_blocks(1, 1, threads, kernel);
 }
 
 }  // namespace emulation
 
 inline void __syncthreads() {
   if (!emulation::barrier) {
-    std::fputs("__syncthreads outside run_block\n", stderr);
+    std::fputs("__syncthreads outside run_blocks\n", stderr);
     std::exit(1);
   }
   emulation::barrier->wait();

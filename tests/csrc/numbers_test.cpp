@@ -1,17 +1,22 @@
-// Tests dtypes.h on every 16-bit number and next to every rounding boundary, and simd_math.h against fp64.
+// Tests dtypes.h on every number of 8 or 16 bits and next to every rounding boundary, loads of 8 bits, the Hadamard
+// transform, and simd_math.h against fp64.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "dtypes.h"
+#include "eight_bit_reference.h"
 #include "simd_math.h"
 #include "testing.h"
 
 using sinkattn::BFloat16;
+using sinkattn::Float8;
 using sinkattn::Half;
+using sinkattn::RingType;
 
 namespace {
 
@@ -60,6 +65,72 @@ void check_type(const char* name, int mantissa_bits) {
   }
 }
 
+Float8 float8_of(int bits) {
+  Float8 x;
+  x.bits = static_cast<uint8_t>(bits);
+  return x;
+}
+
+void check_float8() {
+  for (int bits = 0; bits < 0x80; ++bits) {
+    for (const int sign : {0, 0x80}) {
+      current_case = "fp8 number " + std::to_string(sign | bits);
+      const float x = static_cast<float>(float8_of(sign | bits));
+      CHECK(std::signbit(x) == (sign != 0));
+      if (bits == 0x7f) {
+        CHECK(std::isnan(x));
+        CHECK((Float8(x).bits & 0x7f) == 0x7f);
+        continue;
+      }
+      const double value = reference::magnitude_of_code(RingType::kFloat8, bits);
+      CHECK(std::abs(x) == value);
+      CHECK(Float8(x).bits == (sign | bits));
+      if (bits == 0x7e) {
+        for (const float more : {1.01f, 1.1f, 2.0f, 1e30f, kInfinity}) CHECK(Float8(x * more).bits == (sign | bits));
+        continue;
+      }
+      const double halfway = (value + reference::magnitude_of_code(RingType::kFloat8, bits + 1)) / 2;
+      const float tie = static_cast<float>(sign ? -halfway : halfway);
+      CHECK(Float8(tie).bits == (sign | (bits + bits % 2)));
+      CHECK(Float8(std::nextafter(tie, 0.0f)).bits == (sign | bits));
+      CHECK(Float8(std::nextafter(tie, 2 * tie)).bits == (sign | (bits + 1)));
+    }
+  }
+}
+
+template <typename stored_t>
+void check_loads(RingType type) {
+  constexpr int lanes = sinkattn::baseline::kLanes<float>;
+  for (int first = 0; first < 256; first += lanes) {
+    uint8_t codes[lanes];
+    for (int i = 0; i < lanes; ++i) codes[i] = static_cast<uint8_t>(first + i);
+    const auto loaded = sinkattn::baseline::load(reinterpret_cast<const stored_t*>(codes));
+    for (int i = 0; i < lanes; ++i) {
+      current_case = "load of 8 bits, " + std::to_string(codes[i]);
+      if (type == RingType::kFloat8 && (codes[i] & 0x7f) == 0x7f) continue;  // NaN, which a ring never holds
+      CHECK(loaded[i] * sinkattn::baseline::kLoadScale<stored_t> == reference::number_of_code(type, codes[i]));
+    }
+  }
+}
+
+void check_hadamard() {
+  for (const int dim : {1, 6, 7, 8, 64, 80, 128, 192}) {
+    current_case = "Hadamard transform of " + std::to_string(dim);
+    std::vector<float> x;
+    for (int i = 0; i < dim; ++i) x.push_back(static_cast<float>(std::sin(i * i) * std::exp(i % 7)));
+    size_t block = 0;
+    const std::vector<float> expected = reference::hadamard_in_blocks(x, block);
+    CHECK(sinkattn::hadamard_block(dim) == static_cast<int64_t>(block));
+    std::vector<float> scalar = x, vectors = x;
+    sinkattn::hadamard(scalar.data(), dim);
+    sinkattn::baseline::hadamard_vector(vectors.data(), dim);
+    CHECK(scalar == expected && vectors == expected);
+    const std::vector<double> exact(expected.begin(), expected.end());
+    const std::vector<double> back = reference::hadamard_in_blocks(exact, block);
+    for (int i = 0; i < dim; ++i) CHECK(std::abs(back[i] / block - x[i]) < 1e-3);
+  }
+}
+
 float exp(float x) { return sinkattn::baseline::exp(sinkattn::baseline::broadcast(x))[0]; }
 float tanh(float x) { return sinkattn::baseline::tanh(sinkattn::baseline::broadcast(x))[0]; }
 
@@ -90,6 +161,10 @@ void check_functions() {
 int main() {
   check_type<Half>("fp16", 10);
   check_type<BFloat16>("bf16", 7);
+  check_float8();
+  check_loads<int8_t>(RingType::kInt8);
+  check_loads<Float8>(RingType::kFloat8);
+  check_hadamard();
   check_functions();
   std::puts("ok");
 }

@@ -6,10 +6,12 @@
 #include <cstdio>
 #include <cstring>
 #include <initializer_list>
+#include <iterator>
 #include <limits>
 #include <new>
 #include <set>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -212,6 +214,46 @@ class AppendTest {
     num_vectorized += vectorized;
   }
 
+  // With a ring of 8 bits: of what the cache would hold otherwise, sinks are the same, and the others rounded.
+  template <typename stored_t>
+  void run_eight_bit() {
+    const auto whole = expected_cache();
+    const int64_t rows = cache_rows_ * kHeads, sinks = layout_.num_sinks, ring = layout_.ring();
+    Buffer<scalar_t> sink_keys(rows * sinks * shape_.key_dim), sink_values(rows * sinks * shape_.value_dim);
+    Buffer<int8_t> keys(rows * ring * shape_.key_dim), values(rows * ring * shape_.value_dim);
+    Buffer<float> key_scales(rows * ring), value_scales(rows * ring);
+    auto expected = std::make_tuple(sink_keys, sink_values, keys, values, key_scales, value_scales);
+    const auto put = [&](const Buffer<scalar_t>& from, auto& to_sinks, auto& to_ring, auto& scales, int64_t kv_row,
+                         int64_t slot, int64_t dim) {
+      const scalar_t* x = from.data() + (kv_row * layout_.slots() + slot) * dim;
+      const int64_t at = kv_row * ring + slot - sinks;
+      if (slot < sinks) {
+        std::copy(x, x + dim, to_sinks.data() + (kv_row * sinks + slot) * dim);
+        return;
+      }
+      std::vector<float> wide;
+      for (int64_t d = 0; d < dim; ++d) wide.push_back(static_cast<float>(x[d]));
+      if (&from == &whole.first) sinkattn::hadamard(wide.data(), dim);
+      scales.data()[at] =
+          sinkattn::quantise(reinterpret_cast<stored_t*>(to_ring.data()) + at * dim, wide.data(), 1, dim);
+    };
+    for_each_written([&](int64_t, int64_t, int64_t, int64_t kv_row, int64_t slot) {
+      auto& [to_sink_keys, to_sink_values, to_keys, to_values, to_key_scales, to_value_scales] = expected;
+      put(whole.first, to_sink_keys, to_keys, to_key_scales, kv_row, slot, shape_.key_dim);
+      put(whole.second, to_sink_values, to_values, to_value_scales, kv_row, slot, shape_.value_dim);
+    });
+    current_case = case_name() + ", ring of 8 bits";
+    const auto appended = call(sink_keys, sink_values);
+    const sinkattn::EightBitRing<stored_t> held{
+        reinterpret_cast<stored_t*>(keys.data()), reinterpret_cast<stored_t*>(values.data()), key_scales.data(),
+        value_scales.data()};
+    const int key_lanes = appended.key_lanes(false), value_lanes = appended.value_lanes(false);
+    emulation::run_blocks(1 + ++run_number % 2, 2, kThreads, [&] {
+      sinkattn::append_eight_bit_kernel<scalar_t, stored_t>(appended, held, key_lanes, value_lanes);
+    });
+    CHECK(std::tie(sink_keys, sink_values, keys, values, key_scales, value_scales) == expected);
+  }
+
   static inline int64_t num_vectorized = 0;  // cases with vectorized accesses
 
  private:
@@ -235,9 +277,9 @@ class AppendTest {
         rows_.empty() ? nullptr : rows_.data(), row_sinks_.empty() ? nullptr : row_sinks_.data()};
   }
 
-  // The expected cache: keys and values.
-  std::pair<Buffer<scalar_t>, Buffer<scalar_t>> expected_cache() const {
-    auto all = std::make_pair(keys_, values_);
+  // Calls put(row, head, i, KV row of the cache, slot) for each token that is written, later ones last.
+  template <typename Put>
+  void for_each_written(const Put& put) const {
     for (int64_t row = 0; row < batch_; ++row) {
       const int64_t seen = std::clamp<int64_t>(seen_[row], 0, int64_t{1} << 61);
       const int64_t count = lengths_.empty() ? tokens_ : std::clamp<int64_t>(lengths_[row], 0, tokens_);
@@ -248,33 +290,45 @@ class AppendTest {
         for (int64_t i = 0; i < count; ++i) {
           const int64_t token = seen + i;
           const int64_t slot = token < sinks ? token : most + (token - sinks) % layout_.ring();
-          const int64_t target = (cache_row * kHeads + head) * layout_.slots() + slot;
-          scalar_t* key = all.first.data() + target * shape_.key_dim;
-          for (int64_t d = 0; d < shape_.key_dim; ++d) key[d] = key_.at(row, head, i, d);
-          for (int64_t pair = 0; pair < shape_.pairs; ++pair) {
-            const int64_t a = shape_.interleaved ? 2 * pair : pair;
-            const int64_t b = shape_.interleaved ? 2 * pair + 1 : pair + shape_.pairs;
-            const acc_t x = static_cast<acc_t>(key[a]), y = static_cast<acc_t>(key[b]);
-            const acc_t cos = cos_.at(row, 0, i, pair), sin = sin_.at(row, 0, i, pair);
-            const acc_t xc = x * cos, ys = y * sin, yc = y * cos, xs = x * sin;
-            key[a] = static_cast<scalar_t>(xc - ys);
-            key[b] = static_cast<scalar_t>(yc + xs);
-          }
-          for (int64_t d = 0; d < shape_.value_dim; ++d) {
-            all.second.data()[target * shape_.value_dim + d] = value_.at(row, head, i, d);
-          }
+          put(row, head, i, cache_row * kHeads + head, slot);
         }
       }
     }
+  }
+
+  // The expected cache: keys and values.
+  std::pair<Buffer<scalar_t>, Buffer<scalar_t>> expected_cache() const {
+    auto all = std::make_pair(keys_, values_);
+    for_each_written([&](int64_t row, int64_t head, int64_t i, int64_t kv_row, int64_t slot) {
+      const int64_t target = kv_row * layout_.slots() + slot;
+      scalar_t* key = all.first.data() + target * shape_.key_dim;
+      for (int64_t d = 0; d < shape_.key_dim; ++d) key[d] = key_.at(row, head, i, d);
+      for (int64_t pair = 0; pair < shape_.pairs; ++pair) {
+        const int64_t a = shape_.interleaved ? 2 * pair : pair;
+        const int64_t b = shape_.interleaved ? 2 * pair + 1 : pair + shape_.pairs;
+        const acc_t x = static_cast<acc_t>(key[a]), y = static_cast<acc_t>(key[b]);
+        const acc_t cos = cos_.at(row, 0, i, pair), sin = sin_.at(row, 0, i, pair);
+        const acc_t xc = x * cos, ys = y * sin, yc = y * cos, xs = x * sin;
+        key[a] = static_cast<scalar_t>(xc - ys);
+        key[b] = static_cast<scalar_t>(yc + xs);
+      }
+      for (int64_t d = 0; d < shape_.value_dim; ++d) {
+        all.second.data()[target * shape_.value_dim + d] = value_.at(row, head, i, d);
+      }
+    });
     return all;
+  }
+
+  std::string case_name() const {
+    return std::string("append, ") + placement_.name + ", " + std::to_string(sizeof(scalar_t)) + " bytes, dims " +
+           std::to_string(shape_.key_dim) + " " + std::to_string(shape_.value_dim) + ", pairs " +
+           std::to_string(shape_.pairs) + (shape_.interleaved ? " interleaved" : "") + ", tokens " +
+           std::to_string(tokens_);
   }
 
   template <bool vectorized>
   void check(const Buffer<scalar_t>& expected_keys, const Buffer<scalar_t>& expected_values) const {
-    current_case = std::string("append, ") + placement_.name + ", " + std::to_string(sizeof(scalar_t)) +
-                   " bytes, dims " + std::to_string(shape_.key_dim) + " " + std::to_string(shape_.value_dim) +
-                   ", pairs " + std::to_string(shape_.pairs) + (shape_.interleaved ? " interleaved" : "") +
-                   ", tokens " + std::to_string(tokens_) + (vectorized ? ", vectorized" : "");
+    current_case = case_name() + (vectorized ? ", vectorized" : "");
     Buffer<scalar_t> keys = keys_, values = values_;
     const auto key = key_.buffer, value = value_.buffer;
     const auto appended = call(keys, values);
@@ -297,17 +351,18 @@ class AppendTest {
   Buffer<scalar_t> keys_, values_;
 };
 
+constexpr Shape kShapes[] = {
+    {1, 1, 0, false},     {7, 5, 3, false},     {7, 5, 2, true},      {8, 16, 4, false},   {16, 8, 4, true},
+    {64, 128, 32, false}, {80, 80, 16, false},  {80, 80, 40, true},   {80, 80, 6, false},  {96, 64, 48, false},
+    {128, 128, 0, false}, {128, 128, 64, true}, {128, 96, 64, false}, {256, 256, 8, true}, {256, 7, 128, false},
+    {0, 8, 0, false},     {16, 0, 8, false},
+};
+// Layout and tokens of a call: fewer than the ring has slots, as many, more.
+constexpr std::pair<RingLayout, int64_t> kCalls[] = {
+    {{3, 5, 2}, 1}, {{0, 5, 0}, 4}, {{2, 4, 1}, 7}, {{1, 1, 0}, 3}, {{4, 3, 2}, 17}};
+
 template <typename scalar_t>
 void check_append() {
-  constexpr Shape kShapes[] = {
-      {1, 1, 0, false},     {7, 5, 3, false},     {7, 5, 2, true},      {8, 16, 4, false},   {16, 8, 4, true},
-      {64, 128, 32, false}, {80, 80, 16, false},  {80, 80, 40, true},   {80, 80, 6, false},  {96, 64, 48, false},
-      {128, 128, 0, false}, {128, 128, 64, true}, {128, 96, 64, false}, {256, 256, 8, true}, {256, 7, 128, false},
-      {0, 8, 0, false},     {16, 0, 8, false},
-  };
-  // Layout and tokens of a call: fewer than the ring has slots, as many, more.
-  constexpr std::pair<RingLayout, int64_t> kCalls[] = {
-      {{3, 5, 2}, 1}, {{0, 5, 0}, 4}, {{2, 4, 1}, 7}, {{1, 1, 0}, 3}, {{4, 3, 2}, 17}};
   for (const Shape& shape : kShapes) {
     for (const Placement& placement : kPlacements) {
       const auto& [layout, tokens] = kCalls[run_number % 5];
@@ -315,6 +370,18 @@ void check_append() {
     }
   }
   CHECK(AppendTest<scalar_t>::num_vectorized > 30);
+}
+
+template <typename scalar_t>
+void check_append_eight_bit() {
+  size_t placement = 0;
+  for (const Shape& shape : kShapes) {
+    const auto& [layout, tokens] = kCalls[run_number % 5];
+    const Placement& placed = kPlacements[placement++ % std::size(kPlacements)];
+    AppendTest<scalar_t> test(shape, placed, layout, tokens, random_below(2), random_below(2));
+    if (placement % 2) test.template run_eight_bit<int8_t>();
+    else test.template run_eight_bit<sinkattn::Float8>();
+  }
 }
 
 // reorder_
@@ -525,6 +592,9 @@ int main() {
   check_append<double>();
   check_append<Half>();
   check_append<BFloat16>();
+  check_append_eight_bit<float>();
+  check_append_eight_bit<Half>();
+  check_append_eight_bit<BFloat16>();
   check_reorders();
   check_resets();
   for (const RingLayout& layout : {RingLayout{3, 5, 2}, RingLayout{0, 6, 0}, RingLayout{2, 1, 4}}) {
