@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator
+from types import NoneType
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,7 +29,7 @@ WITHOUT_EFFECT = ("use_cache", "token_id", "dropout", "pdrop", "initializer", "q
 
 
 def fingerprint(patch: ModelPatch) -> dict[str, Any]:
-    """What a stream of an enabled model depends on, as JSON: class, configuration, layout, dtype and weights.
+    """What a stream of an enabled model depends on, as JSON: class, configuration, layout, dtypes and weights.
 
     Of each tensor of the state dict 32 values are read, at places that depend only on its size, with names and shapes,
     and which adapters are active; what is kept are 64 bits of SHA-256 of that, in the dtype of the weights and rounded
@@ -40,6 +41,7 @@ def fingerprint(patch: ModelPatch) -> dict[str, Any]:
         "class": type(model).__name__,
         "config": _config_fields(model),
         "layout": [layout.num_sinks, layout.window, layout.headroom],
+        "cache_dtype": patch.cache_dtype,
         "dtype": str(model.dtype),
         "weights": _weight_digests(model),
     }
@@ -50,13 +52,15 @@ def check_fingerprint(patch: ModelPatch, saved: Any, accept: Collection[Accepted
     if not isinstance(accept, (tuple, list, set, frozenset)) or not set(accept) <= set(get_args(Accepted)):
         raise ValueError(f"accept: expected some of {get_args(Accepted)}, got {accept!r}")
     want = fingerprint(patch)
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(name), type(x)) for name, x in want.items()):
+    kinds = {name: (str, NoneType) if name == "cache_dtype" else type(x) for name, x in want.items()}
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(f"path: model: expected {sorted(want)}, got {saved!r}")
     _check_same("class", want["class"], saved["class"])
     # Another version of transformers may have more fields.
     for name in sorted(want["config"].keys() & saved["config"].keys()):
         _check_same(f"config.{name}", want["config"][name], saved["config"][name])
     _check_same("layout", want["layout"], saved["layout"], " (num_sinks, window, headroom)")
+    _check_same("cache_dtype", want["cache_dtype"], saved.get("cache_dtype"))  # files of before have none
     if "dtype" not in accept:
         _check_same("dtype", want["dtype"], saved["dtype"], "; accept=('dtype',) would convert it")
     digests = {"exact"} if want["dtype"] == saved["dtype"] else want["weights"].keys() - {"exact"}

@@ -344,6 +344,11 @@ def _new_cache(model: PreTrainedModel) -> SinkCache:
     patch, name = require_patch(model), type(model).__name__
     if patch.model is patch.decoder:
         raise ValueError(f"model: expected one with a language modelling head, got a {name}")
+    if patch.cache_dtype is not None:
+        raise ValueError(
+            f"model: expected one that was enabled without cache_dtype, got cache_dtype={patch.cache_dtype!r}, with "
+            "which there are no gradients"
+        )
     cache = SinkCache(model)
     if cache.has_states:
         raise ValueError(f"model: expected one that has gradients, got a {name}, which has recurrent layers")

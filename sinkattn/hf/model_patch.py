@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sinkattn.argument_checks import check_kind
 from sinkattn.ops import RingLayout
+from sinkattn.ring_cache import CacheDtype
 
 # Those that exist, by their address, in order of creation.
 _patches: WeakValueDictionary[int, ModelPatch] = WeakValueDictionary()
@@ -25,9 +26,11 @@ class ModelPatch:
     Attributes:
         id: identifies the patch; a cache works only with the patch that it was created for.
         cache_class: class of the cache that ``SinkCache(model)`` creates, `SinkCache` or a subclass.
+        cache_dtype: of tokens that are not sinks in the rings of a cache; None for that of the model.
     """
 
     cache_class: type[Any]
+    cache_dtype: CacheDtype | None = None
 
     def __init__(self, model: PreTrainedModel, decoder: PreTrainedModel, layout: RingLayout) -> None:
         self.id = uuid.uuid4().hex

@@ -137,6 +137,12 @@ def saved_and_loaded(model: PreTrainedModel, folder: Path, rank: int, ranks: int
     return {"logits": logits, "file of another rank": other}
 
 
+def eight_bit(model: PreTrainedModel) -> dict[str, Any]:
+    """Logits of a stream over rings of 8 bits, and the bytes of these."""
+    cache = sinkattn.SinkCache(sinkattn.enable(model, S, W, cache_dtype="int8", backend="reference"))
+    return {"logits": stream_logits(model, cache), "nbytes": cache.nbytes}
+
+
 def error_of(function: Any, *args: Any, **kwargs: Any) -> str:
     """Name and message of the error that a call raises; empty without one."""
     try:
@@ -157,13 +163,14 @@ def load(path: Path, **options: Any) -> PreTrainedModel:
 def what_llama_does(path: Path, rank: int, ranks: int) -> dict[str, Any]:
     """What an enabled Llama does on this rank besides `stream_results`."""
     model = sinkattn.enable(load(path), S, W)
-    return {
+    found = {
         "generated": generated(model),
         "pool": pool_tokens(model),
         "led pool": led_pool_tokens(model, rank),
         "gradients": gradients(model),
         "saved": saved_and_loaded(model, path.parent, rank, ranks),
     }
+    return {**found, "eight bit": eight_bit(sinkattn.disable(model))}
 
 
 def what_is_refused(path: Path, rank: int, ranks: int) -> dict[str, Any]:

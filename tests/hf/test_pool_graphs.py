@@ -15,6 +15,7 @@ from sinkattn import SamplingParams, StreamPool
 from sinkattn.hf.model_patch import get_patch
 from sinkattn.hf.pool import row_cache
 from sinkattn.hf.pool.engine import Engine
+from sinkattn.hf.pool.moved import tensors_in
 from sinkattn.hf.pool.row_cache import RowCache, RowInput
 from sinkattn.hf.swap import step_graphs
 
@@ -126,7 +127,7 @@ def test_rows_of_other_streams_stay_as_they_are(ids, monkeypatch):
     rest = streams[:3]
 
     def rows():
-        return [x.clone() for each in rest for x in pool._memory._tensors(each._state.memory.row)]
+        return [x for each in rest for x in tensors_in(pool._memory.copy(each._state.memory).contents)]
 
     before, running = rows(), [stream.generate() for stream in streams[3:]]
     for _ in range(ROUNDS):

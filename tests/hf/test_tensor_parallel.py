@@ -90,6 +90,16 @@ def assert_own_files(found: list[dict[str, Any]]) -> None:
         assert got["saved"]["file of another rank"].startswith("ValueError: path: weights: expected")
 
 
+def assert_same_rounding(found: list[dict[str, Any]]) -> None:
+    """Rings of 8 bits hold the rank's own heads, rounded as in one process."""
+    want, whole = rank_process.eight_bit(model_of("llama")), alone("llama")["logits"]
+    assert (want["logits"] - whole).norm() > 1e-3 * whole.norm()
+    for got in found:
+        # Another order of sums may let a few elements become their neighbours.
+        assert (got["eight bit"]["logits"] - want["logits"]).norm() < (want["logits"] - whole).norm() / 2
+        assert got["eight bit"]["nbytes"] == want["nbytes"] / len(found)
+
+
 def assert_refused(found: list[dict[str, Any]]) -> None:
     """All ranks refuse what is not supported, also what only the last one can see."""
     for rank, errors in enumerate(found):
@@ -117,6 +127,7 @@ def test_two_ranks_do_what_one_process_does(tmp_path):
     assert_same_words(what_it_does)
     assert_same_gradients(what_it_does)
     assert_own_files(what_it_does)
+    assert_same_rounding(what_it_does)
     assert_refused([each["errors"] for each in found])
 
 

@@ -48,6 +48,7 @@ class SinkLayer(CacheLayerMixin):
             value_dim=value_states.shape[-1],
             dtype=value_states.dtype,
             device=key_states.device,
+            cache_dtype=self.state.cache_dtype,
             layout=self.layout,
             share_seen_with=self.state.counter_ring,
         )

@@ -59,7 +59,8 @@ class SinkCache(Cache):
         self.patch_id: str = patch.id
         self._max_batch_size = max_batch_size
         layout = patch.layout if num_sinks is None else patch.layout_with(num_sinks)
-        self.state = SharedCacheState(layout, IdHistory(layout.num_sinks + layout.window + layout.headroom))
+        history = IdHistory(layout.num_sinks + layout.window + layout.headroom)
+        self.state = SharedCacheState(layout, history, patch.cache_dtype)
         super().__init__(layers=patch.cache_layers(self.state))
 
     def __copy__(self) -> SinkCache:

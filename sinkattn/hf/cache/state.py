@@ -14,7 +14,7 @@ from torch.nn import functional
 from sinkattn.hf.cache.id_history import UNKNOWN_ID, IdHistory
 from sinkattn.hf.cache.stream_file import SavedStreams
 from sinkattn.ops import RingLayout
-from sinkattn.ring_cache import RingKVCache
+from sinkattn.ring_cache import CacheDtype, RingKVCache
 
 # Fields that the next call or `generate` needs.
 SAVED_COUNTS = ("num_columns", "peak_columns")
@@ -29,6 +29,8 @@ class SharedCacheState:
     """Ring layout of the layers with full attention."""
     history: IdHistory
     """Ids that the streams were fed."""
+    cache_dtype: CacheDtype | None = None
+    """Of tokens that are not sinks in the rings; None for the dtype of the model."""
     counter_ring: RingKVCache | None = None
     """Ring that owns ``seen``, the token counters that all rings share; None without any ring yet."""
     num_rows: int | None = None

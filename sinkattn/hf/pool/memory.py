@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sinkattn.hf.cache.sink_cache import SinkCache
@@ -16,6 +15,7 @@ from sinkattn.hf.model_patch import require_patch
 from sinkattn.hf.pool.disk import OnDisk
 from sinkattn.hf.pool.moved import moved
 from sinkattn.hf.pool.row_cache import RowCache, RowInput
+from sinkattn.hf.pool.row_tensors import RowTensors, row_tensors, with_sinks, write_row
 from sinkattn.hf.stream import keep_last_logits
 from sinkattn.hf.swap.ring_patch import RingPatch
 from sinkattn.hf.versions import forward_cache
@@ -148,18 +148,11 @@ class RingMemory:
         """See `Memory`."""
         stream.seen = seen
 
-    def _tensors(self, row: int) -> list[Tensor]:
-        """Keys and values of a row, of all layers that have memory."""
-        return [x[row] for layer in self._cache.layers if layer.is_initialized for x in (layer.keys, layer.values)]
-
     def bring_in(self, stream: StreamMemory, row: int) -> None:
         """See `Memory`."""
-        if (contents := stream.contents) is not None:
-            for layer, keys, values in zip(self._cache.layers, contents[::2], contents[1::2], strict=True):
-                if not layer.is_initialized:  # it was loaded before the first forward
-                    layer.lazy_initialization(*(x.unsqueeze(0).to(self._model.device) for x in (keys, values)))
-                layer.keys[row].copy_(keys)
-                layer.values[row].copy_(values)
+        if stream.contents is not None:
+            for layer, tensors in zip(self._cache.layers, stream.contents, strict=True):
+                write_row(layer, row, tensors, self._model.device)
         stream.row, stream.contents = row, None
 
     def park(self, stream: StreamMemory) -> None:
@@ -177,44 +170,35 @@ class RingMemory:
         """Free the row of a stream, and let nothing of it stay there."""
         row, stream.row = stream.row, None
         if row is not None:
-            for x in self._tensors(row):
-                x.zero_()
+            for tensors in row_tensors(self._cache.layers, row):
+                for x in tensors.values():
+                    x.zero_()
 
     def copy(self, stream: StreamMemory) -> StreamMemory:
         """See `Memory`."""
         if not stream.seen:
             return StreamMemory(stream.num_sinks)
-        contents = stream.contents if stream.row is None else self._tensors(stream.row)
-        return replace(stream, row=None, contents=[x.to("cpu", copy=True) for x in contents])
+        contents = stream.contents if stream.row is None else row_tensors(self._cache.layers, stream.row)
+        return replace(stream, row=None, contents=moved(contents, "cpu"))
 
     def to_cache(self, stream: StreamMemory) -> SinkCache:
         """See `Memory`."""
         cache = SinkCache(self._model, num_sinks=stream.num_sinks)
-        contents = stream.contents or []
-        for layer, num_sinks, keys, values in zip(
-            cache.layers, self._reserved_sinks(), contents[::2], contents[1::2], strict=False
-        ):
+        for layer, num_sinks, tensors in zip(cache.layers, self._reserved_sinks(), stream.contents or [], strict=False):
             # Slots that are reserved for more sinks are left out.
-            own = [
-                torch.cat((x[:, : layer.layout.num_sinks], x[:, num_sinks:]), dim=1).unsqueeze(0)
-                for x in (keys, values)
-            ]
-            layer.lazy_initialization(*own)
-            layer.keys.copy_(own[0])
-            layer.values.copy_(own[1])
+            own = with_sinks(tensors, num_sinks, layer.layout.num_sinks)
+            write_row(layer, 0, own, torch.device("cpu"))
         cache.state.set_tokens(stream.seen, stream.peak)
         return cache
 
     def from_cache(self, cache: SinkCache) -> StreamMemory:
         """See `Memory`."""
-        stream, contents = StreamMemory(cache.layout.num_sinks), list[Tensor]()
+        stream, contents = StreamMemory(cache.layout.num_sinks), list[RowTensors]()
         if cache.seen is None:
             return stream
         for layer, num_sinks in zip(cache.layers, self._reserved_sinks(), strict=True):
-            own = layer.layout.num_sinks
-            for x in (layer.keys[0], layer.values[0]):
-                sinks = functional.pad(x[:, :own], (0, 0, 0, num_sinks - own))
-                contents.append(torch.cat((sinks, x[:, own:]), dim=1).cpu())
+            own = {name: x[0].cpu() for name, x in layer.ring.tensors.items()}
+            contents.append(with_sinks(own, layer.layout.num_sinks, num_sinks))
         stream.contents, stream.seen, stream.peak = contents, cache.tokens_seen, cache.state.peak_columns
         return stream
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -267,14 +267,17 @@ def ring_addresses(cache: SinkCache) -> list[tuple[int, ...] | None]:
     """Where the rings of a cache lie."""
     rings = (layer.ring for layer in ring_layers(cache))
     return [
-        None if ring is None else tuple(x.data_ptr() for x in (ring.keys, ring.values, ring.seen, ring.arrivals))
+        None if ring is None else tuple(x.data_ptr() for x in (*ring.tensors.values(), ring.seen, ring.arrivals))
         for ring in rings
     ]
 
 
 def newest_tokens(cache: SinkCache) -> list[Tensor]:
-    """Copies of the keys and values that the step in progress has written."""
-    return [x[index] for x, index in _newest_slots(cache)]
+    """Copies of the keys and values that the step in progress has written.
+
+    What is rounded to 8 bits, with its scales, comes in a dtype of about that precision: it may be off by one step.
+    """
+    return [x[at].bfloat16() if is_rounded else x[at] for x, at, _, is_rounded in _newest_slots(cache)]
 
 
 def erase_newest_tokens(cache: SinkCache, num_new: Tensor | None) -> None:
@@ -282,12 +285,27 @@ def erase_newest_tokens(cache: SinkCache, num_new: Tensor | None) -> None:
 
     num_new: int64 ``[batch]``, 0 for rows that have got padding.
     """
-    for x, index in _newest_slots(cache):
-        x[index] = 0 if num_new is None else torch.where((num_new == 0)[:, None, None], x[index], 0)
+    for x, at, is_written, _ in _newest_slots(cache):
+        if num_new is not None:
+            is_written = is_written & (num_new > 0)
+        if x.dtype == torch.float8_e4m3fn:
+            x = x.view(torch.uint8)  # zero as well, and not every operator takes float8
+        x[at] = torch.where(is_written[:, None, None], 0, x[at])
 
 
-def _newest_slots(cache: SinkCache) -> Iterator[tuple[Tensor, tuple[Tensor, slice, Tensor]]]:
-    """Keys, then values, of each ring, and the index of the vectors ``[batch, KV heads, dim]`` of the newest token."""
+class _NewestSlots(NamedTuple):
+    """Where a step writes the vectors of the newest token of each row, in one tensor of a ring."""
+
+    tensor: Tensor
+    place: tuple[Tensor, slice, Tensor]
+    """Of the vectors ``[batch, KV heads, dim]``."""
+    is_written: Tensor
+    """Whether the token of a row is in this tensor: bool ``[batch]``."""
+    is_rounded: bool
+    """Whether it holds what was rounded to 8 bits, or its scales."""
+
+
+def _newest_slots(cache: SinkCache) -> Iterator[_NewestSlots]:
     for layer in ring_layers(cache):
         ring, layout = layer.ring, layer.layout
         assert ring is not None
@@ -297,5 +315,10 @@ def _newest_slots(cache: SinkCache) -> Iterator[tuple[Tensor, tuple[Tensor, slic
         rows = torch.arange(len(seen), device=seen.device) if rows is None else rows
         num_sinks = layout.num_sinks if num_sinks is None else num_sinks
         slots = torch.where(seen < num_sinks, seen, layout.num_sinks + (seen - num_sinks) % layout.ring)
-        for x in (ring.keys, ring.values):
-            yield x, (rows, slice(None), slots)
+        for name, x in ring.tensors.items():
+            # With 8 bits the sinks are in tensors of their own, and the others begin with the ring.
+            is_rounded = bool(ring.eight_bit) and not name.startswith("sink_")
+            slot = slots - layout.num_sinks if is_rounded else slots
+            if count := x.shape[2]:
+                is_written = (slot >= 0) & (slot < count)
+                yield _NewestSlots(x, (rows, slice(None), slot.clamp(0, count - 1)), is_written, is_rounded)

@@ -15,6 +15,7 @@ from sinkattn import ops
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.model_patch import ModelPatch
 from sinkattn.hf.probe.result import LayerInfo, Rotation, Temperature
+from sinkattn.ring_cache import RingKVCache
 from sinkattn.rope import Rope, table_dtype
 
 ATTENTION_NAME = "sinkattn"
@@ -48,6 +49,8 @@ class RingTensors(NamedTuple):
     seen: Tensor
     arrivals: Tensor | None
     """None: allocated by the call."""
+    dtype: torch.dtype
+    eight_bit: dict[str, Any]
 
 
 def _unseen_by_modes() -> AbstractContextManager[Any]:
@@ -72,7 +75,7 @@ class RunningForward:
     tables: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Cosines and sines by index of layer group."""
     rings_before: dict[int, RingTensors] | None = None
-    """Each layer's ring before it ran; None if no layer runs again for its gradients."""
+    """Each layer's ring before it ran, not of 8 bits; None if no layer runs again for its gradients."""
     is_rerun: bool = False
     """Whether layers run again, on copies of these rings instead of the cache."""
 
@@ -84,17 +87,18 @@ class RunningForward:
                 keys, values, seen = (
                     x.clone(memory_format=torch.contiguous_format) for x in self.rings_before[index][:3]
                 )
-            return RingTensors(keys, values, seen, None)
+            return RingTensors(keys, values, seen, None, keys.dtype, {})
         layer = self.cache.layers[index]
         if not layer.is_initialized:
             layer.lazy_initialization(key, value)
-        ring = RingTensors(layer.ring.keys, layer.ring.values, *self.cache.ring_counters(layer.ring))
+        own: RingKVCache = layer.ring
+        ring = RingTensors(own.keys, own.values, *self.cache.ring_counters(own), own.dtype, own.eight_bit)
         if self.rings_before is not None:
             with _unseen_by_modes():
                 # An empty ring takes no memory here.
                 is_empty = ring.seen.is_cpu and not ring.seen.any()
                 keys, values, seen = (x.new_zeros(()).expand(x.shape) if is_empty else x.clone() for x in ring[:3])
-            self.rings_before[index] = RingTensors(keys, values, seen, None)
+            self.rings_before[index] = RingTensors(keys, values, seen, None, keys.dtype, {})
         return ring
 
     def rotary_tables(
@@ -158,7 +162,7 @@ def attend_over_ring(
     row_options = forward.cache.row_options(layout)
     # Under autocast rotated queries and keys are in fp32, and a stream may enter or leave autocast between calls.
     dtype = value.dtype
-    query, key, value = (x.to(ring.values.dtype) for x in (query, key, value))
+    query, key, value = (x.to(ring.dtype) for x in (query, key, value))
     padding = forward.padding
     cos = sin = None
     is_interleaved = False
@@ -194,6 +198,7 @@ def attend_over_ring(
             arrivals=ring.arrivals,
             backend=backend,
             **row_options,
+            **ring.eight_bit,
             **options,
         )
     except Exception:

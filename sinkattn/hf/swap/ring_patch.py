@@ -35,6 +35,7 @@ from sinkattn.hf.swap.step_graphs import StepGraphs
 from sinkattn.hf.swap.stream_patch import StreamPatch
 from sinkattn.hf.unsupported import UnsupportedModelError
 from sinkattn.hf.versions import has_cache, native_layers
+from sinkattn.ring_cache import CacheDtype
 
 # Cache layers of transformers whose keys and values a ring can replace.
 REPLACEABLE_LAYERS = {
@@ -64,10 +65,16 @@ class RingPatch(StreamPatch):
     """Patch of a model without absolute positions: each attention layer gets a ring."""
 
     def __init__(
-        self, model: PreTrainedModel, layout: ops.RingLayout, backend: ops.Backend, probe_result: ProbeResult
+        self,
+        model: PreTrainedModel,
+        layout: ops.RingLayout,
+        backend: ops.Backend,
+        probe_result: ProbeResult,
+        cache_dtype: CacheDtype | None = None,
     ) -> None:
         super().__init__(model, probe_result.decoder, layout)
         self.backend = backend
+        self.cache_dtype = cache_dtype
         self.probe_result = probe_result
         self._check_decoder()
         self.groups = self._layer_groups()
@@ -259,6 +266,11 @@ class RingPatch(StreamPatch):
                 f"{type(self.model).__name__}: a model with a convolutional or recurrent state has gradients only for "
                 "whole texts: pass use_cache=False and no cache, or call it under torch.no_grad()"
             )
+        if is_recorded and self.cache_dtype is not None:
+            raise RuntimeError(
+                f"{type(self.model).__name__}: has no gradients with cache_dtype={self.cache_dtype!r}; call it under "
+                "torch.no_grad(), or enable it without cache_dtype"
+            )
         padding = _padding(kwargs.get("attention_mask"), cache, num_tokens)
         token_mask = None if padding is None else padding.token_mask
         positions = stream_positions(cache, token_mask, num_tokens, inputs.device)
@@ -273,7 +285,7 @@ class RingPatch(StreamPatch):
         cache.begin_forward(batch, num_tokens, kwargs.get("input_ids"))
         is_finished, may_have_written = False, False
         running = RunningForward(self, cache, num_tokens, padding, positions)
-        if torch.is_grad_enabled() and self._wrap_checkpointing():
+        if torch.is_grad_enabled() and self.cache_dtype is None and self._wrap_checkpointing():
             running.rings_before = {}
             is_recorded = True
         previous = self._set_running(running)

@@ -18,6 +18,8 @@ from sinkattn.hf.unsupported import UnsupportedModelError
 PROMPT_TOKENS = 4
 # Two, so that nothing of the first one may be part of the graph.
 NUM_STEPS = 2
+# Relative error allowed with rings of 8 bits, where rounding before may let an element become its neighbour.
+MAX_EIGHT_BIT_ERROR = 2**-4
 
 
 @torch.no_grad()
@@ -52,7 +54,9 @@ def compile_step(patch: RingPatch) -> None:
     finally:
         for module in training:
             module.training = True
-    allowed = max(MAX_FP32_ERROR, 8 * torch.finfo(model.dtype).eps)
+    allowed = max(
+        MAX_FP32_ERROR if patch.cache_dtype is None else MAX_EIGHT_BIT_ERROR, 8 * torch.finfo(model.dtype).eps
+    )
     check_agreement(name, "its compiled decode step", relative_error(torch.cat(got), torch.cat(want)), allowed)
 
 
