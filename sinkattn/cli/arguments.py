@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 Parsed = TypeVar("Parsed")
 
+# Dtypes of 8 bits that a cache may hold tokens in: `sinkattn.ring_cache.CacheDtype`.
+CACHE_DTYPES = ("int8", "fp8")
+
 # What names a model.
 MODEL = "name on the Hugging Face hub, a folder, FILE.gguf, or FILE.gguf in either (NAME:FILE.gguf)"
 
@@ -80,6 +83,12 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile", action="store_true", help="compile the decode step first; takes about half a minute, later less"
     )
+
+
+def add_cache_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add whether caches hold tokens in 8 bits."""
+    help_text = "hold tokens that are not sinks in 8 bits (default: in the dtype of the model)"
+    parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, help=help_text)
 
 
 def add_layout(parser: argparse.ArgumentParser, window: int | None, default: str) -> None:

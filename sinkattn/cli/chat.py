@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import sinkattn
 from sinkattn.cli.arguments import (
     MODEL,
+    add_cache_dtype,
     add_command,
     add_compile,
     add_sampling,
@@ -48,6 +49,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     add_weights(parser)
     add_compile(parser)
+    add_cache_dtype(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt (default: that of the model, if it has one)")
     parser.add_argument(
         "--window",
@@ -101,7 +103,8 @@ def open_chat(
         max_prefix = max(num_prefix, min(max_prefix, trained - window))
     # The sinks are the system prompt, whose length each conversation has of its own.
     announce_compilation(args)
-    sinkattn.enable(model, 0, window, min(window, HEADROOM), compile=args.compile)
+    headroom = min(window, HEADROOM)
+    sinkattn.enable(model, 0, window, headroom, compile=args.compile, cache_dtype=args.cache_dtype)
     # One conversation is in the memory of the device; the others that a chat needs room for wait in that of the host.
     pool = StreamPool(model, 1, max_parked=2, tokenizer=tokenizer, max_prefix=max_prefix)
     max_reply = args.max_reply or max(1, min(MAX_REPLY, window // 2))

@@ -81,6 +81,8 @@ def is_asked_for(args: argparse.Namespace) -> bool:
         raise UserError("pattern: is looked for in lines, and --every speaks after tokens; give one of them")
     if args.save and not args.learn:
         raise UserError("save: nothing is learned; give --learn")
+    if args.learn and args.cache_dtype:
+        raise UserError("learn: a cache of 8 bits has no gradients; leave --cache-dtype out")
     if args.keep and args.chat:
         raise UserError("keep: in a chat what the model says is not part of what the user says; leave it out")
     return True
@@ -107,7 +109,9 @@ def run(args: argparse.Namespace) -> int:
     with interruptible(model) as pressed:
         with as_user_error(ValueError, RuntimeError, ImportError):
             announce_compilation(args)
-            sinkattn.enable(model, args.num_sinks, window_of(model, args), compile=args.compile)
+            sinkattn.enable(
+                model, args.num_sinks, window_of(model, args), compile=args.compile, cache_dtype=args.cache_dtype
+            )
             if args.learn:
                 from sinkattn.evaluate.learn import new_learner
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import sinkattn
 from sinkattn.cli import follow
 from sinkattn.cli.arguments import (
+    add_cache_dtype,
     add_command,
     add_compile,
     add_layout,
@@ -38,6 +39,7 @@ def add_parser(commands: Commands) -> None:
     parser = add_command(commands, "generate", run, "generate text without end; Ctrl-C ends it")
     add_model(parser)
     add_compile(parser)
+    add_cache_dtype(parser)
     add_layout(parser, None, "1020, or what the model was trained for")
     parser.add_argument("--prompt", metavar="TEXT", help="default: read from stdin")
     parser.add_argument("--max-new-tokens", type=positive, help="default: no limit")
@@ -80,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("prompt: is empty, and this model has no start token")
     with as_user_error(ValueError, RuntimeError, ImportError):
         announce_compilation(args)
-        sinkattn.enable(model, args.num_sinks, window_of(model, args), compile=args.compile)
+        sinkattn.enable(
+            model, args.num_sinks, window_of(model, args), compile=args.compile, cache_dtype=args.cache_dtype
+        )
         cache = SinkCache(model)
         tokens = stream_tokens(
             model,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import sinkattn
 from sinkattn.cli.arguments import (
+    add_cache_dtype,
     add_command,
     add_layout,
     add_model,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sinkattn.cli.arguments import Commands
+    from sinkattn.ring_cache import CacheDtype
 
 
 def add_parser(commands: Commands) -> None:
@@ -33,6 +35,7 @@ def add_parser(commands: Commands) -> None:
     parser = add_command(commands, "info", run, "what was built, and which backend will run where")
     add_model(parser, default="none; 'demo' is the small one that ships with sinkattn")
     add_layout(parser, None, "1020, or what the model was trained for")
+    add_cache_dtype(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -44,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
         args.model = None if name == "demo" else name
         model, _ = load_model(args)
         facts["loaded"] = describe_model(model, args)
-        facts["model"] = {"name": name, **model_facts(model, args.num_sinks, window_of(model, args))}
+        layout = args.num_sinks, window_of(model, args)
+        facts["model"] = {"name": name, **model_facts(model, *layout, cache_dtype=args.cache_dtype)}
     print(json.dumps(facts, indent=2) if args.json else "\n".join(lines(facts)))
     return 0
 
@@ -66,7 +70,9 @@ def collect() -> dict[str, Any]:
     }
 
 
-def model_facts(model: PreTrainedModel, num_sinks: int, window: int) -> dict[str, Any]:
+def model_facts(
+    model: PreTrainedModel, num_sinks: int, window: int, *, cache_dtype: CacheDtype | None = None
+) -> dict[str, Any]:
     """Whether `sinkattn.enable` accepts a model and, if so, how it streams. The model is not changed."""
     import torch
 
@@ -80,8 +86,9 @@ def model_facts(model: PreTrainedModel, num_sinks: int, window: int) -> dict[str
     from sinkattn.hf.versions import forward_cache
 
     facts: dict[str, Any] = {"class": type(model).__name__, "num_sinks": num_sinks, "window": window}
+    facts["cache_dtype"] = cache_dtype
     try:
-        enable(model, num_sinks, window)
+        enable(model, num_sinks, window, cache_dtype=cache_dtype)
     except (ValueError, RuntimeError) as error:
         return {**facts, "accepted": False, "reason": str(error)}
     try:
@@ -135,7 +142,8 @@ def lines(info: dict[str, Any]) -> Iterator[str]:
         if others := model.get("layers_with_other_states"):
             yield f"    other layers: {others}, with a state of their own or none"
         yield f"    decode steps: {model['decode_steps']}"
-        yield f"    cache: {size_text(model['cache_bytes_per_stream'])} per stream"
+        dtype = f", tokens that are not sinks in {model['cache_dtype']}" if model["cache_dtype"] else ""
+        yield f"    cache: {size_text(model['cache_bytes_per_stream'])} per stream{dtype}"
 
 
 def _device(device: torch.device) -> dict[str, Any]:

@@ -69,6 +69,8 @@ def styles(methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
                 "linewidth": max(1.0, 3.0 - 0.7 * rank),
                 "linestyle": LINES[index % len(LINES)],
             }
+            if name != word:  # of 8 bits
+                chosen[name] |= {"color": "black", "linewidth": 0.8, "linestyle": ":" if "fp8" in name else "-"}
         if word == "recomputed":
             marker = MARKERS[index % len(MARKERS)]
             chosen[name] |= {"linestyle": "", "marker": marker, "markersize": 8, "markerfacecolor": "none"}
@@ -78,7 +80,7 @@ def styles(methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _total(name: str) -> int | None:
     """Tokens that a method sees, from its name; None if the name has no number."""
-    numbers = [int(number) for number in re.findall(r"\d+", name)]
+    numbers = [int(number) for number in re.findall(r"\b\d+", name)]  # but not of a cache dtype, such as int8
     return sum(numbers) if numbers else None
 
 
@@ -107,4 +109,6 @@ def finish(figure: Figure, panels: Sequence[Axes], legend: bool = True) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     if legend:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        handles, labels = panels[0].get_legend_handles_labels()
+        columns = 4 if max(map(len, labels), default=0) < 25 else 3
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import sinkattn
 from sinkattn.cli.arguments import (
     MODEL,
+    add_cache_dtype,
     add_command,
     add_compile,
     add_sampling,
@@ -48,6 +49,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     add_weights(parser)
     add_compile(parser)
+    add_cache_dtype(parser)
     parser.add_argument("--name", help="by which requests name the model (default: MODEL)")
     parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s, for this machine alone)")
     parser.add_argument("--port", type=count, default=8000, metavar="N", help="default: %(default)s; 0 for any")
@@ -192,7 +194,8 @@ def _enable(model: PreTrainedModel, args: argparse.Namespace) -> tuple[int, int]
     max_prefix = args.max_prefix if trained is None else min(args.max_prefix, max(1, trained // 4))
     window = args.window or default_window(model, max_prefix)
     # The sinks are the system prompt, whose length each chat has of its own.
-    sinkattn.enable(model, 0, window, min(window, HEADROOM), compile=args.compile)
+    headroom = min(window, HEADROOM)
+    sinkattn.enable(model, 0, window, headroom, compile=args.compile, cache_dtype=args.cache_dtype)
     return window, max_prefix
 
 

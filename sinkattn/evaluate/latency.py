@@ -15,6 +15,7 @@ from sinkattn.evaluate.interruption import Interrupted
 from sinkattn.evaluate.methods import CacheSize, Dense, Method, Recomputed, Streamed, dense_limit
 from sinkattn.evaluate.perplexity import time_interleaved, timing_seconds
 from sinkattn.evaluate.speed import Speed
+from sinkattn.ring_cache import CacheDtype
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,14 @@ class Settings:
     """Tokens timed in each case."""
     max_seconds: float = math.inf
     """Fewer are timed after so long, but three at least."""
+    cache_dtypes: tuple[CacheDtype, ...] = ()
+    """Dtypes of 8 bits: caches also run in each of them."""
 
     def seconds(self, speed: Speed) -> float:
         """About how long `by_window` and `by_length` take."""
-        fed = 2 * (sum(self.sizes) + self.lengths[-1]) * speed.token
-        steps = [2 * speed.step + speed.forward(size) for size in self.sizes] + [2 * speed.step] * len(self.lengths)
+        num_cached = 2 + len(self.cache_dtypes)
+        fed, step = num_cached * (sum(self.sizes) + self.lengths[-1]) * speed.token, num_cached * speed.step
+        steps = [step + speed.forward(size) for size in self.sizes] + [step] * len(self.lengths)
         return fed + sum(timing_seconds(step, self.rounds, self.max_seconds) for step in steps)
 
 
@@ -42,7 +46,7 @@ class Cost:
     """Time and memory of the next token, for one method and size."""
 
     method: str
-    """``sinkattn``, ``dense`` or ``recomputed``."""
+    """``sinkattn``, the same with a dtype of 8 bits, ``dense`` or ``recomputed``."""
     size: int
     """Tokens that the next token sees."""
     seen: int
@@ -71,9 +75,10 @@ def by_window(model: PreTrainedModel, num_sinks: int, settings: Settings, on_pro
     for done, size in enumerate(settings.sizes):
         if size <= num_sinks:
             raise ValueError(f"sizes: expected more than the {num_sinks} sinks, got {size}")
-        streamed = Streamed(model, CacheSize(num_sinks, size - num_sinks))
-        methods: dict[str, Method] = {"sinkattn": streamed}
-        if (limit := dense_limit(streamed)) is None or size < limit:
+        cache = CacheSize(num_sinks, size - num_sinks)
+        streamed = _streamed(model, cache, settings)
+        methods: dict[str, Method] = {**streamed}
+        if (limit := dense_limit(streamed["sinkattn"])) is None or size < limit:
             methods["dense"] = Dense(model)
         methods["recomputed"] = Recomputed(model, size, None)
         try:
@@ -92,15 +97,15 @@ def by_length(model: PreTrainedModel, cache: CacheSize, settings: Settings, on_p
     sinkattn keeps the tokens that are fed for timing, so it has seen slightly more than ``length`` tokens; dense
     attention takes them back.
     """
-    streamed = Streamed(model, cache)
-    methods: dict[str, Method] = {"sinkattn": streamed, "dense": Dense(model)}
-    limit = dense_limit(streamed)
+    streamed = _streamed(model, cache, settings)
+    methods: dict[str, Method] = {**streamed, "dense": Dense(model)}
+    limit = dense_limit(streamed["sinkattn"])
     costs: list[Cost] = []
     seen = 0
     for done, length in enumerate(settings.lengths):
         if limit is not None and length >= limit:
             methods.pop("dense", None)
-        sizes = {"sinkattn": min(length, cache.total), "dense": length}
+        sizes = {**dict.fromkeys(streamed, min(length, cache.total)), "dense": length}
         try:
             costs += _costs(methods, sizes, seen, length, settings)
         except Interrupted:
@@ -108,6 +113,12 @@ def by_length(model: PreTrainedModel, cache: CacheSize, settings: Settings, on_p
         seen = length
         on_progress(done + 1, len(settings.lengths))
     return costs
+
+
+def _streamed(model: PreTrainedModel, cache: CacheSize, settings: Settings) -> dict[str, Streamed]:
+    """sinkattn by name, in full precision first."""
+    eight_bit = {f"sinkattn {x}": Streamed(model, cache, cache_dtype=x) for x in settings.cache_dtypes}
+    return {"sinkattn": Streamed(model, cache), **eight_bit}
 
 
 def _costs(methods: dict[str, Method], sizes: dict[str, int], seen: int, length: int, settings: Settings) -> list[Cost]:

@@ -24,6 +24,7 @@ from sinkattn.hf.model_patch import get_patch
 from sinkattn.hf.reencode.patch import ReencodePatch
 from sinkattn.hf.stream import keep_last_logits
 from sinkattn.hf.versions import forward_cache
+from sinkattn.ring_cache import CacheDtype
 
 # Tokens per forward; bounds the memory of their logits.
 CHUNK_TOKENS = 256
@@ -116,7 +117,7 @@ class Cached:
     def feed(self, ids: Tensor, targets: Tensor, wanted: Tensor) -> Scores:
         """See `Predictor.feed`; makes all predictions."""
         scores = [
-            _scores(self._forward(fed).logits[0], following)
+            self._score(self._forward(fed).logits[0], following)
             for fed, following in zip(ids.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
         ]
         return Scores(*(torch.cat(each) for each in zip(*scores, strict=True)))
@@ -125,6 +126,9 @@ class Cached:
     def step(self, token: int) -> None:
         """See `Method.step`."""
         self._forward(torch.tensor([token])).logits[0, -1].argmax().item()
+
+    def _score(self, logits: Tensor, targets: Tensor) -> Scores:
+        return _scores(logits, targets)
 
     def _forward(self, ids: Tensor, **options: Tensor) -> Any:
         fed = ids[None].to(self.model.device)
@@ -138,17 +142,29 @@ class Streamed(Cached):
         model: the model.
         size: sinks and window.
         compile: compile the decode step, as `sinkattn.enable` does.
+        cache_dtype: hold tokens that are not sinks in 8 bits, as `sinkattn.enable` does.
 
     Raises:
-        ValueError: if `sinkattn.enable` refuses the model, the number of sinks or the window.
+        ValueError: if `sinkattn.enable` refuses the model, the number of sinks, the window or the cache_dtype.
     """
 
     cache: SinkCache
 
-    def __init__(self, model: PreTrainedModel, size: CacheSize, *, compile: bool = False) -> None:
-        self.name = str(size)
-        self.size = size
-        self.model = enable(copy_sharing_weights(model), size.num_sinks, size.window, compile=compile)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        size: CacheSize,
+        *,
+        compile: bool = False,
+        cache_dtype: CacheDtype | None = None,
+    ) -> None:
+        self.name = str(size) if cache_dtype is None else f"{size} {cache_dtype}"
+        self.size, self.cache_dtype = size, cache_dtype
+        self.keeps_logits = False
+        """Whether the logits of the last call of `feed` are kept, for a comparison."""
+        self.kept_logits: list[Tensor] = []
+        options: dict[str, Any] = {"compile": compile, "cache_dtype": cache_dtype}
+        self.model = enable(copy_sharing_weights(model), size.num_sinks, size.window, **options)
         self.reset()
 
     @property
@@ -159,6 +175,16 @@ class Streamed(Cached):
     def reset(self) -> None:
         """See `Predictor.reset`."""
         self.cache = SinkCache(self.model)
+
+    def feed(self, ids: Tensor, targets: Tensor, wanted: Tensor) -> Scores:
+        """See `Predictor.feed`; makes all predictions."""
+        self.kept_logits = []
+        return super().feed(ids, targets, wanted)
+
+    def _score(self, logits: Tensor, targets: Tensor) -> Scores:
+        if self.keeps_logits:
+            self.kept_logits.append(logits)
+        return super()._score(logits, targets)
 
 
 def dense_limit(streamed: Streamed) -> int | None:

@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from sinkattn.evaluate.eight_bit import EightBit
 from sinkattn.evaluate.interruption import Interrupted
 from sinkattn.evaluate.methods import CHUNK_TOKENS, CacheSize, Dense, Method, Recomputed, Streamed, dense_limit
 from sinkattn.evaluate.recorder import bucket_edges
 from sinkattn.evaluate.speed import Speed
 from sinkattn.evaluate.statistics import Blocks, Sums
 from sinkattn.evaluate.text import TokenStream
+from sinkattn.ring_cache import CacheDtype
 
 NUM_TIMED = 200
 MAX_TIMED_SECONDS = 30.0
@@ -37,6 +39,8 @@ class Settings:
     """The dense model stops after this many tokens; 0 leaves it out."""
     recompute_every: int = 16
     """Recomputation is scored at every position that is a multiple of this; 0 leaves it out."""
+    cache_dtypes: tuple[CacheDtype, ...] = ()
+    """Dtypes of 8 bits: every cache also runs in each of them."""
 
     @property
     def begin(self) -> int:
@@ -55,10 +59,11 @@ class Settings:
 
     def seconds(self, speed: Speed) -> float:
         """About how long `run` takes."""
-        fed = len(self.caches) * self.tokens + self.dense_end
+        streamed = len(self.caches) * (1 + len(self.cache_dtypes))
+        fed = streamed * self.tokens + self.dense_end
         recomputation = sum(map(speed.forward, self.recomputed_sizes))
         sampled = (self.tokens - self.begin) // max(1, self.recompute_every)
-        step = (len(self.caches) + bool(self.dense_tokens)) * speed.step + recomputation
+        step = (streamed + bool(self.dense_tokens)) * speed.step + recomputation
         return fed * speed.token + sampled * recomputation + timing_seconds(step, NUM_TIMED, MAX_TIMED_SECONDS)
 
     def check(self) -> None:
@@ -89,6 +94,8 @@ class Track:
     """Losses by bucket, for a plot along the stream."""
     sampled_series: Sums
     """The same at the positions where recomputation is scored."""
+    divergences: Blocks
+    """Of an `EightBit`, from `Settings.begin` on: KL divergences from the cache of full precision, in nats."""
     end: int = 0
     """Tokens fed."""
     seconds: float | None = None
@@ -116,6 +123,11 @@ class Result:
             if isinstance(other.method, Recomputed) and other.method.size == track.method.size.total
         )
         return next(matches, None)
+
+    def whole(self, track: Track) -> Track | None:
+        """The cache of full precision that one of 8 bits is compared with; None for other methods."""
+        method = track.method
+        return next((x for x in self.tracks if isinstance(method, EightBit) and x.method is method.whole), None)
 
     def estimates(self, track: Track) -> list[tuple[int, int, int, float]]:
         """Losses of recomputation by bucket: begin, end, number of scored tokens, loss.
@@ -161,7 +173,9 @@ def run(model: PreTrainedModel, stream: TokenStream, settings: Settings, on_prog
     if (limit := dense_limit(streamed[0])) is not None and limit <= settings.dense_tokens:
         # The last position is reserved for the token that is timed.
         settings = replace(settings, dense_tokens=limit - 1 if limit - 1 > settings.begin else 0)
-    methods: list[Method] = [*streamed]
+    methods: list[Method] = []
+    for whole in streamed:
+        methods += [whole, *(EightBit(model, whole, dtype) for dtype in settings.cache_dtypes)]
     if settings.recompute_every:
         start = stream.start_token
         methods += [Recomputed(model, total, start) for total in settings.recomputed_sizes]
@@ -173,7 +187,7 @@ def run(model: PreTrainedModel, stream: TokenStream, settings: Settings, on_prog
     for method in methods:
         blocks = Blocks(begin, tokens), Blocks(begin, dense_end), Blocks(begin, tokens)
         series = Sums(bucket_edges(tokens)), Sums(bucket_edges(tokens))
-        result.tracks.append(Track(method, *blocks, *series))
+        result.tracks.append(Track(method, *blocks, *series, Blocks(begin, tokens)))
     done = 0
     try:
         for first, fed, targets in chunks(iter(stream), tokens):
@@ -194,6 +208,8 @@ def run(model: PreTrainedModel, stream: TokenStream, settings: Settings, on_prog
                 at_sampled = np.where(sampled[: len(losses)], losses, np.nan)
                 track.sampled.add(first, at_sampled)
                 track.sampled_series.add(first, at_sampled)
+                if isinstance(track.method, EightBit):
+                    track.divergences.add(first, track.method.divergences.numpy())
                 track.end, track.kv_bytes = first + len(losses), track.method.kv_bytes
             done = first + len(fed)
             on_progress(done, result.tracks)

@@ -386,7 +386,7 @@ def test_info(capsys, monkeypatch):
 def test_garbage_is_collected_while_a_model_runs(monkeypatch):
     seen = []
 
-    def note(*_):
+    def note(*_, **__):
         seen.append((gc.isenabled(), gc.get_freeze_count() > 0))
         raise KeyboardInterrupt
 

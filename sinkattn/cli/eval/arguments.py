@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sinkattn.cli.arguments import positive
+from sinkattn.cli.arguments import CACHE_DTYPES, positive
 from sinkattn.cli.budget import SHARES, add_minutes
 
 MIN_COUNT = 8
@@ -37,6 +37,12 @@ def add_caches(parser: argparse.ArgumentParser, default: list[str] | None = None
         metavar="S+W",
         help=f"sinks + window; 0 sinks for window attention (default: {text})",
     )
+
+
+def add_cache_dtypes(parser: argparse.ArgumentParser) -> None:
+    """Add the dtypes of 8 bits to compare with caches of full precision."""
+    help_text = "also caches that hold tokens that are not sinks in 8 bits, compared with those that do not"
+    parser.add_argument("--cache-dtype", nargs="+", choices=CACHE_DTYPES, default=[], help=help_text)
 
 
 def add_count(parser: argparse.ArgumentParser, most: int) -> None:

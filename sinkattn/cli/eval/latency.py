@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinkattn.cli.arguments import add_command, add_model, add_num_sinks, positive
 from sinkattn.cli.budget import SHARES, add_minutes, choose
-from sinkattn.cli.eval.arguments import add_outputs
+from sinkattn.cli.eval.arguments import add_cache_dtypes, add_outputs
 from sinkattn.cli.eval.session import open_session
 from sinkattn.cli.formatting import captioned_table, range_text, size_text
 from sinkattn.cli.pictures import COLOURS, finish
@@ -34,6 +34,7 @@ def add_parser(commands: Commands) -> None:
     parser = add_command(commands, "latency", run, "time and memory of a token, by window and by length")
     add_model(parser)
     add_num_sinks(parser)
+    add_cache_dtypes(parser)
     parser.add_argument(
         "--sizes",
         type=positive,
@@ -80,7 +81,8 @@ def _candidates(args: argparse.Namespace, sizes: list[int]) -> Iterator[Settings
         chosen = args.sizes or [size for size in sizes if size <= share * sizes[-1]] or sizes[:1]
         lengths = args.lengths or [length for length in LENGTHS if length <= share * LENGTHS[-1]] or LENGTHS[:1]
         rounds, seconds = (args.rounds, math.inf) if args.rounds else (ROUNDS, CASE_SECONDS)
-        yield Settings(tuple(sorted({*chosen})), tuple(sorted({*lengths})), rounds, seconds)
+        cache_dtypes = tuple(dict.fromkeys(args.cache_dtype))
+        yield Settings(tuple(sorted({*chosen})), tuple(sorted({*lengths})), rounds, seconds, cache_dtypes)
 
 
 def as_dict(by_window: list[Cost], by_length: list[Cost], cache: CacheSize, rounds: int) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def as_dict(by_window: list[Cost], by_length: list[Cost], cache: CacheSize, roun
 
 
 def table(report: dict[str, Any]) -> Table:
-    """One row for each size and each length."""
+    """One row for each size and each length, and one more for each dtype of 8 bits."""
     methods = ("sinkattn", "dense", "recomputed")
     out = captioned_table()
     out.add_column("")
@@ -109,22 +111,35 @@ def table(report: dict[str, Any]) -> Table:
     ):
         for value in dict.fromkeys(cost[key] for cost in report[kind]):
             costs = {cost["method"]: cost for cost in report[kind] if cost[key] == value}
-            ms = [f"{costs[name]['seconds'] * 1e3:.2f}" if name in costs else "" for name in methods]
+            ms = [_ms_text(costs[name]) if name in costs else "" for name in methods]
             ratio = ""
             if "recomputed" in costs:
                 ratio = f"{costs['recomputed']['seconds'] / costs['sinkattn']['seconds']:.1f}"
             sizes = [size_text(costs[name]["kv_bytes"]) if name in costs else "" for name in methods[:2]]
             out.add_row(text.format(value), *ms, ratio, *sizes)
+            for name in _streamed(report)[1:]:
+                kept = size_text(costs[name]["kv_bytes"])
+                out.add_row(f"    {name.split()[1]}", _ms_text(costs[name]), "", "", "", kept, "")
         out.add_section()
     rounds = range_text((cost["rounds"] for kind in ("by_window", "by_length") for cost in report[kind]), "token")
     out.caption = f"Medians of {rounds}, the methods in turns."
     return out
 
 
+def _streamed(report: dict[str, Any]) -> list[str]:
+    """Names of sinkattn: in full precision, then with each dtype of 8 bits."""
+    methods = dict.fromkeys(cost["method"] for kind in ("by_window", "by_length") for cost in report[kind])
+    return [name for name in methods if name.startswith("sinkattn")]
+
+
+def _ms_text(cost: dict[str, Any]) -> str:
+    return f"{cost['seconds'] * 1e3:.2f}"
+
+
 def draw(figure: Figure, report: dict[str, Any]) -> None:
     """Draw time and memory, by window and along the stream."""
     figure.set_size_inches(11, 7)
-    names = {"sinkattn": "sinkattn", "dense": "dense", "recomputed": "recompute"}
+    names = {**dict.fromkeys(_streamed(report), "sinkattn"), "dense": "dense", "recomputed": "recompute"}
     panels = figure.subplots(2, 2)
     kinds = (("by_window", "size", "tokens in sight"), ("by_length", "seen", "tokens of the stream so far"))
     for column, (kind, key, text) in enumerate(kinds):
@@ -135,6 +150,8 @@ def draw(figure: Figure, report: dict[str, Any]) -> None:
                 continue
             width = 3.2 if name == "sinkattn" else 1.4  # stays visible under another line
             style = {"color": COLOURS[colour], "marker": "o", "markersize": 4, "linewidth": width, "label": name}
+            if name.startswith("sinkattn "):  # of 8 bits
+                style |= {"linestyle": "--", "marker": "^" if name.endswith("fp8") else "s"}
             values = [cost[key] for cost in costs]
             time.plot(values, [cost["seconds"] * 1e3 for cost in costs], **style)
             if costs[0]["kv_bytes"] is not None:

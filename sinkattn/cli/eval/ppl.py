@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinkattn.cli.arguments import add_command, add_model, count, describe_text, positive
 from sinkattn.cli.budget import SHARES, add_minutes, choose, stream_length
-from sinkattn.cli.eval.arguments import add_caches, add_outputs, add_text
+from sinkattn.cli.eval.arguments import add_cache_dtypes, add_caches, add_outputs, add_text
 from sinkattn.cli.eval.session import open_session
 from sinkattn.cli.formatting import captioned_table, count_text, restart_lines, size_text
 from sinkattn.cli.pictures import finish, merge_buckets, styles, vertical_lines
@@ -38,6 +38,7 @@ def add_parser(commands: Commands) -> None:
     add_model(parser)
     add_text(parser)
     add_caches(parser)
+    add_cache_dtypes(parser)
     parser.add_argument("--tokens", type=positive, help=f"length of the stream (default: up to {TOKENS})")
     parser.add_argument(
         "--dense-tokens",
@@ -92,7 +93,7 @@ def _candidates(args: argparse.Namespace, caches: tuple[CacheSize, ...]) -> Iter
         if every is None:
             most = (tokens - begin) // MIN_RECOMPUTED
             every = max(RECOMPUTE_EVERY, min(round(RECOMPUTE_EVERY / share), most))
-        yield Settings(caches, tokens, min(dense, tokens), every)
+        yield Settings(caches, tokens, min(dense, tokens), every, tuple(dict.fromkeys(args.cache_dtype)))
 
 
 def as_dict(result: Result) -> dict[str, Any]:
@@ -101,6 +102,7 @@ def as_dict(result: Result) -> dict[str, Any]:
     return {
         "settings": {
             "caches": [str(cache) for cache in settings.caches],
+            "cache_dtypes": [*settings.cache_dtypes],
             "tokens": settings.tokens,
             "counted_from": settings.begin,
             "dense_tokens": settings.dense_tokens and settings.dense_end,
@@ -116,12 +118,16 @@ def _track_dict(result: Result, track: Track) -> dict[str, Any]:
 
     recomputed = result.recomputed(track)
     difference = recomputed and track.sampled.difference(recomputed.sampled)
+    whole, divergence = result.whole(track), track.divergences.mean()
+    from_whole = whole and track.all.difference(whole.all)
     means = {"early": track.early.mean(), "all": track.all.mean(), "sampled": track.sampled.mean()}
     return {
         "label": label(track.method),
         "end": track.end,
         **{name: mean and mean.as_dict() for name, mean in means.items()},
         "minus_recomputed": difference and asdict(difference),
+        "minus_full_precision": from_whole and asdict(from_whole),
+        "divergence": divergence and {"nats": divergence.loss, "margin": divergence.margin},
         "seconds_per_token": track.seconds,
         "kv_cache_bytes": track.kv_bytes,
         "series": _buckets(track.series.means()),
@@ -147,6 +153,9 @@ def table(report: dict[str, Any]) -> Table:
     if every:
         columns["sampled"] = f"perplexity, at\none in {every}"
         columns["ratio"] = "perplexity /\nrecomputed"
+    if settings["cache_dtypes"]:
+        columns["whole"] = "perplexity /\nfull precision"
+        columns["divergence"] = "KL from full\nprecision, nats"
     columns |= {"ms": "ms per\ntoken", "bytes": "KV cache\nat the end"}
     for header in columns.values():
         out.add_column(header, justify="right")
@@ -157,12 +166,14 @@ def table(report: dict[str, Any]) -> Table:
             "all": "" if sampled else _mean_text(method["all"]) if whole else "not reached",
             "sampled": _perplexity_text(method["sampled"]) if whole and every else "",
             "ratio": _ratio_text(method["minus_recomputed"]),
+            "whole": _ratio_text(method["minus_full_precision"]),
+            "divergence": _divergence_text(method["divergence"]),
             "ms": f"{method['seconds_per_token'] * 1e3:.2f}" if settings["timed_tokens"] else "not timed",
             "bytes": "none" if method["kv_cache_bytes"] is None else size_text(method["kv_cache_bytes"]),
         }
         out.add_row(method["label"], *(cells[column] for column in columns))
     lines = ["± and brackets are 95 % confidence intervals, from means over blocks of the stream."]
-    if every:
+    if every or settings["cache_dtypes"]:
         lines.append("Ratios are over the same tokens on both sides.")
     end = "; dense at its own end" if dense else ""
     if timed := settings["timed_tokens"]:
@@ -189,6 +200,12 @@ def _ratio_text(difference: dict[str, Any] | None) -> str:
     if margin is None:
         return f"{math.exp(loss):.4f}"
     return f"{math.exp(loss):.4f} ({math.exp(loss - margin):.4f} to {math.exp(loss + margin):.4f})"
+
+
+def _divergence_text(mean: dict[str, Any] | None) -> str:
+    if mean is None:
+        return ""
+    return f"{mean['nats']:.1e}" + ("" if mean["margin"] is None else f" ± {mean['margin']:.0e}")
 
 
 def write_csv(report: dict[str, Any], path: Path) -> None:
