@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
+from types import MappingProxyType
 
 import torch
 from torch import SymFloat, Tensor
@@ -14,7 +15,7 @@ from sinkattn.rope import table_dtype
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TRITON_DTYPES = DTYPES[:3]
-EIGHT_BIT_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+EIGHT_BIT_DTYPES = MappingProxyType({"int8": torch.int8, "fp8": torch.float8_e4m3fn})
 TRITON_MAX_DIM = 256
 
 
