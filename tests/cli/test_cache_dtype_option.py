@@ -16,8 +16,7 @@ def test_the_choices_are_those_of_the_library():
     assert tuple(ops.EIGHT_BIT_DTYPES) == arguments.CACHE_DTYPES
 
 
-def test_generate_holds_tokens_in_8_bits(monkeypatch, capsys):
-    monkeypatch.setenv("SINKATTN_BACKEND", "reference")
+def test_generate_holds_tokens_in_8_bits(capsys):
     sizes = []
     for options in ([], ["--cache-dtype", "int8"]):
         assert cli.main([*GENERATE, *options]) == 0

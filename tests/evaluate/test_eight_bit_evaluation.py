@@ -19,11 +19,6 @@ SLOT = 2048  # bytes of keys and values of a token in the shipped model: 2 layer
 EIGHT_BIT = 4 * SLOT + 28 * 2 * 4 * 2 * (32 + 4)
 
 
-@pytest.fixture(autouse=True)
-def reference(monkeypatch):
-    monkeypatch.setenv("SINKATTN_BACKEND", "reference")
-
-
 def logits_of(method, ids):
     """Of the model of a method on a new stream, in fp64."""
     method.reset()

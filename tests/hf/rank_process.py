@@ -139,7 +139,7 @@ def saved_and_loaded(model: PreTrainedModel, folder: Path, rank: int, ranks: int
 
 def eight_bit(model: PreTrainedModel) -> dict[str, Any]:
     """Logits of a stream over rings of 8 bits, and the bytes of these."""
-    cache = sinkattn.SinkCache(sinkattn.enable(model, S, W, cache_dtype="int8", backend="reference"))
+    cache = sinkattn.SinkCache(sinkattn.enable(model, S, W, cache_dtype="int8"))
     return {"logits": stream_logits(model, cache), "nbytes": cache.nbytes}
 
 

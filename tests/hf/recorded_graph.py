@@ -90,9 +90,11 @@ class Graphs:
         return sum(max(0, graph.num_replays - NUM_COMPARED) for graph in self.made)
 
 
-def enabled_pair(family: str = "llama", headroom: int = 0, **overrides):
+def enabled_pair(family: str = "llama", headroom: int = 0, cache_dtype=None, **overrides):
     """The same model, plain and with captured steps, and the graphs of the latter."""
-    plain, model = (sinkattn.enable(build(family, **overrides), S, W, headroom) for _ in range(2))
+    plain, model = (
+        sinkattn.enable(build(family, **overrides), S, W, headroom, cache_dtype=cache_dtype) for _ in range(2)
+    )
     graphs = Graphs()
     get_patch(model).capture_steps(graphs)
     return plain, model, graphs

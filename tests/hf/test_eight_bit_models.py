@@ -43,7 +43,7 @@ def assert_agrees(got: torch.Tensor, want: torch.Tensor, whole: torch.Tensor) ->
 
 
 def enabled(family, cache_dtype, sizes=(S, W, R), **options) -> nn.Module:
-    return sinkattn.enable(build(family, **options), *sizes, cache_dtype=cache_dtype, backend="reference")
+    return sinkattn.enable(build(family, **options), *sizes, cache_dtype=cache_dtype)
 
 
 @torch.no_grad()
@@ -173,6 +173,17 @@ def test_ways_to_generate():
     torch.testing.assert_close(feed(model, cache, best[:, -1:])[:, -1], want[:, -1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_compiled_decode_step():
+    ids = random_ids(1, 40).split([3] + [1] * 37, dim=1)
+    whole, want, got = (
+        fed(sinkattn.enable(build("llama"), S, W, **options), *ids)[1]
+        for options in ({}, {"cache_dtype": "fp8"}, {"cache_dtype": "fp8", "compile": True})
+    )
+    assert_agrees(got, want, whole)
+
+
 @pytest.mark.parametrize(("tokens", "cache_dtype"), [(2, "int8"), (3, "fp8"), (30, "int8"), (30, "fp8")])
 def test_what_captured_steps_compare_and_erase(tokens, cache_dtype):
     """The newest token is a sink, the first in the ring, or has overwritten another one; windows have no sinks."""
@@ -199,7 +210,7 @@ def test_what_captured_steps_compare_and_erase(tokens, cache_dtype):
 
 def test_the_cache_dtype_is_that_of_all_caches_of_a_model():
     model = build("llama")
-    sinkattn.enable(torch.compile(model), S, W, cache_dtype="fp8", backend="reference")
+    sinkattn.enable(torch.compile(model), S, W, cache_dtype="fp8")
     cache, _ = fed(model, random_ids(1, 3))
     assert [layer.ring.cache_dtype for layer in cache.layers] == ["fp8", "fp8"]
     sinkattn.disable(model)

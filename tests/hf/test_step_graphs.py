@@ -22,13 +22,15 @@ from sinkattn.hf import UnsupportedModelError, decode_steps, stream_tokens
 from sinkattn.hf.model_patch import get_patch
 from sinkattn.hf.swap.captured_step import CudaGraph
 
+FAMILIES = ["llama", "qwen3", "gemma3_text", "gpt_oss", "bloom", "gptj", "deepseek_v3", "llama4_text"]
+
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen3", "gemma3_text", "gpt_oss", "bloom", "gptj", "deepseek_v3", "llama4_text"]
+    ("family", "cache_dtype"), [*((family, None) for family in FAMILIES), ("llama", "int8"), ("gpt_oss", "fp8")]
 )
-def test_tokens_are_those_of_plain_steps(family):
+def test_tokens_are_those_of_plain_steps(family, cache_dtype):
     """Past the point where the window is full, and from one graph."""
-    plain, model, graphs = enabled_pair(family)
+    plain, model, graphs = enabled_pair(family, cache_dtype=cache_dtype)
     ids, cache = random_ids(2, 5), sinkattn.SinkCache(model)
     assert torch.equal(greedy(model, ids, cache=cache), greedy(plain, ids))
     assert decode_steps(model, cache) == REPLAYED
