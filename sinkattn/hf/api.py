@@ -23,6 +23,7 @@ from sinkattn.hf.reencode.trial import enable_by_reencoding, has_absolute_positi
 from sinkattn.hf.swap.captured_step import CudaGraph, NewGraph
 from sinkattn.hf.swap.ring_patch import RingPatch
 from sinkattn.hf.trial.compiled import compile_step
+from sinkattn.hf.trial.measure import measure_key_factors
 from sinkattn.hf.trial.trial import run_trial
 from sinkattn.hf.unsupported import UnsupportedModelError
 from sinkattn.ring_cache import CacheDtype, check_cache_dtype
@@ -124,6 +125,8 @@ def enable(
             with evaluation_mode(model):
                 # With rings of full precision: what rounding to 8 bits changes depends on the scores, without a bound.
                 run_trial(model, layout, backend, probe_result)
+                if cache_dtype is not None:
+                    patch.key_factors = measure_key_factors(patch)
         try:
             patch.install()
             if compile:

@@ -27,6 +27,9 @@ ADAPTER_SETTINGS = ("_active_adapter", "_disable_adapters", "scaling")
 # configuration has.
 WITHOUT_EFFECT = ("use_cache", "token_id", "dropout", "pdrop", "initializer", "quantization_config")
 
+# Fields that files of earlier versions do not have; they are None without a ring of 8 bits.
+OPTIONAL = ("cache_dtype", "key_factors")
+
 
 def fingerprint(patch: ModelPatch) -> dict[str, Any]:
     """What a stream of an enabled model depends on, as JSON: class, configuration, layout, dtypes and weights.
@@ -42,6 +45,7 @@ def fingerprint(patch: ModelPatch) -> dict[str, Any]:
         "config": _config_fields(model),
         "layout": [layout.num_sinks, layout.window, layout.headroom],
         "cache_dtype": patch.cache_dtype,
+        "key_factors": patch.key_factors_digest,
         "dtype": str(model.dtype),
         "weights": _weight_digests(model),
     }
@@ -52,7 +56,7 @@ def check_fingerprint(patch: ModelPatch, saved: Any, accept: Collection[Accepted
     if not isinstance(accept, (tuple, list, set, frozenset)) or not set(accept) <= set(get_args(Accepted)):
         raise ValueError(f"accept: expected some of {get_args(Accepted)}, got {accept!r}")
     want = fingerprint(patch)
-    kinds = {name: (str, NoneType) if name == "cache_dtype" else type(x) for name, x in want.items()}
+    kinds = {name: (str, NoneType) if name in OPTIONAL else type(x) for name, x in want.items()}
     if not isinstance(saved, dict) or not all(isinstance(saved.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(f"path: model: expected {sorted(want)}, got {saved!r}")
     _check_same("class", want["class"], saved["class"])
@@ -60,7 +64,8 @@ def check_fingerprint(patch: ModelPatch, saved: Any, accept: Collection[Accepted
     for name in sorted(want["config"].keys() & saved["config"].keys()):
         _check_same(f"config.{name}", want["config"][name], saved["config"][name])
     _check_same("layout", want["layout"], saved["layout"], " (num_sinks, window, headroom)")
-    _check_same("cache_dtype", want["cache_dtype"], saved.get("cache_dtype"))  # files of before have none
+    for name in OPTIONAL:
+        _check_same(name, want[name], saved.get(name))
     if "dtype" not in accept:
         _check_same("dtype", want["dtype"], saved["dtype"], "; accept=('dtype',) would convert it")
     digests = {"exact"} if want["dtype"] == saved["dtype"] else want["weights"].keys() - {"exact"}

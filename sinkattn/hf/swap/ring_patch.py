@@ -30,6 +30,7 @@ from sinkattn.hf.probe.result import ProbeResult, Rotation
 from sinkattn.hf.probe.rotations import identity_rotation_hook
 from sinkattn.hf.swap.captured_step import NewGraph
 from sinkattn.hf.swap.compiled_step import CompiledStep, has_replaced_weights, is_quantized, linear_forward
+from sinkattn.hf.swap.key_factors import apply_factors, digest
 from sinkattn.hf.swap.layer_attention import ATTENTION_NAME, LayerGroup, Padding, RunningForward, attend_over_ring
 from sinkattn.hf.swap.step_graphs import StepGraphs
 from sinkattn.hf.swap.stream_patch import StreamPatch
@@ -62,7 +63,11 @@ class Checkpointed(NamedTuple):
 
 
 class RingPatch(StreamPatch):
-    """Patch of a model without absolute positions: each attention layer gets a ring."""
+    """Patch of a model without absolute positions: each attention layer gets a ring.
+
+    Attributes:
+        key_factors: of layers that have some (`sinkattn.hf.swap.key_factors`); only with rings of 8 bits.
+    """
 
     def __init__(
         self,
@@ -78,11 +83,17 @@ class RingPatch(StreamPatch):
         self.probe_result = probe_result
         self._check_decoder()
         self.groups = self._layer_groups()
+        self.key_factors: dict[nn.Module, Tensor] = {}
         # Replaces `_running` during torch.compile, which cannot trace context variables.
         self._traced: RunningForward | None = None
         self._compiled_step: CompiledStep | None = None
         self._step_graphs: StepGraphs | None = None
         self._quantized_forwards: list[Callable[[Tensor], Tensor]] = []
+
+    @property
+    def key_factors_digest(self) -> str | None:  # type: ignore[override]  # a property here
+        """See `ModelPatch`."""
+        return digest([self.key_factors.get(module) for module in self.probe_result.layers])
 
     def _check_decoder(self) -> None:
         name = type(self.model).__name__
@@ -401,6 +412,8 @@ class RingPatch(StreamPatch):
                 "decoder was replaced after sinkattn.enable(model): call sinkattn.disable(model), then enable it again"
             )
         info, group = self.probe_result.layers[module], self.groups[module]
+        if (factors := self.key_factors.get(module)) is not None:
+            query, key = apply_factors(query, key, factors)
         return attend_over_ring(running, info, group, query, key, value, scale=scale, backend=self.backend, **options)
 
 

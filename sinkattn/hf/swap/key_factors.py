@@ -1,0 +1,68 @@
+"""Factors between the elements of a layer's keys and queries, which leave less to round in a ring of 8 bits.
+
+Rounding a vector of b elements to 8 bits, after `sinkattn.reference.hadamard`, makes about the same error in each
+element, in proportion to the size of the whole vector; so the error of a score has a variance in proportion to |k|^2
+|q|^2. With keys k / c and queries q c, of factors c for each element, scores are the same, and c^2 = rms(k) / rms(q)
+makes that smallest, by the inequality of Cauchy and Schwarz (SmoothQuant, arXiv 2211.10438, has the like for weights
+and activations). This helps where keys have large elements that meet small ones of the queries, as in models with large
+biases. Both elements of a rotated pair have one factor, so that it does not matter when they are rotated; and factors
+are powers of two, which multiply exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from sinkattn.hf.probe.result import Rotation
+
+MIN_GAIN = 2.0
+"""Fall of the variance below which a layer gets no factors: they cost two products in each step."""
+
+MAX_EXPONENT = 8
+"""Of a factor, so that it suits float16."""
+
+
+def key_factors(query: Tensor, key: Tensor, rotation: Rotation | None) -> Tensor | None:
+    """Factors ``[kv_heads, head_dim]`` for a layer; None if they would gain too little.
+
+    query ``[batch, heads, tokens, head_dim]``, key ``[batch, kv_heads, tokens, head_dim]``: of some tokens, before the
+    rotation.
+    """
+    kv_heads = key.shape[1]
+    q = _of_pairs(query.float().square().unflatten(1, (kv_heads, -1)).mean(dim=(0, 2, 3)), rotation)
+    k = _of_pairs(key.float().square().mean(dim=(0, 2)), rotation)
+    exponents = (k / q).log2() / 4
+    exponents = (exponents - exponents.median(dim=1, keepdim=True).values).nan_to_num().round()
+    factors = exponents.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp2()
+    scaled = (k / factors.square()).sum(dim=1) * (q * factors.square()).sum(dim=1)
+    gain = k.sum(dim=1) * q.sum(dim=1) / scaled
+    return factors if (gain >= MIN_GAIN).any() else None
+
+
+def _of_pairs(squares: Tensor, rotation: Rotation | None) -> Tensor:
+    """Mean squares of elements ``[kv_heads, head_dim]``, those of a rotated pair replaced by their mean."""
+    if rotation is None:
+        return squares
+    rope, offset = rotation
+    pairs = len(rope.inv_freq)
+    rotated = squares[:, offset : offset + 2 * pairs]
+    shape, axis = ((pairs, 2), 2) if rope.interleaved else ((2, pairs), 1)
+    means = rotated.unflatten(1, shape).mean(dim=axis, keepdim=True).expand(-1, *shape).flatten(1)
+    return torch.cat((squares[:, :offset], means, squares[:, offset + 2 * pairs :]), dim=1)
+
+
+def apply_factors(query: Tensor, key: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Query times and key divided by factors ``[kv_heads, head_dim]``; their scores are the same, bit for bit."""
+    factors = factors.to(key.device, key.dtype)[:, None]
+    return (query.unflatten(1, (len(factors), -1)) * factors[:, None]).flatten(1, 2), key / factors
+
+
+def digest(factors: list[Tensor | None]) -> str | None:
+    """64 bits of SHA-256 of the factors of all layers, in hexadecimal; None if no layer has any."""
+    if all(x is None for x in factors):
+        return None
+    exponents = [None if x is None else x.log2().to(torch.int8).tolist() for x in factors]
+    return hashlib.sha256(repr(exponents).encode()).hexdigest()[:16]
