@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from sinkattn.attention_arguments import AttentionArguments
-from sinkattn.kernels.chunk import chunk_kernel, combine_kernel, rotate_kernel
+from sinkattn.attention_arguments import AttentionArguments, EightBit
+from sinkattn.kernels.chunk import chunk_kernel, combine_kernel, quantise_kernel, rotate_kernel
 from sinkattn.kernels.configs import (
     Config,
     Target,
@@ -65,6 +65,8 @@ class CallShape(NamedTuple):
     value_strides: tuple[int, ...]
     cache_rows: int | None = None
     """Rows of the cache, in calls that name the rows that they use."""
+    cache_dtype: torch.dtype | None = None
+    """Dtype of a ring of 8 bits."""
 
     @property
     def group(self) -> int:
@@ -80,6 +82,11 @@ class CallShape(NamedTuple):
     def block_dim(self) -> int:
         """The larger of the block sizes of key and value dimensions."""
         return block_size(max(self.head_dim, self.value_dim))
+
+    @property
+    def hadamard_block(self) -> int:
+        """Block of the transform of keys in a ring of 8 bits (`sinkattn.reference.hadamard_block`); 1 for none."""
+        return 1 if self.cache_dtype is None else self.head_dim & -self.head_dim
 
     @property
     def uses_decode_kernel(self) -> bool:
@@ -99,14 +106,14 @@ class Launch:
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: dict[str, Any]) -> None:
         self.kernel, self.grid, self.numbers = kernel, grid, numbers
-        self._tensor_names = [name for name in kernel.arg_names if name not in numbers]
+        self.tensor_names = [name for name in kernel.arg_names if name not in numbers]
         # In the order of the kernel, all tensors come first.
-        self._last_arguments = [numbers[name] for name in kernel.arg_names[len(self._tensor_names) :]]
+        self._last_arguments = [numbers[name] for name in kernel.arg_names[len(self.tensor_names) :]]
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def run(self, tensors: dict[str, Tensor | None], *, warmup: bool = False) -> Any:
         """Launch on the current CUDA stream; with ``warmup`` only compile."""
-        given = [tensors[name] for name in self._tensor_names]
+        given = [tensors[name] for name in self.tensor_names]
         variant = tuple([None if x is None else (x.data_ptr() % 16 == 0, x.get_device()) for x in given])
         launch = self._compiled.get(variant)
         if launch is not None:
@@ -133,7 +140,7 @@ def attend(call: AttentionArguments, shape: CallShape) -> tuple[Tensor, bool]:
         return out, True
     given: dict[str, Tensor | None] = {"query": query, "key": key, "value": value, "out": out}
     names = ("keys", "values", "seen", "lengths", "rows", "row_sinks", "begins", "sink_logits", "alibi_slopes")
-    given |= {name: getattr(call, name) for name in names}
+    given |= {name: getattr(call, name) for name in names + EightBit._fields}
     # A kernel without pairs never reads the tables, so any pointer will do.
     given["cos"] = call.seen if call.cos is None else call.cos.contiguous()
     given["sin"] = call.seen if call.sin is None else call.sin.contiguous()
@@ -151,14 +158,14 @@ def call_shape(call: AttentionArguments) -> CallShape:
     _, kv_heads, slots, value_dim = call.values.shape
     return CallShape(
         get_target(call.keys.device),
-        call.keys.dtype,
+        call.dtype,
         batch,
         heads,
         kv_heads,
         tokens,
         head_dim,
         value_dim,
-        slots,
+        slots if call.sink_keys is None else call.num_sinks + slots,
         call.num_sinks,
         call.window,
         0 if call.cos is None else call.cos.shape[3],
@@ -169,6 +176,7 @@ def call_shape(call: AttentionArguments) -> CallShape:
         key.stride(),
         value.stride(),
         None if call.rows is None else len(call.keys),
+        None if call.sink_keys is None else call.keys.dtype,
     )
 
 
@@ -180,10 +188,10 @@ def launches(
     shape: CallShape, given: dict[str, Tensor | None], arrivals: Tensor | None
 ) -> Iterator[tuple[Launch, dict[str, Tensor | None]]]:
     """Launches of a call and the tensors of each: those ``given``, and newly allocated intermediates."""
-    keys, seen = given["keys"], given["seen"]
-    assert keys is not None
+    query, seen = given["query"], given["seen"]
+    assert query is not None
     assert seen is not None
-    fresh = keys.new_empty
+    fresh = query.new_empty
     if shape.uses_decode_kernel:
         launch = decode_launch(shape)
         num_kv_rows, num_splits = launch.grid
@@ -193,26 +201,38 @@ def launches(
             arrivals = seen.new_zeros(num_kv_rows, dtype=torch.int32)
         yield launch, {**given, "partials": partials, "arrivals": arrivals}
         return
-    rotated = fresh(shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)
-    names = ("key", "lengths", "seen", "cos", "sin")
-    yield rotate_launch(shape), {"rotated": rotated, **{name: given[name] for name in names}}
-    rest = {name: x for name, x in given.items() if name != "key"} | {"rotated": rotated, "partials": None}
+    vectors, stored = (shape.batch, shape.kv_heads, shape.tokens), shape.cache_dtype or shape.dtype
+    rest = {**given, "rotated": fresh(*vectors, shape.head_dim, dtype=stored), "partials": None}
+    rest |= dict.fromkeys(("new_key_scales", "new_value_scales"))
+    if shape.cache_dtype is None:
+        yield _with_tensors(rotate_launch(shape), rest)
+    else:
+        rest |= {name: fresh(vectors, dtype=torch.float32) for name in ("new_key_scales", "new_value_scales")}
+        new_values = fresh(*vectors, shape.value_dim, dtype=stored)
+        yield _with_tensors(quantise_launch(shape), rest | {"new_values": new_values})
+        rest["value"] = new_values
+        shape = shape._replace(value_strides=new_values.stride())
     launch = chunk_launch(shape, SPLIT_CHUNKS)
     if (splits := launch.grid[1]) == 1:
-        yield launch, rest
+        yield _with_tensors(launch, rest)
         return
     rows = splits * shape.num_kv_rows * shape.tokens * shape.group
     rest["partials"] = fresh(rows * (shape.value_dim + 2), dtype=torch.float32)
-    yield launch, rest
-    yield combine_launch(shape, splits), {name: rest[name] for name in combine_kernel.arg_names if name in rest}
+    yield _with_tensors(launch, rest)
+    yield _with_tensors(combine_launch(shape, splits), rest)
+
+
+def _with_tensors(launch: Launch, tensors: dict[str, Tensor | None]) -> tuple[Launch, dict[str, Tensor | None]]:
+    return launch, {name: tensors[name] for name in launch.tensor_names}
 
 
 @functools.lru_cache(maxsize=256)
 def decode_launch(shape: CallShape) -> Launch:
     """Launch of the decode kernel."""
-    config = decode_config(shape.group * shape.tokens, shape.block_dim, shape.dtype, shape.target, shape.num_kv_rows)
+    rows, eight_bit = shape.group * shape.tokens, shape.cache_dtype is not None
+    config = decode_config(rows, shape.block_dim, shape.dtype, shape.target, shape.num_kv_rows, eight_bit)
     num_splits = num_kv_splits(shape.num_kv_rows, shape.slots - shape.num_sinks, config, shape.target.num_sms)
-    block_rows = triton.next_power_of_2(shape.group * shape.tokens)
+    block_rows = triton.next_power_of_2(rows)
     numbers = {
         **_attention_numbers(shape, config),
         **_strides("key", shape.key_strides),
@@ -235,10 +255,27 @@ def rotate_launch(shape: CallShape) -> Launch:
 
 
 @functools.lru_cache(maxsize=256)
+def quantise_launch(shape: CallShape) -> Launch:
+    """Launch of the kernel that rotates the new keys of a chunk and rounds them and their values to 8 bits."""
+    numbers = {
+        **_common_numbers(shape, Config(0, 32, warps=4, stages=1)),
+        **_strides("key", shape.key_strides),
+        **_strides("value", shape.value_strides),
+        "num_sinks": shape.num_sinks,
+        "cache_rows": shape.cache_rows,
+        "VALUE_DIM": shape.value_dim,
+        "BLOCK_V": block_size(shape.value_dim),
+        "HADAMARD": shape.hadamard_block,
+    }
+    return Launch(quantise_kernel, (triton.cdiv(shape.tokens, 32) * shape.num_kv_rows,), numbers)
+
+
+@functools.lru_cache(maxsize=256)
 def chunk_launch(shape: CallShape, split: bool) -> Launch:
     """Launch of the chunk kernel; with ``split``, several programs share the keys if there are few queries."""
     rows = shape.tokens * shape.group
-    config = chunk_config(shape.block_dim, shape.dtype, shape.target, shape.num_kv_rows, rows)
+    eight_bit = shape.cache_dtype is not None
+    config = chunk_config(shape.block_dim, shape.dtype, shape.target, shape.num_kv_rows, rows, eight_bit)
     programs = triton.cdiv(rows, config.block_m) * shape.num_kv_rows
     keys = shape.window + shape.tokens
     splits = num_chunk_splits(programs, keys, config, shape.target.num_sms) if split else 1
@@ -307,4 +344,5 @@ def _attention_numbers(shape: CallShape, config: Config) -> dict[str, Any]:
         "GROUP": shape.group,
         "BLOCK_M": config.block_m,
         "BLOCK_V": block_size(shape.value_dim),
+        "HADAMARD": shape.hadamard_block,
     }

@@ -37,11 +37,17 @@ def fits_decode(rows: int, dim: int, dtype: torch.dtype) -> bool:
     return rows <= 16 or block_size(rows) * dim <= (2048 if dtype == torch.float32 else 8192)
 
 
-def decode_config(rows: int, dim: int, dtype: torch.dtype, target: Target, num_kv_rows: int) -> Config:
-    """Config of the decode kernel for ``rows`` queries per (row, KV head), which `fits_decode`."""
+def decode_config(
+    rows: int, dim: int, dtype: torch.dtype, target: Target, num_kv_rows: int, eight_bit: bool = False
+) -> Config:
+    """Config of the decode kernel for ``rows`` queries per (row, KV head), which `fits_decode`.
+
+    eight_bit: over a ring of 8 bits. No such config has run on a GPU: they are those of the ``dtype`` of queries, or
+    smaller where these spill registers.
+    """
     block_m = block_size(rows)
     if dtype == torch.float32:
-        return Config(block_m, 16 if dim > 128 else 32, 8, 2)
+        return Config(block_m, 16, 8, 1) if eight_bit else Config(block_m, 16 if dim > 128 else 32, 8, 2)
     if num_kv_rows >= MANY_KV_ROWS and block_m == 16 and 64 < dim <= 128:
         # On an H200, head_dim 128 (bench/results/nvidia-h200-2026-11-27-sweep.json): microseconds of this config and of
         # four warps with blocks of 64, each with its best number of splits.
@@ -54,8 +60,10 @@ def decode_config(rows: int, dim: int, dtype: torch.dtype, target: Target, num_k
     )
 
 
-def chunk_config(dim: int, dtype: torch.dtype, target: Target, num_kv_rows: int, rows: int) -> Config:
-    """Config of the chunk kernel for ``rows`` queries per (row, KV head)."""
+def chunk_config(
+    dim: int, dtype: torch.dtype, target: Target, num_kv_rows: int, rows: int, eight_bit: bool = False
+) -> Config:
+    """Config of the chunk kernel for ``rows`` queries per (row, KV head); eight_bit: as for `decode_config`."""
     capability = target.capability
     if dtype == torch.float32:
         return Config(32, 32, 8, 2) if dim <= 64 else Config(16, 16, 8, 2) if dim <= 128 else Config(16, 16, 4, 1)
@@ -65,7 +73,7 @@ def chunk_config(dim: int, dtype: torch.dtype, target: Target, num_kv_rows: int,
         return Config(128, 64, 8, 2)
     if 2 * num_kv_rows * -(-rows // 128) <= target.num_sms:
         # Measured as above, 8 KV rows of 256 queries, window 4096: 94 us, and 115 us in larger blocks of queries.
-        return Config(64, 128, 8, 3)
+        return Config(64, 64 if eight_bit else 128, 8, 3)
     return Config(128, 64, 8, 3)
 
 

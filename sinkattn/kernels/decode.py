@@ -13,11 +13,15 @@ from sinkattn.kernels.primitives import (
     attend,
     cache_kv_row_of,
     combine_partials,
+    hadamard,
     load_block,
     load_rotated,
+    load_scales,
     normalise,
     position_of,
+    quantise,
     sinks_of,
+    store_block,
     store_output,
     store_partial,
     token_counts,
@@ -27,17 +31,19 @@ from sinkattn.kernels.primitives import (
 @triton.jit(
     do_not_specialize=["tokens", "kv_heads", "slots", "window", "num_sinks", "cache_rows"],
     do_not_specialize_on_alignment=[
-        "seen", "lengths", "rows", "row_sinks", "begins", "sink_logits", "alibi_slopes", "arrivals"
+        "key_scales", "value_scales", "seen", "lengths", "rows", "row_sinks", "begins", "sink_logits", "alibi_slopes",
+        "arrivals"
     ],
 )  # fmt: skip
 def decode_kernel(
-    keys, values, query, key, value, seen, lengths, rows, row_sinks, begins, cos, sin, sink_logits, alibi_slopes, out,
-    partials, arrivals, tokens, kv_heads, slots, window, num_sinks, cache_rows, scale, cap,
+    keys, values, sink_keys, sink_values, key_scales, value_scales, query, key, value, seen, lengths, rows, row_sinks,
+    begins, cos, sin, sink_logits, alibi_slopes, out, partials, arrivals, tokens, kv_heads, slots, window, num_sinks,
+    cache_rows, scale, cap,
     query_row, query_head, query_token, key_row, key_head, key_token, value_row, value_head, value_token,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr, APPEND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_NEW: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr, UPCAST: tl.constexpr
+    BLOCK_SPLITS: tl.constexpr, HADAMARD: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
     """Program (kv_row, split) does one KV split of one KV head of one stream, ``kv_row = row * kv_heads + head``.
 
@@ -47,12 +53,13 @@ def decode_kernel(
     program that finishes last combines all splits.
 
     rows, row_sinks, begins: for each row, which of the ``cache_rows`` rows of the cache it is in, its sinks, and the
-    first token that its window may hold. partials: scratch of `store_partial`. arrivals: int32 ``[num_kv_rows]``
-    completion counters, zero before and after.
+    first token that its window may hold. sink_keys, sink_values, key_scales, value_scales: of a ring of 8 bits, else
+    None. slots: of sinks and ring together, wherever they are. HADAMARD: the block of `hadamard`, 1 in full precision.
+    partials: scratch of `store_partial`. arrivals: int32 ``[num_kv_rows]`` completion counters, zero before and after.
     """
     kv_row, split, num_splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     row, head = (kv_row // kv_heads).to(tl.int64), (kv_row % kv_heads).to(tl.int64)
-    m, d, e = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    m = tl.arange(0, BLOCK_M)
     token, query_heads = m // GROUP, head * GROUP + m % GROUP
     num_queries = tokens * GROUP
     live = m < num_queries
@@ -68,7 +75,7 @@ def decode_kernel(
     batch = tl.num_programs(0) // kv_heads
     table_rows = (row * tokens + token) * PAIRS
     q = load_rotated(
-        query_rows, cos + table_rows, sin + table_rows, live, HEAD_DIM, BLOCK_D, PAIRS, INTERLEAVED, UPCAST
+        query_rows, cos + table_rows, sin + table_rows, live, HEAD_DIM, BLOCK_D, PAIRS, INTERLEAVED, UPCAST, HADAMARD
     )
     slopes = None
     if alibi_slopes is not None:
@@ -96,7 +103,12 @@ def decode_kernel(
     oldest_age = tl.minimum(held, window - 1)
     if begin is not None:
         oldest_age = tl.minimum(oldest_age, before - begin).to(tl.int32)
-    first_slot = cache_kv_row.to(tl.int64) * slots + num_sinks
+    first_sink = cache_kv_row.to(tl.int64) * slots
+    first_slot = first_sink + num_sinks
+    if key_scales is not None:
+        first_sink, first_slot = cache_kv_row.to(tl.int64) * num_sinks, cache_kv_row.to(tl.int64) * ring
+    else:
+        sink_keys, sink_values = keys, values
     n = tl.arange(0, BLOCK_N)
     for tile in tl.range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tiles)):
         start = tile * BLOCK_N
@@ -105,11 +117,15 @@ def decode_kernel(
         present = (start + n < ring) & (age < oldest_age)
         k = load_block(keys + (first_slot + start) * HEAD_DIM + n * HEAD_DIM, present, HEAD_DIM, BLOCK_D)
         v = load_block(values + (first_slot + start) * VALUE_DIM + n * VALUE_DIM, present, VALUE_DIM, BLOCK_V)
+        k_scales = load_scales(key_scales, first_slot + start + n, present)
+        v_scales = load_scales(value_scales, first_slot + start + n, present)
         visible = present[None, :]
         if not APPEND:
             visible = visible & (age[None, :] + token[:, None] < window - 1)
         distance = age[None, :] + token[:, None] + 1
-        row_max, row_sum, acc = attend(q, k, v, visible, distance, slopes, scale, cap, row_max, row_sum, acc, UPCAST)
+        row_max, row_sum, acc = attend(
+            q, k, v, visible, distance, slopes, scale, cap, row_max, row_sum, acc, UPCAST, k_scales, v_scales
+        )
 
     if split == last_split:
         new = tl.arange(0, BLOCK_NEW)
@@ -121,32 +137,54 @@ def decode_kernel(
             key_rows, cos + new_tables, sin + new_tables, arrived, HEAD_DIM, BLOCK_D, PAIRS, INTERLEAVED, UPCAST
         )
         v_new = load_block(value_rows, arrived, VALUE_DIM, BLOCK_V)
-        if APPEND:
-            slot = tl.where(before < sinks, before, num_sinks + tl.maximum(before - sinks, 0) % ring)
-            slot = cache_kv_row.to(tl.int64) * slots + slot + new
-            to_keys = keys + slot[:, None] * HEAD_DIM + d[None, :]
-            to_values = values + slot[:, None] * VALUE_DIM + e[None, :]
-            tl.store(to_keys, k_new, mask=arrived[:, None] & (d < HEAD_DIM)[None, :])
-            tl.store(to_values, v_new, mask=arrived[:, None] & (e < VALUE_DIM)[None, :])
         # A decode call has at most `window` tokens, so every new token sees all new tokens before it.
         between = token[:, None] - new[None, :]
         visible = arrived[None, :] & (between >= 0)
-        row_max, row_sum, acc = attend(
-            q, k_new, v_new, visible, between, slopes, scale, cap, row_max, row_sum, acc, UPCAST
-        )
+        # With APPEND there is one new token, and these are its slots.
+        sink_slot, ring_slot = first_sink + before + new, first_slot + tl.maximum(before - sinks, 0) % ring + new
+        if key_scales is None:
+            if APPEND:
+                slot = tl.where(before < sinks, sink_slot, ring_slot)
+                store_block(keys + slot * HEAD_DIM, k_new, arrived, HEAD_DIM, BLOCK_D)
+                store_block(values + slot * VALUE_DIM, v_new, arrived, VALUE_DIM, BLOCK_V)
+            row_max, row_sum, acc = attend(
+                q, k_new, v_new, visible, between, slopes, scale, cap, row_max, row_sum, acc, UPCAST
+            )
+        else:
+            is_sink = before + new < sinks
+            k_quantised, k_scales = quantise(hadamard(k_new.to(tl.float32), HADAMARD), keys.dtype.element_ty)
+            v_quantised, v_scales = quantise(v_new, values.dtype.element_ty)
+            if APPEND:
+                to_sinks, to_ring = arrived & is_sink, arrived & (is_sink == 0)
+                store_block(sink_keys + sink_slot * HEAD_DIM, k_new, to_sinks, HEAD_DIM, BLOCK_D)
+                store_block(sink_values + sink_slot * VALUE_DIM, v_new, to_sinks, VALUE_DIM, BLOCK_V)
+                store_block(keys + ring_slot * HEAD_DIM, k_quantised, to_ring, HEAD_DIM, BLOCK_D)
+                store_block(values + ring_slot * VALUE_DIM, v_quantised, to_ring, VALUE_DIM, BLOCK_V)
+                tl.store(key_scales + ring_slot, k_scales, mask=to_ring)
+                tl.store(value_scales + ring_slot, v_scales, mask=to_ring)
+            row_max, row_sum, acc = attend(
+                q, k_quantised, v_quantised, visible & (is_sink == 0)[None, :], between, slopes, scale, cap, row_max,
+                row_sum, acc, UPCAST, k_scales, tl.where(is_sink, 0.0, v_scales)
+            )  # fmt: skip
 
         table_rows += batch.to(tl.int64) * tokens * PAIRS
         q = load_rotated(
             query_rows, cos + table_rows, sin + table_rows, live, HEAD_DIM, BLOCK_D, PAIRS, INTERLEAVED, UPCAST
         )
+        if key_scales is not None:  # noqa: SIM102 (known when this is compiled)
+            if before < sinks:
+                # New sinks, which are not of 8 bits; a query that sees them is as far from them in either rotation.
+                row_max, row_sum, acc = attend(
+                    q, k_new, v_new, visible & is_sink[None, :], between, slopes, scale, cap, row_max, row_sum, acc,
+                    UPCAST
+                )  # fmt: skip
         position = position_of(before + token, sinks, window, begin).to(tl.int32)
         held_sinks = tl.minimum(before, sinks).to(tl.int32)
         for start in range(0, held_sinks, BLOCK_NEW):
             sink = start + new
             present = sink < held_sinks
-            sink_slots = cache_kv_row.to(tl.int64) * slots + sink
-            k = load_block(keys + sink_slots * HEAD_DIM, present, HEAD_DIM, BLOCK_D)
-            v = load_block(values + sink_slots * VALUE_DIM, present, VALUE_DIM, BLOCK_V)
+            k = load_block(sink_keys + (first_sink + sink) * HEAD_DIM, present, HEAD_DIM, BLOCK_D)
+            v = load_block(sink_values + (first_sink + sink) * VALUE_DIM, present, VALUE_DIM, BLOCK_V)
             distance = position[:, None] - sink[None, :]
             row_max, row_sum, acc = attend(
                 q, k, v, present[None, :], distance, slopes, scale, cap, row_max, row_sum, acc, UPCAST

@@ -14,6 +14,9 @@ MAX_TOKENS = tl.constexpr(1 << 61)
 LOWEST_SCORE = tl.constexpr(-3.4028234663852886e38)
 """Initial running maximum: the lowest finite fp32, as infinity minus infinity is NaN."""
 
+MIN_LARGEST = tl.constexpr(2.0**-100)
+"""The same as in `sinkattn.reference`."""
+
 
 @triton.jit
 def token_counts(seen, lengths, row, tokens, rows=None, cache_rows=None):
@@ -69,6 +72,51 @@ def rounded(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def hadamard(x, BLOCK: tl.constexpr):
+    """`sinkattn.reference.hadamard` of fp32 vectors ``[n, d]`` in blocks of ``BLOCK`` elements, bit for bit."""
+    rows: tl.constexpr = x.shape[0]
+    dim: tl.constexpr = x.shape[1]
+    # Elements 2 i and 2 i + 1 become i and i + BLOCK / 2: the bits of the index are turned by one. So the next step has
+    # those that are twice as far apart side by side, and after as many steps as there are bits all are in their places.
+    for _ in tl.static_range(BLOCK.bit_length() - 1):
+        a, b = tl.split(tl.reshape(x, [rows, dim // BLOCK, BLOCK // 2, 2]))
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 1, 3, 2]), [rows, dim])
+    return x
+
+
+@triton.jit
+def quantise(x, dtype: tl.constexpr):
+    """`sinkattn.reference.quantise` of vectors ``[n, d]``, bit for bit: q of ``dtype``, and fp32 scales ``[n]``."""
+    x = x.to(tl.float32)
+    # NaN is not less than infinity.
+    size = tl.where(tl.abs(x) < float("inf"), tl.abs(x), float("inf"))
+    largest = tl.max(size, 1)
+    is_finite = largest < float("inf")
+    limit = tl.full(largest.shape, 127.0 if dtype == tl.int8 else 448.0, tl.float32)
+    scale = tl.div_rn(tl.maximum(largest, MIN_LARGEST), limit)
+    scaled = tl.where(is_finite[:, None], tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)), 0.0)
+    # The sum with 1.5 * 2^23 units of the last place of q has no room for a fraction of such a unit, so it is rounded
+    # to nearest even. Neither the interpreter's cast to float8 rounds so, nor any cast to integers.
+    shift = tl.full(x.shape, 1.5 * 2**23, tl.float32)
+    if dtype != tl.int8:
+        power = (scaled.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        shift = tl.maximum(power, 2.0**-6) * (1.5 * 2**20)
+    return ((scaled + shift) - shift).to(dtype), tl.where(is_finite, scale, float("nan"))
+
+
+@triton.jit
+def load_scales(scales, index, present):
+    """Scales ``[n]`` of vectors of 8 bits, zeros where not ``present`` (None: all are); None of any other vectors."""
+    loaded = None
+    if scales is not None:
+        if present is None:
+            loaded = tl.load(scales + index)
+        else:
+            loaded = tl.load(scales + index, mask=present, other=0.0)
+    return loaded
+
+
+@triton.jit
 def load_block(rows, present, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Vectors ``[rows, BLOCK]`` at pointers ``[rows]``; zeros where not ``present``. None: all are present."""
     d = tl.arange(0, BLOCK)
@@ -83,14 +131,22 @@ def load_block(rows, present, DIM: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def store_block(rows, block, present, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Store vectors ``[rows, BLOCK]`` at pointers ``[rows]``, where ``present``."""
+    d = tl.arange(0, BLOCK)
+    tl.store(rows[:, None] + d[None, :], block, mask=present[:, None] & (d < DIM)[None, :])
+
+
+@triton.jit
 def load_rotated(
     rows, cos_rows, sin_rows, present, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr, UPCAST: tl.constexpr
+    INTERLEAVED: tl.constexpr, UPCAST: tl.constexpr, HADAMARD: tl.constexpr = 1
 ):  # fmt: skip
     """Vectors ``[rows, BLOCK_D]``, rotated in fp32 and rounded once to their own dtype (arXiv 2104.09864).
 
     rows: pointers ``[rows]`` to the first element of each vector; cos_rows, sin_rows: to the first pair of its tables.
-    present: bool ``[rows]``; the other vectors are zeros.
+    present: bool ``[rows]``; the other vectors are zeros. HADAMARD: block of the `hadamard` that follows the rotation,
+    before the rounding, divided by the block: of queries for keys of 8 bits.
     """
     d = tl.arange(0, BLOCK_D)
     in_head = present[:, None] & (d < HEAD_DIM)[None, :]
@@ -109,7 +165,13 @@ def load_rotated(
         cos = tl.load(cos_rows[:, None] + pair[None, :], mask=is_rotated, other=1.0)
         sin = tl.load(sin_rows[:, None] + pair[None, :], mask=is_rotated, other=0.0)
         sin = tl.where(first[None, :], -sin, sin)
-        x = rounded(x.to(tl.float32) * cos + y * sin, x.dtype, UPCAST)
+        # Each product is rounded, as in other operators: compilers would fuse x * cos + p, but not a sum of two fma.
+        zeros = tl.zeros_like(cos)
+        x = tl.fma(x.to(tl.float32), cos, zeros) + tl.fma(y, sin, zeros)
+    if HADAMARD > 1:
+        x = hadamard(x.to(tl.float32), HADAMARD) * (1.0 / HADAMARD)
+    if x.dtype != rows.dtype.element_ty:
+        x = rounded(x, rows.dtype.element_ty, UPCAST)
     return x
 
 
@@ -129,23 +191,27 @@ def tanh(x):
 
 @triton.jit
 def matmul(a, b, acc, UPCAST: tl.constexpr):
-    """``a @ b + acc``, accumulated in fp32."""
+    """``a @ b + acc``, accumulated in fp32; ``b`` may be of 8 bits, which are exact in the dtype of ``a``."""
     # The interpreter would multiply the bit patterns of bfloat16.
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
 
 
 @triton.jit
 def attend(
-    query, keys, values, visible, distance, slopes, scale, cap, row_max, row_sum, acc, UPCAST: tl.constexpr
+    query, keys, values, visible, distance, slopes, scale, cap, row_max, row_sum, acc, UPCAST: tl.constexpr,
+    key_scales=None, value_scales=None
 ):  # fmt: skip
     """Add one block of keys to an online softmax (arXiv 1805.02867): row_max, row_sum ``[m]``, acc ``[m, v]``, fp32.
 
     query ``[m, d]``; keys ``[n, d]``; values ``[n, v]``, finite even where masked. visible: bool mask, None for all;
     distance: from query to key in tokens; both broadcast to ``[m, n]``. scale: factor on the dot products, divided by
     the softcap if there is one; cap: softcap or None; slopes: ALiBi slopes ``[m]`` or None. All three include log2(e).
+    key_scales, value_scales: ``[n]`` what keys and values of 8 bits are multiplied by, or both None.
     """
+    if key_scales is not None:
+        scale = (key_scales * scale)[None, :]
     scores = tl.zeros([query.shape[0], keys.shape[0]], tl.float32)
     scores = matmul(query, tl.trans(keys), scores, UPCAST) * scale
     if cap is not None:
@@ -158,9 +224,18 @@ def attend(
     weights = tl.exp2(scores - new_max[:, None])
     rescale = tl.exp2(row_max - new_max)
     row_sum = row_sum * rescale + tl.sum(weights, 1)
-    weights = rounded(weights, values.dtype, UPCAST)
+    largest = None
+    if value_scales is not None:
+        if query.dtype == tl.float16:
+            # A weight times a small scale may be too small for fp16, so the largest scale is left out until afterwards.
+            largest = tl.maximum(tl.max(value_scales, 0), MIN_LARGEST / 512)
+            value_scales = value_scales / largest
+        weights *= value_scales[None, :]
+    weights = rounded(weights, query.dtype, UPCAST)
     rescale = tl.broadcast_to(rescale[:, None], acc.shape)
-    if values.dtype == tl.float32:
+    if largest is not None:
+        acc = acc * rescale + matmul(weights, values, tl.zeros_like(acc), UPCAST) * largest
+    elif query.dtype == tl.float32:
         # Sum each block separately: the error of one long sum grows with the square root of the window. An fma, as the
         # compiler would fold a plain addition into the dot's accumulator.
         acc = tl.fma(acc, rescale, matmul(weights, values, tl.zeros_like(acc), UPCAST))

@@ -162,6 +162,11 @@ def check_triton(call: AttentionArguments) -> None:
     check_tensor("values", values, (*keys.shape[:3], values.shape[3]), keys.dtype, keys.device)
     if call.dtype not in TRITON_DTYPES:
         raise TypeError(f"keys: expected one of {TRITON_DTYPES} for the triton backend, got {call.dtype}")
+    if keys.dtype == torch.float8_e4m3fn and _lacks_fp8(keys.device):
+        raise TypeError(
+            f"keys: expected torch.int8 on {keys.device}, as the triton backend needs compute capability 8.9 for fp8, "
+            f"got {keys.dtype}"
+        )
     for name, x in (("keys", keys), ("values", values)):
         if not 1 <= x.shape[3] <= TRITON_MAX_DIM:
             raise ValueError(
@@ -176,6 +181,10 @@ def check_triton(call: AttentionArguments) -> None:
     for name in ("keys", "values", *EightBit._fields, *int64_names, "arrivals", "sink_logits", "alibi_slopes"):
         if (x := getattr(call, name)) is not None and not x.is_contiguous():
             raise ValueError(f"{name}: expected contiguous memory, got strides {x.stride()}")
+
+
+def _lacks_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
 
 
 def check_no_gradients(*inputs: Tensor | None) -> None:

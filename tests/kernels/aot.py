@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from sinkattn.attention_arguments import EightBit
 from sinkattn.kernels import attention, gradients
 from sinkattn.kernels.attention import CallShape, Launch, launches
 from sinkattn.kernels.configs import Target
@@ -163,14 +164,23 @@ def launches_for(capability: int, call: dict[str, Any]) -> list[tuple[Launch, di
     value = new(kv_heads, offset if tokens == 1 else 0)  # unaligned values are copied if there are several
     tables = tensor(2, batch, tokens, pairs, dtype=torch.float32) if pairs else seen
     given = {"query": query, "key": key, "value": value, "seen": seen, "cos": tables, "sin": tables}
-    given |= {name: tensor(batch, kv_heads, slots, head_dim) for name in ("keys", "values")}
+    cache_dtype = call.get("cache_dtype")
+    given |= dict.fromkeys(EightBit._fields)
+    if cache_dtype is None:
+        given |= {name: tensor(batch, kv_heads, slots, head_dim) for name in ("keys", "values")}
+    else:
+        cache = tensor(batch, kv_heads, slots - 4, head_dim, dtype=cache_dtype)
+        scales = tensor(batch, kv_heads, slots - 4, 1, dtype=torch.float32)
+        given |= {"keys": cache, "values": cache, "key_scales": scales, "value_scales": scales}
+        given |= {name: tensor(batch, kv_heads, 4, head_dim) for name in ("sink_keys", "sink_values")}
     given |= {name: per_head(name) for name in ("sink_logits", "alibi_slopes")}
     given |= {"lengths": seen if call.get("ragged") else None, "out": tensor(batch, tokens, heads, head_dim)}
     given |= {name: seen if call.get("rows") else None for name in ("rows", "row_sinks", "begins")}
     layout = (slots, 4, slots - 4, pairs, call.get("interleaved", False), 0.1, call.get("softcap"))
     strides = (query.stride(), key.stride(), value.stride())
     sizes = (batch, heads, kv_heads, tokens, head_dim, head_dim)
-    shape = CallShape(Target(capability, 132), dtype, *sizes, *layout, *strides, 64 if call.get("rows") else None)
+    cache_rows = 64 if call.get("rows") else None
+    shape = CallShape(Target(capability, 132), dtype, *sizes, *layout, *strides, cache_rows, cache_dtype)
     with patch.object(attention, "SPLIT_CHUNKS", call.get("split", False)):
         return list(launches(shape, given, None))
 

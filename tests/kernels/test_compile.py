@@ -18,6 +18,7 @@ CAPABILITIES = (80, 90, 100)
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+INT8, FP8 = torch.int8, torch.float8_e4m3fn
 OPTIONS = {"softcap": 30.0, "sink_logits": True, "alibi_slopes": True, "ragged": True}
 # Every configuration of block sizes, warps and stages, compiled for every architecture.
 CONFIGS = {
@@ -42,6 +43,7 @@ CONFIGS = {
     "chunk-fp32": {"tokens": 4096, "dtype": FP32},
     "chunk-fp32-d64": {"tokens": 4096, "dtype": FP32, "head_dim": 64},
     "chunk-fp32-d256": {"tokens": 4096, "dtype": FP32, "head_dim": 256},
+    "int8": {"cache_dtype": INT8},
 }
 # Other options of a call, several at once if they do not meet in the code, each compiled for one architecture: they
 # change the code before its machine-specific stages.
@@ -68,6 +70,15 @@ FEATURES = {
     "backward-fp32": (80, {"backward": True, "dtype": FP32}),
     "backward-fp32-d64": (90, {"backward": True, "dtype": FP32, "head_dim": 64}),
     "backward-fp16-small-gpu": (120, {"backward": True, "dtype": FP16}),
+    "int8-many-streams": (80, {"cache_dtype": INT8, "batch": 16}),
+    "int8-d256": (90, {"cache_dtype": INT8, "head_dim": 256}),
+    "int8-fp32": (80, {"cache_dtype": INT8, "dtype": FP32}),
+    "fp8-many-streams-options": (90, {"cache_dtype": FP8, "batch": 16, "rows": True, **OPTIONS}),
+    "fp8-few-tokens-fp16": (100, {"cache_dtype": FP8, "tokens": 16, "dtype": FP16}),
+    "chunk-int8": (80, {"cache_dtype": INT8, "tokens": 4096}),
+    "chunk-fp8": (100, {"cache_dtype": FP8, "tokens": 4096}),
+    "chunk-int8-few-queries-fp16": (90, {"cache_dtype": INT8, "tokens": 64, "dtype": FP16}),
+    "split-chunk-fp8-options": (90, {"cache_dtype": FP8, "tokens": 64, "split": True, "rows": True, **OPTIONS}),
     "split-chunk-options": (90, {"tokens": 64, "split": True, "rows": True, **OPTIONS}),
     "split-chunk-fp32": (80, {"tokens": 64, "split": True, "dtype": FP32}),
     "split-chunk-d256": (100, {"tokens": 64, "split": True, "head_dim": 256}),
@@ -103,7 +114,8 @@ def compiled(request):
 @pytest.mark.parametrize(("name", "capability"), VARIANTS, ids=lambda x: f"sm_{x}" if isinstance(x, int) else x)
 def test_compiles_without_spills_in_loops(name, capability, compiled):
     kernels = compiled(name, capability).result()
-    expected = ["rotate_kernel", "chunk_kernel"] if "chunk" in name else ["decode_kernel"]
+    first = "quantise_kernel" if "int8" in name or "fp8" in name else "rotate_kernel"
+    expected = [first, "chunk_kernel"] if "chunk" in name else ["decode_kernel"]
     if name.startswith("backward"):
         expected = ["query_gradients_kernel", "key_gradients_kernel"]
     assert list(kernels) == expected + ["combine_kernel"] * name.startswith("split")
@@ -111,6 +123,6 @@ def test_compiles_without_spills_in_loops(name, capability, compiled):
         print(kernel, used)
         assert used.registers <= 255
         assert used.shared <= SHARED_BYTES[capability], kernel
-        if kernel != "rotate_kernel":
+        if kernel != first:
             assert used.loops
         assert [spills for _, spills, _ in used.loops if spills] == []
