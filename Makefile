@@ -168,7 +168,7 @@ bench-gpu: $(READY)  ## run the GPU benchmarks; under ten minutes on an H100, AR
 	@$(PY) bench/run_gpu.py $(ARGS)
 
 gpu: $(READY)  ## all that needs a GPU: its tests, then its benchmarks
-	@$(PY) -m pytest tests/test_gpu.py tests/kernels/test_attention.py tests/kernels/test_kernel_rows.py tests/kernels/test_backward.py tests/kernels/test_model.py
+	@$(PY) -m pytest tests/test_gpu.py tests/kernels/test_attention.py tests/kernels/test_kernel_rows.py tests/kernels/test_kernel_eight_bit.py tests/kernels/test_backward.py tests/kernels/test_model.py
 	@$(MAKE) --no-print-directory bench-gpu
 
 hub: $(READY)  ## the operators as a kernel for the Kernel Hub of Hugging Face, in build/hub

@@ -1,5 +1,6 @@
 """Methods of attention of one layer that gpu_attention.py and gpu_compiled.py time, and their inputs.
 
+* ``sinkattn int8``, ``sinkattn fp8`` (decode): over rings of 8 bits.
 * ``sinkattn split`` (chunk): the keys of few queries split over programs.
 * ``sdpa flash``, ``sdpa cudnn``: only that backend of PyTorch's attention, over contiguous keys that are rotated
   already, with nothing appended.
@@ -159,6 +160,8 @@ class Method:
 
 
 class Sinkattn(Method):
+    cache_dtype: str | None = None
+
     def make_layer(self, i: int) -> sinkattn.RingKVCache:
         (keys, values), window = self.inputs.past, self.inputs.window
         ring = sinkattn.RingKVCache(
@@ -169,6 +172,7 @@ class Sinkattn(Method):
             window,
             dtype=keys.dtype,
             device=keys.device,
+            cache_dtype=self.cache_dtype,
         )
         ring.append(keys, values, rope=self.inputs.rope)
         if i == 0:
@@ -182,8 +186,17 @@ class Sinkattn(Method):
             "window": self.inputs.window,
             "scale": self.inputs.heads.scale,
             "arrivals": ring.arrivals,
+            **ring.eight_bit,
         }
         return ops.sink_attention_(ring.keys, ring.values, *self.inputs.new, ring.seen, *self.tables, **options)
+
+
+class SinkattnInt8(Sinkattn):
+    cache_dtype = "int8"
+
+
+class SinkattnFp8(Sinkattn):
+    cache_dtype = "fp8"
 
 
 class SinkattnSplit(Sinkattn):
@@ -405,6 +418,7 @@ class Append(Sinkattn):
         ops.append_(ring.keys, ring.values, *new, ring.seen, num_sinks=NUM_SINKS, cos=cos, sin=sin)
 
 
+EIGHT_BIT: dict[str, type[Method]] = {"sinkattn int8": SinkattnInt8, "sinkattn fp8": SinkattnFp8}
 BASELINES: dict[str, type[Method]] = {
     "sdpa flash": SdpaFlash,
     "sdpa cudnn": SdpaCudnn,

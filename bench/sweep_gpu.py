@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -48,6 +48,7 @@ class Shape:
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
+    cache_dtype: str | None = None
 
 
 SHAPES = [
@@ -61,11 +62,15 @@ SHAPES = [
     Shape(1, 4096, kv_heads=32),
     Shape(1, 4096, head_dim=64),
     Shape(1, 4096, head_dim=256),
+    Shape(1, 4096, cache_dtype="int8"),
+    Shape(64, 4096, cache_dtype="int8"),
+    Shape(64, 4096, cache_dtype="fp8"),
     Shape(1, 4096, tokens=64),
     Shape(1, 4096, tokens=512),
     Shape(1, 4096, tokens=4096),
 ]
 TINY = [Shape(1, 40, heads=4, kv_heads=2, head_dim=16), Shape(1, 40, tokens=20, heads=4, kv_heads=2, head_dim=16)]
+TINY.append(replace(TINY[0], cache_dtype="int8"))
 
 
 class Layers:
@@ -73,7 +78,8 @@ class Layers:
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         torch.manual_seed(0)
-        layer_bytes = 2 * shape.batch * shape.kv_heads * shape.window * shape.head_dim * DTYPE.itemsize
+        itemsize = 1 if shape.cache_dtype else DTYPE.itemsize
+        layer_bytes = 2 * shape.batch * shape.kv_heads * shape.window * shape.head_dim * itemsize
         self.rings = [self._ring(shape, device) for _ in range(num_layers_beyond_l2(device, layer_bytes))]
         new = [(shape.heads, shape.tokens), (shape.kv_heads, shape.tokens), (shape.kv_heads, shape.tokens)]
         self.new = [torch.randn(shape.batch, *size, shape.head_dim, dtype=DTYPE, device=device) for size in new]
@@ -86,9 +92,12 @@ class Layers:
         # Headroom, so that a chunk overwrites nothing that it sees when it comes again.
         headroom = 0 if shape.tokens == 1 else shape.tokens
         sizes = (shape.batch, shape.kv_heads, shape.head_dim, NUM_SINKS, shape.window, headroom)
-        ring = sinkattn.RingKVCache(*sizes, dtype=DTYPE, device=device)
-        for x in (ring.keys, ring.values):
-            x.normal_()
+        ring = sinkattn.RingKVCache(*sizes, dtype=DTYPE, device=device, cache_dtype=shape.cache_dtype)
+        for name, x in ring.tensors.items():
+            if "scales" in name:
+                x.fill_(1 / 40)
+            else:
+                x.copy_((torch.randn(x.shape, device=device) * (40 if x.itemsize == 1 else 1)).clamp(-127, 127))
         ring.seen.fill_(NUM_SINKS + 2 * shape.window)
         return ring
 
@@ -96,7 +105,7 @@ class Layers:
         """One layer; the counters stay, so every call writes the same tokens to the same slots."""
         return sinkattn.ops.sink_attention_(
             ring.keys, ring.values, *self.new, ring.seen, *self.tables, **self.options,
-            arrivals=ring.arrivals, backend="triton",
+            arrivals=ring.arrivals, backend="triton", **ring.eight_bit,
         )  # fmt: skip
 
     def run(self) -> None:

@@ -3,10 +3,12 @@
 The kernels' results are checked in tests/kernels/test_attention.py, on a GPU as in the interpreter.
 """
 
+import copy
 import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -26,6 +28,8 @@ from sinkattn.rope import table_dtype
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+has_fp8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+needs_fp8 = pytest.mark.skipif(not has_fp8, reason="needs compute capability 8.9")
 
 
 def on_gpu(x):
@@ -69,7 +73,28 @@ def test_append_equals_the_cpu(style, rotary_dim, head_dim, dtype):
             assert_equal_on_gpu("append_", {**cache, "key": key, "value": value, "seen": seen}, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cache_dtype", ["int8", pytest.param("fp8", marks=needs_fp8)])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("head_dim", [1, 7, 80, 128])
+def test_rounding_equals_the_cpu(head_dim, dtype, cache_dtype):
+    """Appended by the operator, and by the Triton kernels of one token, of a few and of many."""
+    rope = make_rope(head_dim // 2 * 2) if head_dim > 1 else None
+    calls, new = (5, 1, 40, 1, 3), make_qkv(50, head_dim=head_dim, dtype=dtype)
+    on_cpu, appended, attended = (
+        RingKVCache(2, 2, head_dim, 4, 21, 3, dtype=dtype, cache_dtype=cache_dtype, device=device)
+        for device in ("cpu", "cuda", "cuda")
+    )
+    for parts in zip(*(x.split(calls, dim=2) for x in new), strict=True):
+        there = [x.cuda() for x in parts]
+        on_cpu.append(*parts[1:], rope=rope)
+        appended.append(*there[1:], rope=rope)
+        sink_attention(*there, attended, rope=rope)
+        for ring in (appended, attended):
+            for name, x in on_cpu.tensors.items():
+                assert torch.equal(x.float(), ring.tensors[name].cpu().float()), name
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
 @pytest.mark.parametrize("head_dim", [1, 7, 80, 128])
 def test_moves_equal_the_cpu(head_dim, dtype):
     for source in ([0, 1, 2, 3], [1, 2, 3, 0], [1, 0, 3, 2], [2, 2, 2, 2], [3, 0, 0, 1]):
@@ -111,19 +136,20 @@ def test_auto_is_triton():
     assert ops.select_backend(torch.device("cuda"), dtype=torch.float64) == "reference"
 
 
-def paired_rings(layout, batch=2, dtype=torch.float32, heads=None):
+def paired_rings(layout, batch=2, dtype=torch.float32, heads=None, cache_dtype=None):
     """A ring on the CPU, whose kernel is checked elsewhere, and the same on the GPU."""
     heads = heads or {"heads": 4, "kv_heads": 2, "head_dim": 64}
-    shape = (batch, heads["kv_heads"], heads["head_dim"], *layout)
-    rings = [RingKVCache(*shape, dtype=dtype, device=device) for device in ("cpu", "cuda")]
+    shape, dtypes = (batch, heads["kv_heads"], heads["head_dim"], *layout), {"dtype": dtype, "cache_dtype": cache_dtype}
+    rings = [RingKVCache(*shape, **dtypes, device=device) for device in ("cpu", "cuda")]
     return rings, heads
 
 
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
 @pytest.mark.parametrize("tokens", [1, 4, 30])
-def test_one_captured_graph_stays_right(tokens):
+def test_one_captured_graph_stays_right(tokens, cache_dtype):
     """Over several wraps, then from a million tokens on, with nothing allocated in between."""
     layout, rope = (4, 150, 3), make_rope(64)
-    (cpu, gpu), heads = paired_rings(layout)
+    (cpu, gpu), heads = paired_rings(layout, cache_dtype=cache_dtype)
     inputs = [x.cuda() for x in make_qkv(tokens, **heads)]
 
     def step():
@@ -181,6 +207,37 @@ def test_matrix_units_within_budget(tokens, heads, kv_heads, head_dim, dtype):
     assert_within_budget(out, oracle)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype"),
+    [(torch.bfloat16, "int8"), pytest.param(torch.float16, "fp8", marks=needs_fp8), (torch.float32, "int8")],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(8, 2, 128), (71, 1, 64), (32, 1, 256), (8, 2, 80)], ids=str
+)
+@pytest.mark.parametrize("tokens", [1, 16, 300])
+def test_eight_bits_within_budget(tokens, heads, kv_heads, head_dim, dtype, cache_dtype):
+    """Every shape of tile, over several blocks; the sums of 8 bits are those of ``dtype``."""
+    sizes = (2, kv_heads, head_dim, 4, 1500, 3)
+    ring = RingKVCache(*sizes, dtype=dtype, cache_dtype=cache_dtype, device="cuda")
+    for x, name in ((ring.keys, "key_scales"), (ring.values, "value_scales")):
+        vectors = torch.randn(x.shape).to(dtype)
+        q, scales = reference.quantise(reference.hadamard(vectors) if x is ring.keys else vectors, x.dtype)
+        x.copy_(q)
+        ring.eight_bit[name].copy_(scales)
+    for name in ("sink_keys", "sink_values"):
+        ring.eight_bit[name].normal_()
+    ring.seen.copy_(torch.tensor([900, 10**6 + 7]))
+    exact = copy.deepcopy(ring)
+    query, key, value = (
+        x.cuda() for x in make_qkv(tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+    )
+    out = sink_attention(query, key, value, ring)
+    assert_within_budget(out, oracle_of(dtype, reference.sink_attention, query.double(), key, value, exact))
+    for name, x in exact.tensors.items():
+        assert torch.equal(x.float(), ring.tensors[name].float()), name
+
+
 def test_lengths_out_of_range_are_clamped():
     ring = RingKVCache(2, 2, 64, 4, 20, device="cuda")
     sink_attention(*(x.cuda() for x in make_qkv(3, head_dim=64)), ring, lengths=torch.tensor([5, -1], device="cuda"))
@@ -188,10 +245,10 @@ def test_lengths_out_of_range_are_clamped():
 
 
 def test_calls_never_wait_for_the_device():
-    ring = RingKVCache(2, 2, 64, 4, 150, device="cuda")
     rope = make_rope(64)
     of_rows = {"rows": torch.tensor([1, 0]), "row_sinks": torch.tensor([4, 0]), "begins": torch.tensor([0, 0])}
-    for options in ({}, {name: x.cuda() for name, x in of_rows.items()}):
+    rings = [RingKVCache(2, 2, 64, 4, 150, cache_dtype=cache_dtype, device="cuda") for cache_dtype in (None, "int8")]
+    for options, ring in product(({}, {name: x.cuda() for name, x in of_rows.items()}), rings):
         for tokens in (1, 3, 40):
             new = [x.cuda() for x in make_qkv(tokens, head_dim=64)]
             sink_attention(*new, ring, rope=rope, **options)  # compiles, and copies what stays
@@ -203,12 +260,13 @@ def test_calls_never_wait_for_the_device():
                 torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_token_is_one_launch(monkeypatch):
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_a_token_is_one_launch(cache_dtype, monkeypatch):
     monkeypatch.undo()  # or memory that is filled with NaN first would be launches as well
-    ring = RingKVCache(2, 2, 64, 4, 4096, dtype=torch.bfloat16, device="cuda")
+    ring = RingKVCache(2, 2, 64, 4, 4096, dtype=torch.bfloat16, cache_dtype=cache_dtype, device="cuda")
     q, k, v = (x.cuda() for x in make_qkv(1, head_dim=64, dtype=torch.bfloat16))
     tables = [x.cuda() for x in make_rope(64).stream_tables(ring.seen.cpu(), 1, num_sinks=4, window=4096)]
-    options = {"num_sinks": 4, "window": 4096, "scale": 0.125, "arrivals": ring.arrivals}
+    options = {"num_sinks": 4, "window": 4096, "scale": 0.125, "arrivals": ring.arrivals, **ring.eight_bit}
     call = [ring.keys, ring.values, q.contiguous(), k.contiguous(), v.contiguous(), ring.seen, *tables]
     ops.sink_attention_(*call, **options)
     torch.cuda.synchronize()
@@ -221,16 +279,16 @@ def test_a_token_is_one_launch(monkeypatch):
     assert all("decode_kernel" in name for name in kernels)
 
 
-@pytest.mark.parametrize("batch", [1, 5, 64])
-def test_results_do_not_depend_on_the_order_of_programs(batch):
+@pytest.mark.parametrize(("batch", "cache_dtype"), [(1, None), (5, None), (64, None), (1, "int8"), (64, "int8")])
+def test_results_do_not_depend_on_the_order_of_programs(batch, cache_dtype):
     """The same call over and over, while other work shifts who runs when: the same bits every time."""
     heads = {"heads": 32, "kv_heads": 8, "head_dim": 128}
-    ring = RingKVCache(batch, 8, 128, 4, 4096, dtype=torch.bfloat16, device="cuda")
-    ring.keys.normal_()
-    ring.values.normal_()
+    ring = RingKVCache(batch, 8, 128, 4, 4096, dtype=torch.bfloat16, cache_dtype=cache_dtype, device="cuda")
+    for x in ring.tensors.values():
+        x.copy_(torch.randn(x.shape, device="cuda") * (1 if x.is_floating_point() else 40))
     ring.seen.copy_(torch.arange(batch) * 997 + 4100)
     new = [x.cuda() for x in make_qkv(1, batch=batch, dtype=torch.bfloat16, **heads)]
-    keys, values, seen = ring.keys.clone(), ring.values.clone(), ring.seen.clone()
+    before, seen = [x.clone() for x in ring.tensors.values()], ring.seen.clone()
     noise, side = torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
     first = None
     for repeat in range(300 if batch < 64 else 50):
@@ -238,12 +296,12 @@ def test_results_do_not_depend_on_the_order_of_programs(batch):
             for _ in range(repeat % 4):
                 noise = noise.roll(1, 0)
         out = sink_attention(*new, ring, rope=make_rope(128))
-        state = out.clone(), ring.keys.clone(), ring.values.clone()
+        state = [out.clone(), *(x.clone() for x in ring.tensors.values())]
         first = first or state
         assert all(torch.equal(x, y) for x, y in zip(state, first, strict=True)), repeat
         assert not ring.arrivals.any()
-        ring.keys.copy_(keys)
-        ring.values.copy_(values)
+        for x, old in zip(ring.tensors.values(), before, strict=True):
+            x.copy_(old)
         ring.seen.copy_(seen)
 
 
@@ -303,8 +361,8 @@ def test_a_replayed_step_sees_other_weights():
 SANITIZED = """
 import torch
 from sinkattn import RingKVCache, sink_attention
-for dtype in (torch.bfloat16, torch.float32):
-    ring = RingKVCache(2, 2, 80, 3, 150, 5, dtype=dtype, device="cuda")
+for dtype, cache_dtype in ((torch.bfloat16, None), (torch.float32, None), (torch.bfloat16, "int8")):
+    ring = RingKVCache(2, 2, 80, 3, 150, 5, dtype=dtype, cache_dtype=cache_dtype, device="cuda")
     for tokens in (1, 200, 1, 4, 1):
         q, k, v = (torch.randn(2, h, tokens, 80, dtype=dtype, device="cuda") for h in (4, 2, 2))
         sink_attention(q, k, v, ring, lengths=torch.tensor([tokens, tokens - 1], device="cuda"))
