@@ -43,7 +43,7 @@ SINKATTN_INLINE auto reduce_sum(V x) {
 template <int Step = 1, typename V>
 SINKATTN_INLINE V hadamard_lanes(V x) {
   constexpr int lanes = sizeof(V) / sizeof(x[0]);
-  V sign;
+  V sign{};
   for (int i = 0; i < lanes; ++i) sign[i] = i & Step ? -1 : 1;
   x = swap_lanes<Step>(x) + x * sign;  // sums and differences
   if constexpr (2 * Step < lanes) x = hadamard_lanes<2 * Step>(x);

@@ -28,10 +28,14 @@ inline double number_of_code(sinkattn::RingType type, uint8_t code) {
 
 // The number of the type next to x; of two as near, the one whose last bit is 0.
 inline uint8_t nearest_code(sinkattn::RingType type, double x) {
-  int code = 0;
-  const auto distance = [&](int of) { return std::abs(std::abs(x) - magnitude_of_code(type, of)); };
-  while (code < largest_code(type) && distance(code + 1) < distance(code)) ++code;
-  if (code < largest_code(type) && distance(code + 1) == distance(code) && code % 2) ++code;
+  const double magnitude = std::abs(x);
+  int code = 0, above = largest_code(type);  // the numbers on both sides
+  while (above - code > 1) {
+    const int middle = (code + above) / 2;
+    (magnitude_of_code(type, middle) <= magnitude ? code : above) = middle;
+  }
+  const double below = magnitude - magnitude_of_code(type, code), beyond = magnitude_of_code(type, above) - magnitude;
+  if (beyond < below || (beyond == below && code % 2)) code = above;
   if (!std::signbit(x)) return static_cast<uint8_t>(code);
   return static_cast<uint8_t>(type == sinkattn::RingType::kInt8 ? -code : code | 0x80);
 }
