@@ -43,7 +43,8 @@ class Decode : AttentionBase<scalar_t> {
     const int64_t num_workers = this->num_workers_for(num_items, this->cache_bytes(layout_.slots()));
     const int64_t scratch_bytes = 2 * Arena::bytes<acc_t>(num_queries_ * query_stride_) +
                                   Arena::bytes<acc_t>(query_stride_) +
-                                  Arena::bytes<acc_t>(kDecodeQueries<acc_t> * kDecodeBlock);
+                                  Arena::bytes<acc_t>(kDecodeShared * kDecodeBlock) +
+                                  Arena::bytes<acc_t>(staging_size<acc_t>(query_stride_));
     Arena arena{workers_.workspace(
         num_workers * scratch_bytes + Arena::bytes<SoftmaxState<acc_t>>(num_items * num_queries_) +
         Arena::bytes<acc_t>(num_items * num_queries_ * acc_stride_) +
@@ -60,7 +61,8 @@ class Decode : AttentionBase<scalar_t> {
       scratch.window_query = worker_arena.take<acc_t>(num_queries_ * query_stride_);
       scratch.sink_query = worker_arena.take<acc_t>(num_queries_ * query_stride_);
       scratch.unrotated = worker_arena.take<acc_t>(query_stride_);
-      scratch.scores = worker_arena.take<acc_t>(kDecodeQueries<acc_t> * kDecodeBlock);
+      scratch.scores = worker_arena.take<acc_t>(kDecodeShared * kDecodeBlock);
+      scratch.staging = worker_arena.take<acc_t>(staging_size<acc_t>(query_stride_));
       const int64_t kv_row = item / num_splits_;
       const RingLayout layout = this->layout_of(this->row_of(kv_row));
       const SlotRange split = split_of(layout, item % num_splits_);
@@ -79,7 +81,7 @@ class Decode : AttentionBase<scalar_t> {
   };
 
   struct Scratch {
-    acc_t *window_query, *sink_query, *unrotated, *scores;
+    acc_t *window_query, *sink_query, *unrotated, *scores, *staging;
   };
 
   // Results of the queries for one split: state[query], acc[query][acc_stride].
@@ -164,40 +166,27 @@ class Decode : AttentionBase<scalar_t> {
       }
       if (visible.count == 0) continue;
       const Run keys{block.token + visible.first, block.slot + visible.first, visible.count};
-      for (int64_t q = i * group_size_; q < end * group_size_; q += kDecodeQueries<acc_t>) {
-        attend_queries(kv_row, layout, seen, q, end * group_size_ - q, keys, is_sink, scratch, partial);
+      for (int64_t q = i * group_size_; q < end * group_size_; q += kDecodeShared) {
+        const int64_t num_queries = std::min<int64_t>(kDecodeShared, end * group_size_ - q);
+        attend_queries(kv_row, layout, seen, q, num_queries, keys, is_sink, scratch, partial);
       }
     }
   }
 
-  // Attention of up to kDecodeQueries queries, from q on, over keys that they all see.
+  // Attention of queries [q, q + num_queries), up to kDecodeShared, over keys that they all see.
   void attend_queries(
-      int64_t kv_row, const RingLayout& layout, int64_t seen, int64_t q, int64_t count, const Run& keys, bool is_sink,
-      const Scratch& scratch, const Partial& partial) const {
-    constexpr int max_queries = kDecodeQueries<acc_t>;
-    switch (std::min<int64_t>(max_queries, count)) {
-      case 1: return attend_queries<1>(kv_row, layout, seen, q, keys, is_sink, scratch, partial);
-      case 2: return attend_queries<2>(kv_row, layout, seen, q, keys, is_sink, scratch, partial);
-      case 3:
-        return attend_queries<std::min(max_queries, 3)>(kv_row, layout, seen, q, keys, is_sink, scratch, partial);
-      case 4: return attend_queries<max_queries>(kv_row, layout, seen, q, keys, is_sink, scratch, partial);
-    }
-  }
-
-  template <int kQueries>
-  void attend_queries(
-      int64_t kv_row, const RingLayout& layout, int64_t seen, int64_t q, const Run& run, bool is_sink,
-      const Scratch& scratch, const Partial& partial) const {
+      int64_t kv_row, const RingLayout& layout, int64_t seen, int64_t q, int64_t num_queries, const Run& run,
+      bool is_sink, const Scratch& scratch, const Partial& partial) const {
     const int count = static_cast<int>(run.count);
     const acc_t* query = (is_sink ? scratch.sink_query : scratch.window_query) + q * query_stride_;
     const Vectors keys = this->keys_of(kv_row, run.slot), values = this->values_of(kv_row, run.slot);
     this->with_elements(keys, [&](const auto* key_elements) {
       const auto* value_elements = reinterpret_cast<decltype(key_elements)>(values.data);
-      decode_scores<kQueries>(
-          scratch.scores, score_scale_, query, query_stride_, key_elements, call_.head_dim, count, value_elements,
-          call_.value_dim);
-      acc_t factor[kQueries];
-      for (int r = 0; r < kQueries; ++r) {
+      decode_scores(
+          scratch.scores, score_scale_, query, query_stride_, num_queries, key_elements, call_.head_dim, count,
+          scratch.staging, value_elements, call_.value_dim);
+      acc_t factor[kDecodeShared];
+      for (int64_t r = 0; r < num_queries; ++r) {
         acc_t* scores = scratch.scores + r * kDecodeBlock;
         const int64_t head = this->kv_head_of(kv_row) * group_size_ + (q + r) % group_size_;
         if (keys.scales) this->multiply_by_scales(scores, keys.scales, count);
@@ -205,9 +194,9 @@ class Decode : AttentionBase<scalar_t> {
         factor[r] = update_softmax(partial.state[q + r], scores, count);
         if (values.scales) this->multiply_by_scales(scores, values.scales, count);
       }
-      decode_add_values<kQueries>(
-          partial.acc + q * acc_stride_, acc_stride_, factor, scratch.scores, value_elements, call_.value_dim, count,
-          key_elements + count * call_.head_dim);
+      decode_add_values(
+          partial.acc + q * acc_stride_, acc_stride_, factor, scratch.scores, num_queries, value_elements,
+          call_.value_dim, count, scratch.staging, key_elements + count * call_.head_dim);
     });
   }
 
