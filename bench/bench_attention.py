@@ -2,9 +2,10 @@
 
     python -m pytest bench/bench_attention.py --benchmark-json=attention.json
 
-Decode: one step rotates, appends one token per stream and attends over sinks and window. Chunk: the same for 512
-tokens at once. Rotary tables are not timed in any method, since a model computes them once for many layers. Each method
-cycles through the caches of several layers, so that none of them stays in the processor's cache.
+Decode: one step rotates, appends one token per stream and attends over sinks and window. Several tokens: the same for
+four tokens at once, as speculation has it, beside one. Chunk: the same for 512 tokens at once. Rotary tables are not
+timed in any method, since a model computes them once for many layers. Each method cycles through the caches of several
+layers, so that none of them stays in the processor's cache.
 
 * ``sdpa``: only PyTorch's attention, over contiguous keys that are rotated already, with nothing appended.
 * ``sdpa grouped`` (decode): the same, with the query heads of a group passed as if they were tokens, so that PyTorch
@@ -56,7 +57,7 @@ class Inputs:
     """Inputs of every method, not rotated yet.
 
     past: keys, values ``[batch, KV_HEADS, tokens, HEAD_DIM]``. new: query ``[batch, HEADS, tokens, HEAD_DIM]``, key
-    and value. mask: bool ``[new tokens, past and new tokens]``; None if all are visible.
+    and value. mask: bool ``[new tokens, past and new tokens]``; None if all are visible. headroom: of the ring.
     """
 
     window: int
@@ -64,6 +65,7 @@ class Inputs:
     new: tuple[Tensor, Tensor, Tensor]
     mask: Tensor | None = None
     rope: sinkattn.Rope = ROPE
+    headroom: int = 0
 
     def tables(self, first: int, tokens: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[tokens, HEAD_DIM]`` as transformers has them, in the dtype of the cache."""
@@ -80,9 +82,9 @@ class Inputs:
         return rotate(keys, self.tables(0, keys.shape[2])), values
 
 
-def random_inputs(batch: int, window: int, past: int, new: int, dtype: str) -> Inputs:
+def random_inputs(batch: int, window: int, past: int, new: int, dtype: str, heads: int = HEADS) -> Inputs:
     torch.manual_seed(0)
-    shapes = [(KV_HEADS, past), (KV_HEADS, past), (HEADS, new), (KV_HEADS, new), (KV_HEADS, new)]
+    shapes = [(KV_HEADS, past), (KV_HEADS, past), (heads, new), (KV_HEADS, new), (KV_HEADS, new)]
     tensors = [torch.randn(batch, *shape, HEAD_DIM).to(DTYPES[dtype]) for shape in shapes]
     return Inputs(window, tuple(tensors[:2]), tuple(tensors[2:]))
 
@@ -105,7 +107,8 @@ class Sinkattn(Method):
 
     def make_layer(self) -> sinkattn.RingKVCache:
         keys, values = self.inputs.past
-        ring = sinkattn.RingKVCache(len(keys), KV_HEADS, HEAD_DIM, NUM_SINKS, self.inputs.window, dtype=keys.dtype)
+        layout = (NUM_SINKS, self.inputs.window, self.inputs.headroom)
+        ring = sinkattn.RingKVCache(len(keys), KV_HEADS, HEAD_DIM, *layout, dtype=keys.dtype)
         ring.append(keys, values, rope=self.inputs.rope)
         return ring
 
@@ -233,6 +236,30 @@ def test_decode(bench, batch: int, window: int, dtype: str) -> None:
     if batch == 1:
         speedup = figures["streaming-llm / sinkattn"]
         bench.add_target("decode: streaming-llm / sinkattn at least 10", shape, speedup, speedup >= 10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [1, 3, 4], ids="G{}".format)
+def test_several_tokens(bench, group: int, dtype: str) -> None:
+    """All tokens of a call use keys and values while they are in the processor's cache: the ring is read once."""
+    window, heads = 4096, group * KV_HEADS
+    one, four = (random_inputs(1, window, NUM_SINKS + window, new, dtype, heads) for new in (1, 4))
+    one.headroom = four.headroom = 3  # a call of so many tokens and one is not a chunk
+    check_outputs(four, {"reference": Reference}, TOLERANCE[dtype])
+
+    read_bytes = 2 * KV_HEADS * (NUM_SINKS + window) * HEAD_DIM * DTYPES[dtype].itemsize
+    layers = max(4, 2**29 // read_bytes)
+    methods = {"4 tokens": Sinkattn(four, layers).next_step, "1 token": Sinkattn(one, layers).next_step}
+    timings = bench.time_interleaved(methods, rounds=40)
+    over_one = timings.ratio("4 tokens", "1 token")
+    shape = f"B=1 W={window} {group} query heads per KV head {dtype}"
+    figures = {
+        **timings.figures(*methods),
+        "GB/s 1 token": read_bytes / timings.ms("1 token") / 1e6,
+        "4 tokens / 1 token": over_one,
+    }
+    bench.add_row("Decode: several tokens of a stream at once, one layer", shape, figures)
+    bench.add_target("decode: 4 tokens / 1 token at most 1.30", shape, over_one, over_one <= 1.3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,5 +1,9 @@
-// Inner loops of decoding: a few queries with keys and values as they lie in the cache, software-prefetched.
-// Included by attention_decode.h.
+// Inner loops of decoding: a few queries with keys and values as they lie in the cache, software-prefetched. Included by
+// attention_decode.h.
+//
+// Up to kDecodeQueries queries load keys and values straight from the cache, converting them in registers. More queries
+// take turns over so few keys, or parts of values, that these are in the L1 cache then; 16-bit ones are converted once
+// for all turns (staged).
 #pragma once
 
 #include <algorithm>
@@ -22,10 +26,10 @@ constexpr int kDecodeQueries = kLanes<acc_t> < 4 ? kLanes<acc_t> : 4;
 template <int kQueries, typename acc_t>
 constexpr int kDecodeKeys = kLanes<acc_t> / (kQueries == 3 ? 4 : kQueries);
 
-// Most queries that use a block before the next one: a whole number of times as many.
-constexpr int kDecodeShared = 24;
+// Most queries that use a block before the next block is read: a whole number of times as many.
+constexpr int kDecodeShared = 32;
 
-constexpr int kStagedKeys = 16;     // keys that all queries use while they are in the L1 cache
+constexpr int kStagedKeys = 16;                                // keys that more queries take turns over
 constexpr int kStagedVectors = SINKATTN_VECTOR_REGISTERS / 8;  // vectors of each value, likewise
 
 // Elements that staging needs.
@@ -34,8 +38,8 @@ int64_t staging_size(int64_t query_stride) {
   return std::max<int64_t>(kStagedKeys * query_stride, kDecodeBlock * kStagedVectors * kLanes<acc_t>);
 }
 
-// Memory that is read next. It is prefetched in address order, as hardware prefetchers expect, and little by little, since
-// prefetches that wait for memory hold up loads.
+// Memory that is read next. It is prefetched in address order, as hardware prefetchers expect, and little by little,
+// since prefetches that wait for memory hold up loads.
 struct Prefetch {
   const char* next;
   int64_t step;  // bytes per advance()
@@ -45,7 +49,7 @@ struct Prefetch {
   SINKATTN_INLINE void part(int i) const {
 #pragma GCC unroll 16
     for (int byte = 0; byte < kBytes; byte += 64) {
-      if (byte * kParts / kBytes == i) __builtin_prefetch(next + byte, 0, 2);
+      if (byte * kParts / kBytes == i && (byte == 0 || byte < step)) __builtin_prefetch(next + byte, 0, 2);
     }
   }
   SINKATTN_INLINE void advance() { next += step; }
@@ -76,7 +80,7 @@ SINKATTN_INLINE void stage(
 }
 
 // scores[q * kDecodeBlock + j]: scaled dot products of kQueries queries with keys j < count <= kDecodeBlock. Advances
-// `prefetch` for every vector of kKeys keys.
+// `prefetch` by up to kPrefetchBytes for every vector of the keys that it takes at a time.
 template <int kQueries, int kPrefetchBytes, typename scalar_t, typename acc_t>
 SINKATTN_INLINE void decode_scores(
     acc_t* scores, acc_t scale, const acc_t* query, int64_t query_stride, const scalar_t* keys, int64_t dim, int count,
@@ -119,7 +123,7 @@ SINKATTN_INLINE void decode_scores(
   }
 }
 
-// The same for any number of queries. Prefetches `count` rows of `prefetch`. More than kDecodeQueries use staged keys.
+// The same for any number of queries. Prefetches `count` rows of `prefetch`.
 template <typename scalar_t, typename acc_t>
 SINKATTN_INLINE void decode_scores(
     acc_t* scores, acc_t scale, const acc_t* query, int64_t query_stride, int64_t num_queries, const scalar_t* keys,
@@ -139,19 +143,26 @@ SINKATTN_INLINE void decode_scores(
   Prefetch next{reinterpret_cast<const char*>(prefetch), lanes * bytes / num_queries};
   for (int j = 0; j < count; j += kStagedKeys) {
     const int some = std::min(kStagedKeys, count - j);
-    stage(staging, query_stride, keys + j * dim, dim, some, dim);
-    for (int64_t q = 0; q < num_queries; q += most) {
-      with_queries<acc_t>(num_queries - q, [&](auto n) {
-        decode_scores<n, kDecodeKeys<most, acc_t> * lanes * int{sizeof(scalar_t)} / 2>(
-            scores + q * kDecodeBlock + j, scale, query + q * query_stride, query_stride, staging, query_stride, some,
-            next);
-      });
+    const auto take_turns = [&](const auto* from, int64_t from_dim) {
+      for (int64_t q = 0; q < num_queries; q += most) {
+        with_queries<acc_t>(num_queries - q, [&](auto n) {
+          decode_scores<n, kDecodeKeys<most, acc_t> * lanes * int{sizeof(scalar_t)}>(
+              scores + q * kDecodeBlock + j, scale, query + q * query_stride, query_stride, from, from_dim, some, next);
+        });
+      }
+    };
+    if constexpr (std::is_same_v<scalar_t, acc_t>) {
+      take_turns(keys + j * dim, dim);
+    } else {
+      stage(staging, query_stride, keys + j * dim, dim, some, dim);
+      take_turns(staging, query_stride);
     }
   }
 }
 
 // acc = factor * acc + weights x values, for kQueries queries and kVectors vectors of value elements. If partial_lanes
-// is not 0, kVectors is 1 and only that many elements of the vector are read.
+// is not 0, kVectors is 1 and only that many elements of the vector are read. Advances `prefetch` by up to kPrefetchBytes
+// for every value.
 template <int kQueries, int kVectors, int kPrefetchBytes, typename scalar_t, typename acc_t>
 SINKATTN_INLINE void decode_add_values_tile(
     acc_t* acc, int64_t acc_stride, const acc_t* factor, const acc_t* weights, const scalar_t* values, int64_t stride,
@@ -213,7 +224,7 @@ SINKATTN_INLINE void decode_add_values(
   }
 }
 
-// The same for any number of queries. More than kDecodeQueries use staged values.
+// The same for any number of queries.
 template <typename scalar_t, typename acc_t>
 SINKATTN_INLINE void decode_add_values(
     acc_t* acc, int64_t acc_stride, const acc_t* factor, const acc_t* weights, int64_t num_queries,
@@ -228,13 +239,20 @@ SINKATTN_INLINE void decode_add_values(
   Prefetch next{reinterpret_cast<const char*>(prefetch), 0};
   const auto add = [&](auto vectors, int64_t d) {
     constexpr int64_t width = vectors * lanes;
-    stage(staging, width, values + d, dim, count, std::min(width, dim - d));
     next.step = width * sizeof(scalar_t) * most / num_queries;
-    for (int64_t q = 0; q < num_queries; q += most) {
-      with_queries<acc_t>(num_queries - q, [&](auto n) {
-        decode_add_values_tile<n, vectors, width * int{sizeof(scalar_t)} / 2>(
-            acc + q * acc_stride + d, acc_stride, factor + q, weights + q * kDecodeBlock, staging, width, count, next);
-      });
+    const auto take_turns = [&](const auto* from, int64_t stride) {
+      for (int64_t q = 0; q < num_queries; q += most) {
+        with_queries<acc_t>(num_queries - q, [&](auto n) {
+          decode_add_values_tile<n, vectors, width * int{sizeof(scalar_t)}>(
+              acc + q * acc_stride + d, acc_stride, factor + q, weights + q * kDecodeBlock, from, stride, count, next);
+        });
+      }
+    };
+    if (std::is_same_v<scalar_t, acc_t> && d + width <= dim) {
+      take_turns(values + d, dim);
+    } else {
+      stage(staging, width, values + d, dim, count, std::min(width, dim - d));
+      take_turns(staging, width);
     }
   };
   int64_t d = 0;

@@ -41,7 +41,12 @@
 namespace sinkattn {
 namespace SINKATTN_ISA {
 
-constexpr int64_t kMinPackedQueries = 24;  // queries per KV head from which on packing keys is worth its cost
+// Queries per KV head from which on packing keys is worth its cost: fewer with a matrix unit.
+#if defined(SINKATTN_AMX)
+constexpr int64_t kMinPackedQueries = 18;
+#else
+constexpr int64_t kMinPackedQueries = 32;
+#endif
 
 template <typename scalar_t>
 void attend_as(const AttentionCall& call, Workers& workers) {
