@@ -2,10 +2,10 @@
 
     python -m pytest bench/bench_attention.py --benchmark-json=attention.json
 
-Decode: one step rotates, appends one token per stream and attends over sinks and window. Several tokens: the same for
-four tokens at once, as speculation has it, beside one. Chunk: the same for 512 tokens at once. Rotary tables are not
-timed in any method, since a model computes them once for many layers. Each method cycles through the caches of several
-layers, so that none of them stays in the processor's cache.
+Decode: one step rotates, appends one token per stream and attends over sinks and window. 8 bits: the same over rings of
+int8 and fp8, beside bf16. Several tokens: the same for four tokens at once, as speculation has it, beside one. Chunk:
+the same for 512 tokens at once. Rotary tables are not timed in any method, since a model computes them once for many
+layers. Each method cycles through the caches of several layers, so that none of them stays in the processor's cache.
 
 * ``sdpa``: only PyTorch's attention, over contiguous keys that are rotated already, with nothing appended.
 * ``sdpa grouped`` (decode): the same, with the query heads of a group passed as if they were tokens, so that PyTorch
@@ -104,11 +104,13 @@ class Method:
 
 class Sinkattn(Method):
     backend: ops.Backend = "auto"
+    cache_dtype: sinkattn.ring_cache.CacheDtype | None = None
 
     def make_layer(self) -> sinkattn.RingKVCache:
         keys, values = self.inputs.past
         layout = (NUM_SINKS, self.inputs.window, self.inputs.headroom)
-        ring = sinkattn.RingKVCache(len(keys), KV_HEADS, HEAD_DIM, *layout, dtype=keys.dtype)
+        dtypes = {"dtype": keys.dtype, "cache_dtype": self.cache_dtype}
+        ring = sinkattn.RingKVCache(len(keys), KV_HEADS, HEAD_DIM, *layout, **dtypes)
         ring.append(keys, values, rope=self.inputs.rope)
         return ring
 
@@ -116,7 +118,7 @@ class Sinkattn(Method):
         ring, tokens = next(self.layers), self.inputs.new[0].shape[2]
         layout = {"num_sinks": NUM_SINKS, "window": self.inputs.window}
         tables = self.inputs.rope.stream_tables(ring.seen, tokens, **layout)
-        options = {**layout, "scale": SCALE, "backend": self.backend}
+        options = {**layout, "scale": SCALE, "backend": self.backend, **ring.eight_bit}
 
         def step() -> Tensor:
             out = ops.sink_attention_(ring.keys, ring.values, *self.inputs.new, ring.seen, *tables, **options)
@@ -128,6 +130,14 @@ class Sinkattn(Method):
 
 class Reference(Sinkattn):
     backend = "reference"
+
+
+class Int8(Sinkattn):
+    cache_dtype = "int8"
+
+
+class Fp8(Sinkattn):
+    cache_dtype = "fp8"
 
 
 class Sdpa(Method):
@@ -260,6 +270,27 @@ def test_several_tokens(bench, group: int, dtype: str) -> None:
     }
     bench.add_row("Decode: several tokens of a stream at once, one layer", shape, figures)
     bench.add_target("decode: 4 tokens / 1 token at most 1.30", shape, over_one, over_one <= 1.3)
+
+
+@pytest.mark.parametrize("group", [1, 4], ids="G{}".format)
+@pytest.mark.parametrize("batch", [1, 8], ids="B{}".format)
+def test_eight_bit(bench, batch: int, group: int) -> None:
+    """A ring of 8 bits, of half of the memory, beside bfloat16."""
+    window = 4096
+    inputs = random_inputs(batch, window, NUM_SINKS + window, new=1, dtype="bf16", heads=group * KV_HEADS)
+    check_outputs(inputs, {"int8": Int8, "fp8": Fp8}, 0.03)
+    read_bytes = 4 * batch * KV_HEADS * (NUM_SINKS + window) * HEAD_DIM
+    layers = max(2, 2**29 // read_bytes)
+    methods = {"bf16": Sinkattn, "int8": Int8, "fp8": Fp8}
+    timings = bench.time_interleaved(
+        {name: method(inputs, layers).next_step for name, method in methods.items()}, rounds=40
+    )
+    shape = f"B={batch} W={window} {group} query heads per KV head"
+    ratio = timings.ratio("int8", "bf16")
+    figures = {**timings.figures(*methods), "int8 / bf16": ratio, "fp8 / bf16": timings.ratio("fp8", "bf16")}
+    bench.add_row("Decode: a ring of 8 bits, one layer", shape, figures)
+    most = {1: 0.7, 8: 0.65}[batch]
+    bench.add_target(f"decode, B={batch}: int8 / bf16 at most {most:.2f}", shape, ratio, ratio <= most)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
