@@ -17,6 +17,7 @@ from sinkattn.hf import join_pool
 from sinkattn.hf.pool import records
 from sinkattn.hf.pool.joining import JoinedMemory
 from sinkattn.hf.pool.moved import tensors_in
+from sinkattn.hf.pool.row_tensors import row_tensors
 
 
 class OtherRank:
@@ -50,7 +51,8 @@ class OtherRank:
 
 def tensors_of(memory, stream):
     """Keys and values of a stream, in its row or parked."""
-    return memory._tensors(stream.row) if stream.row is not None else stream.contents or []
+    is_there = stream.row is not None
+    return tensors_in(row_tensors(memory._cache.layers, stream.row) if is_there else stream.contents or [])
 
 
 class LedPool(PoolAgainstLists):
@@ -197,8 +199,9 @@ def test_each_rank_has_its_own_part_in_a_file(other, tmp_path):
         stream.save(path)
         here = pool.load(path)._state.memory
         there = other.memory.streams[pool._memory._numbers[here]]
-        assert len(here.contents) == 4
-        assert all(torch.equal(x + 1.0, y) for x, y in zip(here.contents, there.contents, strict=True))
+        pairs = [*zip(tensors_in(here.contents), tensors_in(there.contents), strict=True)]
+        assert len(pairs) == 4
+        assert all(torch.equal(x + 1.0, y) for x, y in pairs)
     with sinkattn.StreamPool(other.model, 2) as pool, pytest.raises(ValueError, match="expected no tensor besides"):
         pool.load(path)
 
