@@ -69,6 +69,7 @@ class Session(Generic[Input]):
         return {
             "id": self.id,
             "object": "session",
+            "status": "live",
             "created": int(self.created),
             "idle_seconds": round(time.monotonic() - self.used_at, 3),
             "is_busy": self.lock.locked(),

@@ -56,6 +56,13 @@ class Sessions:
         """Sessions of a client, those first that were used last."""
         return sorted((x for x in self._sessions.values() if x.owner == owner), key=lambda x: -x.used_at)
 
+    async def described(self, owner: str) -> list[dict[str, Any]]:
+        """Sessions of a client as the API has them: those that are here, and then those that are only saved."""
+        saved = [] if self._store is None else await asyncio.to_thread(self._store.described, owner)
+        live = self.of(owner)
+        ids = {session.id for session in live}
+        return [*(x.described() for x in live), *(x for x in saved if x["id"] not in ids)]
+
     @asynccontextmanager
     async def held(self, owner: str, id: str) -> AsyncIterator[Session[Any]]:
         """A session by its id, which is loaded if it is saved, while no request uses it.
@@ -189,17 +196,27 @@ class Sessions:
         assert content is not None
         session.is_named = True  # or it could be closed, and come back as it was saved
         try:
-            await asyncio.to_thread(self._store.save, session.owner, session.id, content.stream, content.notes())
+            notes = {**content.notes(), "session": session.described()}
+            await asyncio.to_thread(self._store.save, session.owner, session.id, content.stream, notes)
         except OSError as error:
             raise ApiError(507, f"server: {error}") from error
         self._note(session, is_unsaved=session.has_lost_turns)
 
-    async def restore(self, session: Session[Any]) -> None:
-        """Let a session that is held be as it was saved; raises ApiError if it was not, or with another model."""
-        if not self._is_stored(session.owner, session.id):
-            raise ApiError(404, f"session_id: nothing is saved of {session.id!r}", param="session_id")
-        await uninterrupted(self._replace(session, await self._loaded(session)))
-        self._note(session, is_unsaved=session.has_lost_turns)
+    async def restore(self, owner: str, id: str) -> Session[Any]:
+        """Let a session be as it was saved, when no request uses it any more.
+
+        Raises ApiError if it was not saved, or with another model.
+        """
+        if self._is_known(owner, id):
+            async with self._locked(owner, id) as session:
+                if session.content is None:
+                    await self._load(session)
+                elif self._is_stored(owner, id):
+                    await uninterrupted(self._reload(session))
+                if self._is_stored(owner, id):
+                    self._note(session, is_unsaved=session.has_lost_turns)
+                    return session
+        raise ApiError(404, f"session_id: nothing is saved of {id!r}", param="session_id")
 
     async def fork(self, owner: str, id: str, new_id: str) -> Session[Any]:
         """A copy of a session, with another id; raises ApiError if there is one of that id, or no room."""
@@ -212,11 +229,14 @@ class Sessions:
                 await self._store.claim(owner, new_id)
             async with self.held(owner, id) as session:
                 await self._make_room(owner)
-                assert session.content is not None
-                fork.content = await self._with_room(session.content.fork)
-                fork.responses = {**session.responses}
+                await uninterrupted(self._copy(session, fork))
             self._note(fork, is_unsaved=True)
         return fork
+
+    async def _copy(self, session: Session[Any], fork: Session[Any]) -> None:
+        assert session.content is not None
+        fork.content = await self._with_room(session.content.fork)
+        fork.responses = {**session.responses}
 
     async def close_idle(self) -> None:
         """Forget the sessions that nobody has used for long, or leave them to the store."""
@@ -314,7 +334,12 @@ class Sessions:
             session.has_lost_turns |= await store.claim(session.owner, session.id)
             if (session.owner, session.id) in store:
                 await self._make_room(session.owner)
-                session.content, session.is_named = await self._loaded(session), True
+                await uninterrupted(self._reload(session))
+
+    async def _reload(self, session: Session[Any]) -> None:
+        """Let a session have what was saved of it; raises ApiError if that is not possible."""
+        await self._replace(session, await self._loaded(session))
+        session.is_named = True
 
     async def _loaded(self, session: Session[Any]) -> Content[Any]:
         """What was saved of a session; raises ApiError if it cannot be used."""
@@ -322,7 +347,9 @@ class Sessions:
         assert store is not None
         stream = await self._with_room(lambda: store.load(session.owner, session.id))
         try:
-            return await asyncio.to_thread(self._restored, stream, stream.notes)
+            content = await asyncio.to_thread(self._restored, stream, stream.notes)
+            session.created = stream.notes["session"]["created"]
+            return content
         except (ApiError, LookupError, TypeError, ValueError) as error:
             await asyncio.to_thread(stream.close)
             message = f"session_id: the saved session cannot be used: its notes: {error}"

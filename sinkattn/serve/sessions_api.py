@@ -32,9 +32,9 @@ async def model(request: Request, name: str, owner: Owner) -> dict[str, Any]:
 
 @router.get("/v1/sessions")
 async def sessions(request: Request, owner: Owner) -> dict[str, Any]:
-    """The sessions of a client."""
+    """The sessions of a client: those that are live, and those that are only saved."""
     server: Server = request.app.state.server
-    return {"object": "list", "data": [session.described() for session in server.sessions.of(owner)]}
+    return {"object": "list", "data": await server.sessions.described(owner)}
 
 
 @router.get("/v1/sessions/{id}")
@@ -58,9 +58,7 @@ async def save(request: Request, id: SessionId, owner: Owner) -> dict[str, Any]:
 async def restore(request: Request, id: SessionId, owner: Owner) -> dict[str, Any]:
     """Let a session be as it was saved, when no request uses it any more."""
     server: Server = request.app.state.server
-    async with server.sessions.held(owner, id) as session:
-        await server.sessions.restore(session)
-        return session.described()
+    return (await server.sessions.restore(owner, id)).described()
 
 
 class Fork(BaseModel):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sinkattn.hf.pool.pool import StreamPool
+from sinkattn.hf.pool.saved import read_notes
 from sinkattn.hf.pool.stream import Stream
 from sinkattn.serve.claims import Claims
 from sinkattn.serve.errors import ApiError
@@ -17,7 +20,7 @@ CLAIM_SECONDS = 30.0
 
 
 class Store:
-    """Files of sessions, each with the client and the id in its name, as a digest.
+    """Files of sessions, each with the client and the id in its name, as digests.
 
     Several servers may share the folder: a session is at the one that has claimed it, saved or not.
 
@@ -35,16 +38,27 @@ class Store:
     def __contains__(self, key: tuple[str, str]) -> bool:
         return self._path(*key).is_file()
 
+    def described(self, owner: str) -> list[dict[str, Any]]:
+        """The saved sessions of a client as the API has them, those first that were used last; reads their files."""
+        found = list[dict[str, Any]]()
+        for path in self._folder.glob(f"{_digest(owner)}-*{SUFFIX}"):
+            # Of one that is deleted meanwhile or damaged nobody knows the id.
+            with suppress(OSError, LookupError, TypeError, ValueError):
+                session = read_notes(path)["session"]
+                idle_seconds = session["idle_seconds"] + max(0.0, time.time() - path.stat().st_mtime)
+                found.append({**session, "status": "saved", "is_busy": False, "idle_seconds": round(idle_seconds, 3)})
+        return sorted(found, key=lambda session: session["idle_seconds"])
+
     def is_elsewhere(self, owner: str, id: str) -> bool:
         """Whether another server has a session, saved or not."""
-        return self._claims.is_elsewhere(_digest(owner, id))
+        return self._claims.is_elsewhere(_name(owner, id))
 
     async def claim(self, owner: str, id: str) -> bool:
         """Have a session here, and not at another server, which saves it first; raises ApiError if that takes long.
 
         Returns whether turns that were not saved are lost, with the server that had it.
         """
-        name = _digest(owner, id)
+        name = _name(owner, id)
         try:
             is_claimed = await self._claims.claim(name, CLAIM_SECONDS)
         except OSError as error:
@@ -58,11 +72,11 @@ class Store:
 
     def note(self, owner: str, id: str, *, is_unsaved: bool) -> None:
         """Note of a session that is here whether turns are not saved, for whoever has it next if this process ends."""
-        self._claims.note(_digest(owner, id), is_unsaved=is_unsaved)
+        self._claims.note(_name(owner, id), is_unsaved=is_unsaved)
 
     def release(self, owner: str, id: str) -> None:
         """Let another server have a session, of which nothing goes on here."""
-        name = _digest(owner, id)
+        name = _name(owner, id)
         self._claimed.pop(name, None)
         self._claims.release(name, forget=(owner, id) not in self)
 
@@ -91,8 +105,12 @@ class Store:
         self._path(owner, id).unlink(missing_ok=True)
 
     def _path(self, owner: str, id: str) -> Path:
-        return self._folder / (_digest(owner, id) + SUFFIX)
+        return self._folder / (_name(owner, id) + SUFFIX)
 
 
-def _digest(owner: str, id: str) -> str:
-    return hashlib.sha256(f"{owner}\0{id}".encode()).hexdigest()
+def _name(owner: str, id: str) -> str:
+    return f"{_digest(owner)}-{_digest(id)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -136,6 +136,30 @@ def test_one_that_is_cancelled_while_its_stream_is_opened_or_continued(race, del
     race(crossing)
 
 
+def test_what_is_loaded_or_copied_for_one_that_is_cancelled_is_not_left_open(race):
+    """The thread that opens the stream goes on; `race` looks for streams without a session."""
+
+    async def crossing(replies):
+        sessions = replies.sessions
+
+        async def look():
+            async with sessions.held("", "a"):
+                pass
+
+        for delay in (0, 0.001, 0.003):
+            await replies.reply("a")
+            for work in (sessions.fork("", "a", f"b{delay}"), look()):
+                if work.__name__ == "look":
+                    await sessions.close()
+                task = asyncio.create_task(work)
+                await asyncio.sleep(delay)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        await asyncio.sleep(0.1)
+
+    race(crossing)
+
+
 def test_what_is_deleted_while_it_is_saved_stays_deleted(race):
     async def crossing(replies):
         await replies.reply("a")
@@ -160,10 +184,6 @@ def test_many_at_once(race):
             async with sessions.held("", id_) as session:
                 await sessions.save(session)
 
-        async def restore(id_):
-            async with sessions.held("", id_) as session:
-                await sessions.restore(session)
-
         tasks = []
         for index in range(60):
             id_ = "ab"[index % 2]
@@ -172,7 +192,7 @@ def test_many_at_once(race):
                 lambda id_=id_, index=index: sessions.fork("", id_, f"{id_}{index}"),
                 lambda id_=id_: save(id_),
                 lambda id_=id_: replies.reply(id_, appends=True),
-                lambda id_=id_: restore(id_),
+                lambda id_=id_: sessions.restore("", id_),
                 lambda id_=id_: sessions.delete("", id_),
                 lambda index=index: sessions.delete("", f"a{index - 8}"),
             )
@@ -199,14 +219,12 @@ def test_a_saved_file_that_cannot_be_used(race, tmp_path):
                 session.content.stream.notes.clear()
                 session.content.stream.notes["turns"] = [1]
                 session.content.stream.save(path)
-            async with replies.sessions.held("", "a") as held:
-                with pytest.raises(ApiError, match="cannot be used") as caught:
-                    await replies.sessions.restore(held)
-                assert caught.value.status == 409
+            with pytest.raises(ApiError, match="cannot be used") as caught:
+                await replies.sessions.restore("", "a")
+            assert caught.value.status == 409
             assert session.num_tokens == tokens  # as it was
         path.write_bytes(whole)
-        async with replies.sessions.held("", "a") as held:
-            await replies.sessions.restore(held)
+        await replies.sessions.restore("", "a")
 
     race(crossing)
 

@@ -2,9 +2,11 @@
 
 import time
 
+import httpx
 import openai
 import pytest
 
+from sinkattn.serve.access import Keys
 from sinkattn.serve.limits import Limits
 
 
@@ -153,6 +155,50 @@ def test_saving_and_a_server_that_starts_anew(make_server, run_server, tmp_path)
         response = running.http.get("/v1/sessions/kept")
         assert response.status_code == 409
         assert "window" in response.json()["error"]["message"]
+
+
+def test_saved_sessions_are_listed(make_server, run_server, tmp_path):
+    """Those that are live and those that are only saved, to their own client, after a restart too."""
+    keys, limits = Keys({"a": "first", "b": "second"}), Limits(sessions_per_key=4)
+
+    def listed(running, key="first"):
+        header = {"Authorization": f"Bearer {key}"}
+        return {x["id"]: x for x in running.http.get("/v1/sessions", headers=header).json()["data"]}
+
+    with run_server(make_server(folder=tmp_path, keys=keys)) as running:
+        for id in "rst":
+            running.chat(f"Number {id}", "first", session_id=id)
+        running.chat("Number s", "second", session_id="s")
+        running.chat("Without a name", "first")
+        running.client("first").post("/sessions/r/save", cast_to=httpx.Response)
+        before = listed(running)
+        assert {x["status"] for x in before.values()} == {"live"}
+        assert len(before) == 4
+    # A pool of one stream: what is asked for below needs no more.
+    with run_server(make_server(max_streams=1, folder=tmp_path, keys=keys, limits=limits)) as running:
+        http = running.http
+        http.headers["Authorization"] = "Bearer first"
+        after = listed(running)
+        assert sorted(after) == ["r", "s", "t"]
+        for id, session in after.items():
+            same = ("object", "created", "tokens", "tokens_in_sight", "in_sight", "is_busy")
+            assert [session[name] for name in same] == [before[id][name] for name in same]
+            assert session["status"] == "saved"
+            assert 0 <= session["idle_seconds"] < 60
+        assert [*listed(running, "second")] == ["s"]
+        assert not len(running.server.pool)  # nothing was loaded
+        assert http.post("/v1/sessions/r/restore").json()["tokens"] == before["r"]["tokens"]
+        assert [x["status"] for x in listed(running).values()] == ["live", "saved", "saved"]
+        assert listed(running)["r"]["created"] == before["r"]["created"]
+        assert http.delete("/v1/sessions/s").json()["deleted"]
+        assert http.delete("/v1/sessions/r").json()["deleted"]
+        assert [*listed(running)] == ["t"]
+        assert [*listed(running, "second")] == ["s"]
+        [damaged] = set(tmp_path.glob("*.safetensors")) - {running.server.sessions._store._path("b", "s")}
+        damaged.write_bytes(damaged.read_bytes()[:50])
+        assert not listed(running)
+        assert http.delete("/v1/sessions/t").json()["deleted"]
+    assert len([*tmp_path.glob("*.safetensors")]) == 1
 
 
 def test_nothing_is_saved_without_a_folder(running):

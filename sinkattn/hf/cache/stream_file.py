@@ -194,8 +194,26 @@ def read_streams(path: str | Path) -> SavedStreams:
     return saved
 
 
+def read_header(path: str | Path) -> Any:
+    """The header of a file of streams, JSON, which no checksum vouches for; raises as `read_streams`."""
+    with _opened(path) as (_, metadata):
+        return json.loads(metadata.get(HEADER, ""))
+
+
 def read_tensors(path: str | Path) -> tuple[str, dict[str, Tensor]]:
     """Header and tensors of a file of `write_tensors`; raises OSError and ValueError as `read_streams`."""
+    with _opened(path) as (file, metadata):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    text, want = metadata.get(HEADER, ""), metadata.get(CHECKSUM)
+    got = _checksum(text, tensors)
+    if got != want:
+        raise ValueError(f"path: checksum: expected {want}, got {got}; {path} is damaged")
+    return text, tensors
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A file of `write_tensors`, and its metadata."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -203,11 +221,6 @@ def read_tensors(path: str | Path) -> tuple[str, dict[str, Tensor]]:
                 raise ValueError(f"path: expected a file of saved streams, got {path}, which has something else")
             if metadata[FORMAT_KEY] != FORMAT:
                 raise ValueError(f"path: format: expected {FORMAT}, got {metadata[FORMAT_KEY]}, of another sinkattn")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+            yield file, metadata
     except SafetensorError as error:
         raise ValueError(f"path: expected a file of saved streams, got {path}: {error}") from error
-    text, want = metadata.get(HEADER, ""), metadata.get(CHECKSUM)
-    got = _checksum(text, tensors)
-    if got != want:
-        raise ValueError(f"path: checksum: expected {want}, got {got}; {path} is damaged")
-    return text, tensors

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sinkattn.hf.cache.id_history import MAX_PREFIX_IDS, UNKNOWN_ID, IdHistory
 from sinkattn.hf.cache.load_stream import load_cache, read_saved
-from sinkattn.hf.cache.stream_file import SavedStreams
+from sinkattn.hf.cache.stream_file import SavedStreams, read_header
 from sinkattn.hf.fingerprint import Accepted, fingerprint
 from sinkattn.hf.model_patch import ModelPatch
 from sinkattn.hf.pool.ids import StreamIds
@@ -125,6 +125,16 @@ def load(
         state.notes = own.field("notes", dict)
     saved.check_all_taken()
     return state
+
+
+def read_notes(path: str | Path) -> Any:
+    """`Stream.notes` in a file, of which nothing else is read or checked.
+
+    Raises:
+        OSError: the file cannot be read.
+        LookupError, TypeError, ValueError: it is no file of a stream, or is damaged.
+    """
+    return read_header(path)["state"][POOL]["notes"]
 
 
 def _ids(own: SavedStreams, name: str, vocabulary: int) -> list[int]:
