@@ -16,6 +16,7 @@ from sinkattn.serve.events import EventStream
 from sinkattn.serve.metrics import FirstToken
 from sinkattn.serve.requests import ResponseRequest
 from sinkattn.serve.server import Server, new_id, while_connected
+from sinkattn.serve.session import response_id
 
 router = APIRouter()
 
@@ -41,15 +42,15 @@ async def responses(
         else:
             session = await server.sessions.after(owner, before)
             opener = await server.chat_opener(system, None if session.content is None else session.content.kind)
-        response_id = new_id("resp_")
+        response = response_id(session.id)
         # After the reply has been ended.
-        stack.callback(lambda: session.note_response(response_id))
+        stack.callback(lambda: session.note_response(response))
         replying = server.sessions.replying(session, opener, messages, appends=before is not None)
         session = await stack.enter_async_context(replying)
         stop_ids = server.end_ids | opener.encoder.special_ids
         answer = Answer(server, session, first, sampling, max_tokens, stop_ids, body.stops)
         await stack.enter_async_context(answer)
-        written = _Response(response_id, answer, server.name, body)
+        written = _Response(response, answer, server.name, body)
         if body.stream:
             return EventStream(written.events(), stack.pop_all(), is_done_told=False)
         return JSONResponse(await while_connected(request, written.whole()))

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, Generic
 
 from sinkattn.serve.content import Content, Input
 
 # Responses of a session after which a request may go on.
 MAX_RESPONSES = 64
+
+
+def response_id(session: str) -> str:
+    """A new id for a response, which has that of its session, so that it is found where that is saved."""
+    return f"resp_{uuid.uuid4().hex}.{session}"
+
+
+def session_of(response: str) -> str:
+    """Id of the session that the id of a response has, or anything."""
+    return response.partition(".")[2]
 
 
 class Session(Generic[Input]):
@@ -27,8 +40,7 @@ class Session(Generic[Input]):
         self.content: Content[Input] | None = None
         self.created = time.time()
         self.used_at = time.monotonic()
-        self.lock = asyncio.Lock()
-        """Held while a request uses it."""
+        self._lock, self._num_users = asyncio.Lock(), 0
         self.num_reused = 0
         """Tokens in sight that were there before the last request."""
         self.reply = ""
@@ -39,6 +51,21 @@ class Session(Generic[Input]):
         self.has_lost_turns = False
         """Whether turns that were not saved are lost, and no request was told yet."""
 
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """While it lasts, no other request uses it."""
+        self._num_users += 1
+        try:
+            async with self._lock:
+                yield
+        finally:
+            self._num_users -= 1
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a request uses it, or waits for it."""
+        return self._num_users > 0
+
     def note_response(self, id: str) -> None:
         """Note a response that has just ended."""
         self.responses[id] = self.num_tokens
@@ -48,11 +75,6 @@ class Session(Generic[Input]):
     def forget_responses(self) -> None:
         """Forget those after which the stream was changed: it has fewer tokens now."""
         self.responses = {id: length for id, length in self.responses.items() if length <= self.num_tokens}
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether it can be closed when there is no room, as no request uses or names it."""
-        return not self.is_named and not self.lock.locked()
 
     @property
     def num_tokens(self) -> int:
@@ -72,7 +94,7 @@ class Session(Generic[Input]):
             "status": "live",
             "created": int(self.created),
             "idle_seconds": round(time.monotonic() - self.used_at, 3),
-            "is_busy": self.lock.locked(),
+            "is_busy": self.is_used,
             "tokens": self.num_tokens,
             "tokens_in_sight": self.num_in_sight,
             "in_sight": [] if self.content is None else self.content.in_sight(),

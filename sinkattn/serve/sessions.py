@@ -17,7 +17,7 @@ from sinkattn.serve.catching_up import CatchingUp
 from sinkattn.serve.content import Content, Input, Opener
 from sinkattn.serve.errors import ApiError
 from sinkattn.serve.limits import Limits
-from sinkattn.serve.session import Session
+from sinkattn.serve.session import Session, session_of
 from sinkattn.serve.store import Store
 from sinkattn.serve.uninterrupted import uninterrupted
 
@@ -82,7 +82,7 @@ class Sessions:
         """The session of an id, which begins if there is none, while no other request uses it."""
         while True:
             session = self._sessions.get((owner, id)) or self._add(owner, id)
-            async with session.lock:
+            async with session.alone():
                 if not session.is_closed:  # since this has waited; then there may be another one of this id
                     try:
                         yield session
@@ -115,7 +115,7 @@ class Sessions:
         continued = [
             session
             for session in self.of(owner)
-            if not session.lock.locked()
+            if not session.is_used
             and (content := session.content) is not None
             and content.kind == opener.kind
             and content.num_known(inputs)
@@ -124,17 +124,20 @@ class Sessions:
         return self._add(owner, uuid.uuid4().hex) if best is None else best
 
     async def after(self, owner: str, response: str) -> Session[Any]:
-        """A session that goes on after a response: its own one, or a copy if that has gone on since.
+        """A session that goes on after a response: its own one, or a copy if that has gone on since. See `response_id`.
 
         `replying` follows at once. Raises ApiError if the response is not known any more.
         """
         known = [x for x in self.of(owner) if response in x.responses]
+        if not known and self._is_known(owner, id := session_of(response)):
+            async with self.held(owner, id) as session:  # it is loaded if it is saved
+                known = [session] if response in session.responses else []
         # The one that ends there, if there is one, needs no copy.
         for session in sorted(known, key=lambda x: x.num_tokens != x.responses[response])[:1]:
-            if session.responses[response] == session.num_tokens and not session.lock.locked():
+            if session.responses[response] == session.num_tokens and not session.is_used:
                 return session
             fork = await self.fork(owner, session.id, uuid.uuid4().hex)
-            async with fork.lock:
+            async with fork.alone():
                 # Unless the session has been changed before it was copied.
                 if fork.content is not None and (length := fork.responses.get(response)) is not None:
                     with suppress(RuntimeError):
@@ -196,8 +199,9 @@ class Sessions:
         assert content is not None
         session.is_named = True  # or it could be closed, and come back as it was saved
         try:
-            notes = {**content.notes(), "session": session.described()}
-            await asyncio.to_thread(self._store.save, session.owner, session.id, content.stream, notes)
+            notes = {**content.notes(), "session": session.described(), "responses": session.responses}
+            # Or what is saved next could be overwritten with what a thread that goes on has from before.
+            await uninterrupted(asyncio.to_thread(self._store.save, session.owner, session.id, content.stream, notes))
         except OSError as error:
             raise ApiError(507, f"server: {error}") from error
         self._note(session, is_unsaved=session.has_lost_turns)
@@ -241,28 +245,33 @@ class Sessions:
     async def close_idle(self) -> None:
         """Forget the sessions that nobody has used for long, or leave them to the store."""
         for session in [*self._sessions.values()]:
-            if not session.lock.locked() and time.monotonic() - session.used_at > self._limits.idle_seconds:
-                async with session.lock:
+            if not session.is_used and time.monotonic() - session.used_at > self._limits.idle_seconds:
+                async with session.alone():
                     await self._store_and_close(session)
 
     async def hand_over(self) -> None:
         """Leave to the store the sessions that another server wants, unless a request uses them."""
         for key in [] if self._store is None else self._store.wanted():
             session = self._sessions.get(key)
-            if session is not None and session.content is not None and not session.lock.locked():
-                async with session.lock:
-                    try:
-                        await self.save(session)
-                    except ApiError as error:
-                        LOGGER.error("a session stays, as it cannot be saved: %s", error)
-                    else:
-                        await self._close(session)
+            if session is not None and session.content is not None and not session.is_used:
+                await self._leave_to_store(session)
 
     async def close(self) -> None:
         """Forget all sessions, or leave them to the store, when no request uses them any more."""
         for session in [*self._sessions.values()]:
-            async with session.lock:
+            async with session.alone():
                 await self._store_and_close(session)
+
+    async def _leave_to_store(self, session: Session[Any]) -> bool:
+        """Save and close a session that no request uses; False if it stays, as it cannot be saved."""
+        async with session.alone():
+            try:
+                await self.save(session)
+            except ApiError as error:
+                LOGGER.error("a session stays, as it cannot be saved: %s", error)
+                return False
+            await self._close(session)
+            return True
 
     async def _store_and_close(self, session: Session[Any]) -> None:
         if self._store is not None and session.is_named and session.content is not None:
@@ -337,44 +346,53 @@ class Sessions:
                 await uninterrupted(self._reload(session))
 
     async def _reload(self, session: Session[Any]) -> None:
-        """Let a session have what was saved of it; raises ApiError if that is not possible."""
-        await self._replace(session, await self._loaded(session))
-        session.is_named = True
-
-    async def _loaded(self, session: Session[Any]) -> Content[Any]:
-        """What was saved of a session; raises ApiError if it cannot be used."""
+        """Let a session have what was saved of it; raises ApiError if that cannot be used."""
         store = self._store
         assert store is not None
         stream = await self._with_room(lambda: store.load(session.owner, session.id))
         try:
             content = await asyncio.to_thread(self._restored, stream, stream.notes)
-            session.created = stream.notes["session"]["created"]
-            return content
+            created, responses = stream.notes["session"]["created"], {**stream.notes["responses"]}
         except (ApiError, LookupError, TypeError, ValueError) as error:
             await asyncio.to_thread(stream.close)
             message = f"session_id: the saved session cannot be used: its notes: {error}"
             raise ApiError(409, message, param="session_id") from error
+        await self._replace(session, content)
+        session.created, session.responses, session.is_named = created, responses, True
 
     async def _make_room(self, owner: str) -> None:
         """See to it that a client has no more sessions than it may have."""
         own = self.of(owner)
         if len(own) > self._limits.sessions_per_key:
-            if not (idle := [x for x in own if x.is_idle]):
+            if not (idle := [x for x in own if not x.is_named and not x.is_used]):
                 most = self._limits.sessions_per_key
                 raise ApiError(429, f"sessions: expected up to {most} of a key; delete one first", retry_after=60)
             await self._close(idle[-1])
 
     async def _with_room(self, open_stream: Callable[[], Opened]) -> Opened:
-        """What a function opens, for which other streams are closed if need be."""
+        """What a function opens, for which another stream is closed if need be."""
         while True:
             try:
                 return await asyncio.to_thread(open_stream)
             except PoolFullError:
-                idle = [x for x in self._sessions.values() if x.is_idle and x.content is not None]
-                if not idle:
+                if not await self._close_one():
                     message = "server: all streams are in use; try again later"
                     raise ApiError(429, message, retry_after=RETRY_AFTER) from None
-            await self._close(min(idle, key=lambda x: x.used_at))
+
+    async def _close_one(self) -> bool:
+        """Close one of the sessions that no request uses; those with a name are left to the store, if there is one.
+
+        That which was unused for longest, one without a name if there is any. False if there is none.
+        """
+        unused = [x for x in self._sessions.values() if not x.is_used and x.content is not None]
+        unnamed = [x for x in unused if not x.is_named]
+        session = min(unnamed or unused, key=lambda x: x.used_at, default=None)
+        if session is None or (session.is_named and self._store is None):
+            return False
+        if session.is_named:
+            return await self._leave_to_store(session)
+        await self._close(session)
+        return True
 
     def _forget_if_empty(self, session: Session[Any]) -> None:
         if session.content is None:

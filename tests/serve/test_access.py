@@ -115,7 +115,7 @@ def test_many_clients_leave_nothing_behind(guarded):
     for thread in threads:
         thread.join()
     guarded.wait_until(lambda: guarded.server.num_at_work == 0)
-    assert all(not session.lock.locked() for session in guarded.server.sessions.of("a"))
+    assert all(not session.is_used for session in guarded.server.sessions.of("a"))
     assert len(guarded.server.pool) == len(guarded.server.sessions)
 
 

@@ -40,6 +40,6 @@ def test_made_up_requests(make_server, run_server):
             is_answered()
         running.wait_until(lambda: running.server.num_at_work == 0)
         sessions = running.server.sessions
-        assert not any(session.lock.locked() for session in sessions.of(""))
+        assert not any(session.is_used for session in sessions.of(""))
         assert len(running.server.pool) == len(sessions)
     assert {200, 400, 404} <= statuses

@@ -9,6 +9,7 @@ import pytest
 
 from sinkattn.serve.conversation import Message
 from sinkattn.serve.errors import ApiError
+from sinkattn.serve.store import Store
 from sinkattn.serve.uninterrupted import uninterrupted
 
 HELLO = [Message("user", "Hello")]
@@ -42,7 +43,7 @@ def race(make_server, tmp_path):
         async def whole():
             await function(Replies(server))
             sessions = [*server.sessions.of("")]
-            assert not any(session.lock.locked() for session in sessions)
+            assert not any(session.is_used for session in sessions)
             assert all(session.content is not None for session in sessions)
             assert len(server.pool) == len(sessions)
 
@@ -172,6 +173,36 @@ def test_what_is_deleted_while_it_is_saved_stays_deleted(race):
         assert await replies.sessions.kind("", "a") is None
 
     race(crossing)
+
+
+def test_one_that_is_asked_for_while_it_makes_room_comes_back(make_server, tmp_path, monkeypatch):
+    """Others that need room meanwhile take that of others; no session is lost or there twice."""
+    server = make_server(max_streams=3, folder=tmp_path)
+    save, saved = Store.save, []
+
+    def slow(store, owner, id, *arguments):
+        saved.append(id)
+        time.sleep(0.1)
+        save(store, owner, id, *arguments)
+
+    monkeypatch.setattr(Store, "save", slow)
+
+    async def crossing():
+        replies = Replies(server)
+        [tokens, *_] = [(await replies.reply(id, appends=True)).num_tokens for id in "abc"]
+        making = [asyncio.create_task(replies.reply(id)) for id in "de"]
+        while saved != ["a", "b"]:
+            assert not any(task.done() for task in making)
+            await asyncio.sleep(0.001)
+        asking = [asyncio.create_task(replies.reply("a", appends=True)) for _ in range(2)]
+        await asyncio.gather(*making, *asking)
+        assert saved[:2] == ["a", "b"]
+        assert asking[1].result().num_tokens > 2 * tokens
+        assert len(server.pool) == len(server.sessions) == 3
+        assert sorted(x["id"] for x in await server.sessions.described("")) == [*"abcde"]
+        assert not any(session.is_used for session in server.sessions.of(""))
+
+    asyncio.run(crossing())
 
 
 def test_many_at_once(race):

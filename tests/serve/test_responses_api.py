@@ -72,6 +72,34 @@ def test_json(respond):
     assert response.status == "completed"
 
 
+def test_going_on_after_a_response_of_a_session_that_is_saved(make_server, run_server, tmp_path):
+    """As the pool was full, as the server has ended, and as another server has it."""
+
+    def respond(running, before=None, **options):
+        extra = {"extra_body": options} if options else {}
+        return running.client().responses.create(
+            model="tiny", input="One", max_output_tokens=6, temperature=0, previous_response_id=before, **extra
+        )
+
+    with run_server(make_server()) as running:
+        expected = [respond(running, session_id="a")]
+        for _ in range(3):
+            expected.append(respond(running, expected[-1].id))
+    with run_server(make_server(max_streams=1, folder=tmp_path)) as running:
+        got = [respond(running, session_id="a")]
+        running.chat("Other", session_id="b")
+        got.append(respond(running, got[-1].id))
+    with run_server(make_server(folder=tmp_path)) as one, run_server(make_server(folder=tmp_path)) as other:
+        got.append(respond(one, got[-1].id))
+        got.append(respond(other, got[-1].id))
+        for running in (one, other):
+            with pytest.raises(openai.NotFoundError, match="not known"):
+                respond(running, "resp_0.a")
+        assert respond(one, got[0].id).output_text == expected[1].output_text  # in a copy
+    assert [x.output_text for x in got] == [x.output_text for x in expected]
+    assert [x.usage for x in got] == [x.usage for x in expected]
+
+
 def test_errors(running, respond):
     with pytest.raises(openai.NotFoundError, match="not known"):
         respond("a", previous_response_id="resp_none")

@@ -86,7 +86,7 @@ def test_every_session_gets_its_own_tokens(make_server, run_server):
         running.wait_until(lambda: running.server.num_at_work == 0)
         sessions = running.server.sessions
         assert len(running.server.pool) == len(sessions)
-        assert not any(x.lock.locked() for i in range(4) for x in sessions.of(f"key {i}"))
+        assert not any(x.is_used for i in range(4) for x in sessions.of(f"key {i}"))
         before = psutil.Process().memory_info().rss
         for index in range(0, SESSIONS, 4):
             running.client(f"key {index % 4}").delete(f"/sessions/s{index}", cast_to=httpx.Response)

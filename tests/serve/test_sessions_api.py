@@ -1,5 +1,6 @@
 """Streams that stay alive between requests."""
 
+import contextlib
 import time
 
 import httpx
@@ -8,6 +9,7 @@ import pytest
 
 from sinkattn.serve.access import Keys
 from sinkattn.serve.limits import Limits
+from sinkattn.serve.store import Store
 
 
 def talk(running, texts, messages=None, **options):
@@ -219,6 +221,57 @@ def test_sessions_without_a_name_make_room(make_server, run_server):
         assert int(caught.value.response.headers["Retry-After"]) > 0
         running.http.delete("/v1/sessions/b")
         assert running.chat("Now").choices
+
+
+def test_idle_sessions_with_a_name_make_room_in_the_folder(make_server, run_server, tmp_path):
+    """The one that was unused for longest goes, and comes back when it is asked for, as if it had stayed."""
+    with run_server(make_server()) as running:
+        expected = [[running.chat(f"{turn}", session_id=id, append=True) for id in "abcdef"] for turn in range(3)]
+    with run_server(make_server(max_streams=2, max_parked=1, folder=tmp_path)) as running:
+        for turn, replies in enumerate(expected):
+            for id, reply in zip("abcdef", replies, strict=True):
+                here = running.chat(f"{turn}", session_id=id, append=True)
+                assert here.choices[0].message.content == reply.choices[0].message.content
+                assert here.usage == reply.usage
+        states = {x["id"]: x["status"] for x in running.http.get("/v1/sessions").json()["data"]}
+        assert states == {**dict.fromkeys("def", "live"), **dict.fromkeys("abc", "saved")}
+        running.chat("Without a name")
+        running.chat("This one makes room without being saved")
+        assert len(running.http.get("/v1/sessions").json()["data"]) == 7
+        running.http.get("/v1/sessions/a").raise_for_status()  # in its place
+        assert len(running.server.pool) == 3
+
+
+def test_who_makes_room_in_the_folder(make_server, run_server, tmp_path, monkeypatch):
+    """None that is used, none of a key that may have no more itself, and none that cannot be saved."""
+    keys, limits = Keys({"a": "first", "b": "second"}), Limits(sessions_per_key=2)
+    with run_server(make_server(max_streams=3, folder=tmp_path, keys=keys, limits=limits)) as running:
+        for id in "xy":
+            running.chat("One", "first", session_id=id)
+        with pytest.raises(openai.RateLimitError, match="up to 2"):
+            running.chat("One", "first", session_id="z")
+        running.chat("One", "second", session_id="x")
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "save", no_space)
+            with pytest.raises(openai.RateLimitError, match="all streams") as caught:
+                running.chat("One", "second", session_id="y")
+            assert int(caught.value.response.headers["Retry-After"]) > 0
+        assert [x.id for key in "ab" for x in running.server.sessions.of(key)] == ["y", "x", "x"]
+        running.chat("One", "second", session_id="y")
+        assert [x.id for key in "ab" for x in running.server.sessions.of(key)] == ["y", "y", "x"]
+        with contextlib.ExitStack() as stack:
+            for key, id in (("first", "y"), ("second", "x"), ("second", "y")):
+                events = running.chat("Go on", key, session_id=id, append=True, max_tokens=4000, stream=True)
+                stack.callback(events.close)
+                next(events)
+            with pytest.raises(openai.RateLimitError, match="all streams"):
+                running.chat("Two", "first", session_id="x", append=True)
+        running.wait_until(lambda: running.server.num_at_work == 0)
+        assert running.chat("Two", "first", session_id="x", append=True).usage.prompt_tokens_details.cached_tokens
+
+
+def no_space(*arguments):
+    raise OSError(28, "No space left on device")
 
 
 def test_the_most_sessions_of_a_key(make_server, run_server):
