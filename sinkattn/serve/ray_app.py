@@ -6,9 +6,9 @@
   that all machines see: a session is at one replica at a time (`Claims`).
 * **Clients send the id of their session in the header X-Session-ID, with every request**, also for websockets. Ray
   hashes it to a replica, always to the same one. A client of ``/v1/responses`` sends any text that stays the same.
-* Without the header a request goes to any replica. It is answered all the same, but a session that its body or path
-  names, or that of its ``previous_response_id``, is saved and loaded whenever it moves, and a chat without a name is fed
-  anew from the history of the request.
+* Without the header a request goes to any replica. It is answered all the same, but a session that its body, its path
+  or its ``previous_response_id`` names is saved and loaded whenever it moves, and a chat without a name is fed anew
+  from the history of the request.
 * When a replica leaves, it ends its requests and saves its sessions, and others load them; it has `SHUTDOWN_SECONDS`
   for that. When one comes, a part of the sessions are hashed to it, and handed over when they are asked for. After one
   was killed, sessions go on from where they were saved; who appends to one that had more turns gets ``turns_lost``.
