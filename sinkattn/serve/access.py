@@ -24,6 +24,9 @@ class Keys:
         """Whether there are any."""
         return bool(self._digests)
 
+    def __len__(self) -> int:
+        return len(self._digests)
+
     def owner(self, authorization: str | None) -> str:
         """The client that a header is of; raises ApiError for none of them. Takes as long for any wrong token."""
         if not self._digests:

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import sinkattn
-from sinkattn.serve import chat_api, completions_api, live_api, responses_api, sessions_api
+from sinkattn.serve import chat_api, completions_api, live_api, models_api, responses_api, sessions_api
 from sinkattn.serve.body_limit import BodyLimit
 from sinkattn.serve.dependencies import Owner
 from sinkattn.serve.errors import ApiError, ErrorBody
@@ -59,7 +59,7 @@ def create_app(server: Server) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _failed)
-    for api in (chat_api, completions_api, responses_api, live_api, sessions_api):
+    for api in (chat_api, completions_api, responses_api, live_api, sessions_api, models_api):
         app.include_router(api.router, responses=ERRORS)
     app.openapi = partial(_described, app)  # type: ignore[method-assign]  # as FastAPI's documentation has it
 

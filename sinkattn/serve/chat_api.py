@@ -33,7 +33,7 @@ async def chat_completions(
     opener = await server.chat_opener(system, kind)
     sampling, max_tokens = server.sampling(**body.sampling()), server.num_tokens(body.most_tokens)
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(server.at_work())
+        await stack.enter_async_context(server.at_work(owner))
         session = server.sessions.of_request(owner, id_, opener, messages)
         replying = server.sessions.replying(session, opener, messages, appends=body.append)
         session = await stack.enter_async_context(replying)

@@ -31,7 +31,7 @@ async def completions(
     ids = await server.ids_of("prompt", body.text, is_first=not body.append)
     sampling, max_tokens = server.sampling(**body.sampling()), server.num_tokens(body.max_tokens)
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(server.at_work())
+        await stack.enter_async_context(server.at_work(owner))
         session = server.sessions.of_request(owner, id_, server.text_opener, ids)
         replying = server.sessions.replying(session, server.text_opener, ids, appends=body.append)
         session = await stack.enter_async_context(replying)

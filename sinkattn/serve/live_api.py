@@ -68,7 +68,7 @@ async def live(websocket: WebSocket, id: SessionId, authorization: Annotated[str
         if is_new and not isinstance(first, Feed):
             raise ApiError(400, f"{first.type}: expected feed before it, as the session has no text")
         ids = await server.ids_of("text", first.text, is_first=is_new) if isinstance(first, Feed) else []
-        async with server.at_work():
+        async with server.at_work(owner):
             replying = server.sessions.replying(server.sessions.named(owner, id), server.text_opener, ids, appends=True)
             async with replying as session:
                 await _Live(server, session, websocket).run(None if isinstance(first, Feed) else first)

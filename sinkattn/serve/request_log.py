@@ -25,15 +25,19 @@ class RequestLog:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         status, begin = 499, time.perf_counter()  # a client that has gone away gets none
 
         async def noted(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
+            if message["type"] in ("http.response.start", "websocket.http.response.start"):
                 status = message["status"]
+            elif message["type"] == "websocket.accept":
+                status = 101
+            elif message["type"] == "websocket.close" and status == 499:
+                status = 403  # it was not accepted
             await send(message)
 
         try:
@@ -48,7 +52,7 @@ class RequestLog:
             LOGGER.info(
                 "request",
                 extra={
-                    "method": scope["method"],
+                    "method": scope.get("method", "GET"),  # so a websocket begins
                     "path": path,
                     "status": status,
                     "seconds": round(time.perf_counter() - begin, 4),

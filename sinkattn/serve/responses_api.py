@@ -35,7 +35,7 @@ async def responses(
     if id_ is not None and before is not None:
         raise ApiError(400, "session_id: expected none beside previous_response_id", param="session_id")
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(server.at_work())
+        await stack.enter_async_context(server.at_work(owner))
         if before is None:
             opener = await server.chat_opener(system)
             session = server.sessions.of_request(owner, id_, opener, messages)

@@ -28,6 +28,7 @@ from sinkattn.serve.conversation import ChatOpener, Conversation
 from sinkattn.serve.errors import ApiError
 from sinkattn.serve.limits import Limits
 from sinkattn.serve.metrics import Metrics
+from sinkattn.serve.places import Places
 from sinkattn.serve.sessions import Sessions
 from sinkattn.serve.store import Store
 from sinkattn.serve.text import TextOpener, TextStream
@@ -67,6 +68,8 @@ class Server:
                 "sinkattn_sessions": ("Sessions", lambda: len(self.sessions)),
                 "sinkattn_streams": ("Streams that are open", lambda: len(self.pool)),
                 "sinkattn_cache_bytes": ("Bytes of keys and values on the device", lambda: self.pool.nbytes),
+                "sinkattn_rows": ("Rows for streams on the device", lambda: self.pool.num_rows),
+                "sinkattn_rows_in_use": ("Rows of streams that run", lambda: self.pool.num_rows_in_use),
                 "sinkattn_requests_at_work": ("Requests at work", lambda: self.num_at_work),
             }
         )
@@ -78,8 +81,9 @@ class Server:
         self._model = PoolModel(self.pool.model, self.tokenizer)
         self.is_ending = False
         """Whether it takes no more requests."""
-        self.num_at_work = 0
-        """Requests."""
+        # Each has a stream of its own, or waits for another one.
+        count = min(self.limits.requests, self.pool.max_open)
+        self._places = Places(count, is_shared=len(self.keys) > 1)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -141,18 +145,18 @@ class Server:
         except ValueError as error:
             raise ApiError(400, str(error), param=str(error).partition(":")[0]) from error
 
+    @property
+    def num_at_work(self) -> int:
+        """Requests at work."""
+        return self._places.num_taken
+
     @asynccontextmanager
-    async def at_work(self) -> AsyncIterator[None]:
+    async def at_work(self, owner: str) -> AsyncIterator[None]:
         """While a request is at work; raises ApiError if there are too many already, or if the server ends."""
         if self.is_ending:
             raise ApiError(503, "server: is shutting down", retry_after=10)
-        if self.num_at_work >= self.limits.requests:
-            raise ApiError(429, f"server: {self.num_at_work} requests are at work; try again later", retry_after=1)
-        self.num_at_work += 1
-        try:
+        with self._places.taken(owner):
             yield
-        finally:
-            self.num_at_work -= 1
 
 
 def new_id(prefix: str) -> str:

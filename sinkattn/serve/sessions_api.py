@@ -1,4 +1,4 @@
-"""``/v1/models`` and ``/v1/sessions``."""
+"""``/v1/sessions``."""
 
 from __future__ import annotations
 
@@ -8,26 +8,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 
-from sinkattn.serve.dependencies import Owner
+from sinkattn.serve.dependencies import AT_WORK, Owner
 from sinkattn.serve.requests import SessionId
 from sinkattn.serve.server import Server
 
-router = APIRouter()
-
-
-@router.get("/v1/models")
-async def models(request: Request, owner: Owner) -> dict[str, Any]:
-    """The model that is served."""
-    server: Server = request.app.state.server
-    return {"object": "list", "data": [_model(server)]}
-
-
-@router.get("/v1/models/{name:path}")
-async def model(request: Request, name: str, owner: Owner) -> dict[str, Any]:
-    """The model that is served."""
-    server: Server = request.app.state.server
-    server.check_model(name)
-    return _model(server)
+router = APIRouter(dependencies=[AT_WORK])
 
 
 @router.get("/v1/sessions")
@@ -83,13 +68,3 @@ async def delete(request: Request, id: SessionId, owner: Owner) -> dict[str, Any
     server: Server = request.app.state.server
     await server.sessions.delete(owner, id)
     return {"id": id, "object": "session", "deleted": True}
-
-
-def _model(server: Server) -> dict[str, Any]:
-    return {
-        "id": server.name,
-        "object": "model",
-        "created": server.created,
-        "owned_by": "local",
-        "window": server.window,
-    }

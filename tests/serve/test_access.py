@@ -8,6 +8,8 @@ import threading
 import httpx
 import openai
 import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from sinkattn.serve.access import Keys
 from sinkattn.serve.errors import ApiError
@@ -18,7 +20,7 @@ BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "ma
 
 @pytest.fixture(scope="module")
 def guarded(make_server, run_server):
-    limits = Limits(body_bytes=2000, max_tokens=1000, requests=2)
+    limits = Limits(body_bytes=2000, max_tokens=1000, requests=4)
     with run_server(make_server(keys=Keys({"a": "first key", "b": "second key"}), limits=limits)) as running:
         yield running
 
@@ -63,18 +65,19 @@ def test_large_bodies(guarded):
     assert guarded.http.post("/v1/chat/completions", json=BODY, headers=header).status_code == 200
 
 
-def test_requests_at_a_time(guarded):
-    """The third one is refused; a client that goes away frees its place."""
+def test_a_busy_client_leaves_places_to_others(guarded):
+    """The third request of it is refused, and that of another one is not; who goes away frees a place."""
     with contextlib.ExitStack() as stack:
         for name in "xy":
             events = guarded.chat("Go on", key="first key", session_id=name, max_tokens=1000, stream=True)
             stack.callback(events.close)
             next(events)
-        with pytest.raises(openai.RateLimitError) as caught:
-            guarded.chat("Third", key="second key")
+        with pytest.raises(openai.RateLimitError, match="2 requests are at work, 2 of this client") as caught:
+            guarded.chat("Third", key="first key")
         assert caught.value.response.headers["Retry-After"] == "1"
+        assert guarded.chat("Third", key="second key").choices
     guarded.wait_until(lambda: guarded.server.num_at_work == 0)
-    assert guarded.chat("Third", key="second key").choices
+    assert guarded.chat("Third", key="first key").choices
 
 
 def test_a_client_that_goes_away_frees_its_stream(guarded):
@@ -126,8 +129,56 @@ def test_metrics_and_health(guarded):
     assert float(figures["sinkattn_generated_tokens_total"]) > 0
     assert float(figures["sinkattn_time_to_first_token_seconds_count"]) > 0
     assert float(figures["sinkattn_sessions"]) == len(guarded.server.sessions)
+    assert (figures["sinkattn_rows"], figures["sinkattn_rows_in_use"]) == ("8.0", "0.0")
     assert float(figures['sinkattn_requests_total{path="/health",status="200"}']) > 0
     assert "Secret" not in text
+
+
+def figure(running, name):
+    lines = running.http.get("/metrics").text.splitlines()
+    return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name} ")), 0)
+
+
+def test_rows_in_use(running):
+    """Those of streams that run, not of idle ones; and requests at work, those for a session among them."""
+    names = ("sinkattn_rows", "sinkattn_rows_in_use", "sinkattn_requests_at_work")
+    for name in "abc":
+        running.chat("One", session_id=name)
+    assert [figure(running, name) for name in names] == [8, 0, 0]
+    with contextlib.ExitStack() as stack:
+        for name in "ab":
+            events = running.chat("Go on", session_id=name, max_tokens=4000, stream=True)
+            stack.callback(events.close)
+            next(x for x in events if x.choices[0].delta.content)
+        assert [figure(running, name) for name in names] == [8, 2, 2]
+        waiting = threading.Thread(target=running.http.get, args=("/v1/sessions/a",))
+        waiting.start()
+        running.wait_until(lambda: figure(running, names[2]) == 3)
+        assert figure(running, names[1]) == 2
+    waiting.join()
+    running.wait_until(lambda: running.server.num_at_work == 0)
+    assert [figure(running, name) for name in names] == [8, 0, 0]
+
+
+def test_every_route_is_counted(running):
+    """By its path and status: those of sessions, and websockets."""
+
+    def counted(path, status):
+        return figure(running, f'sinkattn_requests_total{{path="{path}",status="{status}"}}')
+
+    path, live = "/v1/sessions/{id}", "/v1/sessions/{id}/live"
+    before = [counted(path, 404), counted("/v1/sessions", 200), counted(live, 101), counted(live, 403)]
+    running.http.get("/v1/sessions/none")
+    running.http.get("/v1/sessions")
+    url = f"{running.url.replace('http', 'ws')}/v1/sessions/none/live"
+    with connect(url) as socket:
+        socket.send("nonsense")
+        socket.recv(timeout=20)
+    with pytest.raises(InvalidStatus, match="403"):
+        connect(url, origin="https://example.com").__enter__()
+    running.wait_until(lambda: counted(live, 101) > before[2])
+    after = [counted(path, 404), counted("/v1/sessions", 200), counted(live, 101), counted("other", 403)]
+    assert after == [x + 1 for x in before]
 
 
 @pytest.mark.parametrize(

@@ -259,15 +259,24 @@ def test_who_makes_room_in_the_folder(make_server, run_server, tmp_path, monkeyp
         assert [x.id for key in "ab" for x in running.server.sessions.of(key)] == ["y", "x", "x"]
         running.chat("One", "second", session_id="y")
         assert [x.id for key in "ab" for x in running.server.sessions.of(key)] == ["y", "y", "x"]
+        assert running.chat("Two", "first", session_id="x", append=True).usage.prompt_tokens_details.cached_tokens
+
+
+def test_sessions_that_are_used_make_no_room(make_server, run_server, tmp_path):
+    with run_server(make_server(max_streams=3, folder=tmp_path)) as running:
         with contextlib.ExitStack() as stack:
-            for key, id in (("first", "y"), ("second", "x"), ("second", "y")):
-                events = running.chat("Go on", key, session_id=id, append=True, max_tokens=4000, stream=True)
+            for id in "ab":
+                events = running.chat("Go on", session_id=id, max_tokens=4000, stream=True)
                 stack.callback(events.close)
                 next(events)
-            with pytest.raises(openai.RateLimitError, match="all streams"):
-                running.chat("Two", "first", session_id="x", append=True)
+            running.chat("One", session_id="c")
+            running.chat("One", session_id="d")  # in the place of c
+            fork = running.http.post("/v1/sessions/d/fork", json={"session_id": "e"})  # needs two
+            assert (fork.status_code, "all streams" in fork.json()["error"]["message"]) == (429, True)
+            assert int(fork.headers["Retry-After"]) > 0
         running.wait_until(lambda: running.server.num_at_work == 0)
-        assert running.chat("Two", "first", session_id="x", append=True).usage.prompt_tokens_details.cached_tokens
+        running.http.post("/v1/sessions/d/fork", json={"session_id": "e"}).raise_for_status()
+        assert running.chat("Two", session_id="c", append=True).usage.prompt_tokens_details.cached_tokens
 
 
 def no_space(*arguments):

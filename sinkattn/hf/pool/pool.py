@@ -120,6 +120,7 @@ class StreamPool:
             )
         engine = Engine(self._memory, max_streams, max_parked, folder, tokens_per_step, model.device, self._drafter)
         self.scheduler = Scheduler(engine, max_streams + max_parked + max_on_disk)
+        self._num_rows = max_streams
         if self._leading is not None:
             self._leading.open()
 
@@ -220,6 +221,21 @@ class StreamPool:
     def is_batched(self) -> bool:
         """Whether streams share forwards, and can evict whole messages: all layers attend over rings."""
         return self._memory.is_batched
+
+    @property
+    def num_rows(self) -> int:
+        """How many streams are in the memory of the device at once."""
+        return self._num_rows
+
+    @property
+    def num_rows_in_use(self) -> int:
+        """Rows of streams of which something is wanted, rather than kept for later."""
+        return sum(state.memory.row is not None and state.is_wanted for state in self.scheduler.streams)
+
+    @property
+    def max_open(self) -> int:
+        """How many streams may be open, on the device and parked."""
+        return self.scheduler.max_open
 
     def __len__(self) -> int:
         """Streams that are open."""

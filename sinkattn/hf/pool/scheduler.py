@@ -26,12 +26,13 @@ class Scheduler:
         max_open: the most streams that are open.
 
     Attributes:
+        max_open: these.
         condition: its lock protects everything but what a forward changes.
     """
 
     def __init__(self, engine: Engine, max_open: int) -> None:
         self.engine = engine
-        self._max_open = max_open
+        self.max_open = max_open
         # In order: processes that run the same calls run the same steps, which ranks of a model have to.
         self._streams: dict[StreamState, None] = {}
         self.condition = threading.Condition()
@@ -57,8 +58,8 @@ class Scheduler:
         """Raise PoolFullError if there is no room for another stream, RuntimeError after `close`."""
         if self._is_closed:
             raise RuntimeError("pool: is closed")
-        if len(self._streams) >= self._max_open:
-            raise PoolFullError(f"pool: {self._max_open} streams are open, the most that it takes; close one first")
+        if len(self._streams) >= self.max_open:
+            raise PoolFullError(f"pool: {self.max_open} streams are open, the most that it takes; close one first")
 
     def add(self, state: StreamState) -> None:
         """Take in a stream; raises as `check_room`, and OSError if one has to go to disk for it and cannot."""
