@@ -77,7 +77,8 @@ class Reply:
             yield Piece(sure, token)
             if self._stop.found:
                 return
-        self.finish_reason = "length" if self.num_tokens == self._max_tokens else "stop"
+        is_cut = self.num_tokens == self._max_tokens and not self._stream.is_text_complete
+        self.finish_reason = "length" if is_cut else "stop"
         yield Piece(self._stop.add(next(texts, "")) + self._stop.rest(), None)
 
     async def close(self) -> None:

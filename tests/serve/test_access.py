@@ -129,7 +129,6 @@ def test_metrics_and_health(guarded):
     assert float(figures["sinkattn_generated_tokens_total"]) > 0
     assert float(figures["sinkattn_time_to_first_token_seconds_count"]) > 0
     assert float(figures["sinkattn_sessions"]) == len(guarded.server.sessions)
-    assert (figures["sinkattn_rows"], figures["sinkattn_rows_in_use"]) == ("8.0", "0.0")
     assert float(figures['sinkattn_requests_total{path="/health",status="200"}']) > 0
     assert "Secret" not in text
 
@@ -144,7 +143,7 @@ def test_rows_in_use(running):
     names = ("sinkattn_rows", "sinkattn_rows_in_use", "sinkattn_requests_at_work")
     for name in "abc":
         running.chat("One", session_id=name)
-    assert [figure(running, name) for name in names] == [8, 0, 0]
+    running.wait_until(lambda: [figure(running, name) for name in names] == [8, 0, 0])
     with contextlib.ExitStack() as stack:
         for name in "ab":
             events = running.chat("Go on", session_id=name, max_tokens=4000, stream=True)
@@ -156,8 +155,7 @@ def test_rows_in_use(running):
         running.wait_until(lambda: figure(running, names[2]) == 3)
         assert figure(running, names[1]) == 2
     waiting.join()
-    running.wait_until(lambda: running.server.num_at_work == 0)
-    assert [figure(running, name) for name in names] == [8, 0, 0]
+    running.wait_until(lambda: [figure(running, name) for name in names] == [8, 0, 0])
 
 
 def test_every_route_is_counted(running):

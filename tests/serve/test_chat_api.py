@@ -102,6 +102,25 @@ def test_json_schema(running):
     assert reply.choices[0].finish_reason == "stop"
 
 
+def test_json_that_is_complete_with_the_last_token(running):
+    """It has ended by itself; one token fewer, and it has not."""
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"n": {"type": "null"}}, "required": ["n"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+    def ask(most, stream=False):
+        return running.chat("Is it?", response_format=form, max_tokens=most, stream=stream)
+
+    count = ask(60).usage.completion_tokens
+    for most, reason in ((count, "stop"), (count - 1, "length")):
+        assert ask(most).choices[0].finish_reason == [*ask(most, stream=True)][-1].choices[0].finish_reason == reason
+        text = {"format": {"type": "json_schema", "name": "answer", "schema": schema}}
+        response = running.client().responses.create(
+            model="tiny", input="Is it?", text=text, max_output_tokens=most, temperature=0
+        )
+        assert response.status == ("completed" if reason == "stop" else "incomplete")
+
+
 @pytest.mark.parametrize(
     ("changed", "status", "param"),
     [

@@ -114,8 +114,7 @@ class Generation:
                 token = self._scheduler.engine.hand_out(state)
                 if state.num_left is not None:
                     state.num_left -= 1
-                grammar = state.sampler.grammar
-                if state.num_left == 0 or (not state.ready and grammar is not None and grammar.is_complete):
+                if state.num_left == 0 or (not state.ready and state.is_text_complete):
                     self._stop()
                 return token
 

@@ -92,6 +92,11 @@ class StreamState:
             self.sampler.grammar.begin_anew()
 
     @property
+    def is_text_complete(self) -> bool:
+        """Whether the grammar, if there is one, is at the end of a text."""
+        return self.sampler.grammar is not None and self.sampler.grammar.is_complete
+
+    @property
     def is_wanted(self) -> bool:
         """Whether somebody waits for it, or will."""
         return self.wants_token or self.num_feeding > 0

@@ -62,6 +62,11 @@ class Stream:
             return state.ids.in_sight(state.window_begin(len(state.queue) - 1), state.queue).tolist()
 
     @property
+    def is_text_complete(self) -> bool:
+        """Whether its grammar, if it has one, is at the end of a text, so that the next token begins another one."""
+        return self._state.is_text_complete
+
+    @property
     def message_begins(self) -> list[int]:
         """First tokens of the messages all of which are in sight, as numbers of tokens; none without their eviction."""
         with self._scheduler.locked(self._state) as state:
