@@ -102,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     with as_user_error(ValueError, RuntimeError, OSError):
         server = make_server(model, tokenizer, args, keys, leads=ranks > 1)
     from sinkattn.serve.app import create_app
+    from sinkattn.serve.events import CUT_WITHIN
 
     _log_as_json()
     config = uvicorn.Config(
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         port=args.port,
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=10,
+        timeout_graceful_shutdown=int(CUT_WITHIN),
         ws_max_size=args.max_body << 20,
     )
     with suppress(KeyboardInterrupt):

@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection
 from functools import partial
 from typing import Any
 
 from sinkattn.hf.sampling.batch_sampler import ScoredToken
-from sinkattn.hf.sampling.params import SamplingParams
 from sinkattn.serve.errors import ApiError
-from sinkattn.serve.metrics import FirstToken
 from sinkattn.serve.reply import FinishReason, Piece, Reply
 from sinkattn.serve.server import Server
 from sinkattn.serve.session import Session
+from sinkattn.serve.wanted import Wanted
 
 LOGGER = logging.getLogger("sinkattn.serve")
 
@@ -26,33 +25,22 @@ class Answer:
     Args:
         server: of the request.
         session: for this request alone.
-        first: of the request.
-        sampling: how tokens are chosen.
-        max_tokens: the most tokens.
+        wanted: what the request wants of it.
         stop_ids: tokens that end it.
-        stop: texts that end it.
 
     Attributes:
         created: when, in seconds since 1970.
     """
 
-    def __init__(
-        self,
-        server: Server,
-        session: Session[Any],
-        first: FirstToken,
-        sampling: SamplingParams,
-        max_tokens: int,
-        stop_ids: Collection[int],
-        stop: Sequence[str],
-    ) -> None:
+    def __init__(self, server: Server, session: Session[Any], wanted: Wanted, stop_ids: Collection[int]) -> None:
         assert session.content is not None
-        self._server, self._session, self._first = server, session, first
+        self._server, self._session, self._first = server, session, wanted.first
         self.created = int(time.time())
         self._num_prompt, self._num_reused = session.num_in_sight, min(session.num_reused, session.num_in_sight)
         self._num_before = session.num_tokens
-        make_reply = partial(Reply, session.content.stream, server.tokenizer, max_tokens, stop_ids, stop, sampling)
-        self._make_reply: Callable[[], Reply] = make_reply
+        self._make_reply: Callable[[], Reply] = partial(
+            Reply, session.content.stream, server.tokenizer, wanted.max_tokens, stop_ids, wanted.stop, wanted.sampling
+        )
 
     async def __aenter__(self) -> Answer:
         """Begin; raises ApiError for a grammar that cannot be used."""

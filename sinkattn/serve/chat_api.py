@@ -7,14 +7,14 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from sinkattn.serve.answer import Answer
 from sinkattn.serve.dependencies import Owner, SessionHeader
-from sinkattn.serve.events import EventStream
-from sinkattn.serve.metrics import FirstToken
 from sinkattn.serve.requests import ChatRequest
-from sinkattn.serve.server import Server, new_id, while_connected
+from sinkattn.serve.respond import answering, respond
+from sinkattn.serve.server import Server, new_id
+from sinkattn.serve.written import Written
 
 router = APIRouter()
 
@@ -25,28 +25,21 @@ async def chat_completions(
 ) -> Response:
     """Reply to a chat."""
     server: Server = request.app.state.server
-    server.check_model(body.model)
-    first = FirstToken(server.metrics)
+    wanted = server.wanted(body, body.most_tokens)
     id_ = body.named(session_header)
     system, messages = body.parts()
-    kind = await server.sessions.kind(owner, id_) if body.append and id_ else None
-    opener = await server.chat_opener(system, kind)
-    sampling, max_tokens = server.sampling(**body.sampling()), server.num_tokens(body.most_tokens)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(server.at_work(owner))
+        kind = await server.sessions.kind(owner, id_) if body.append and id_ else None
+        opener = await server.chat_opener(system, kind)
         session = server.sessions.of_request(owner, id_, opener, messages)
-        replying = server.sessions.replying(session, opener, messages, appends=body.append)
-        session = await stack.enter_async_context(replying)
-        stop_ids = server.end_ids | opener.encoder.special_ids
-        answer = Answer(server, session, first, sampling, max_tokens, stop_ids, body.stops)
-        await stack.enter_async_context(answer)
-        chat = _Chat(answer, server.name, body)
-        if body.stream:
-            return EventStream(chat.events(), stack.pop_all(), is_done_told=True)
-        return JSONResponse(await while_connected(request, chat.whole()))
+        answer = await stack.enter_async_context(
+            answering(server, session, opener, messages, wanted, appends=body.append)
+        )
+        return await respond(request, _Chat(answer, server.name, body), stack, is_streamed=body.stream)
 
 
-class _Chat:
+class _Chat(Written):
     """An answer as this part of the API writes it."""
 
     def __init__(self, answer: Answer, model: str, body: ChatRequest) -> None:

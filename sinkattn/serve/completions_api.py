@@ -7,14 +7,14 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from sinkattn.serve.answer import Answer
 from sinkattn.serve.dependencies import Owner, SessionHeader
-from sinkattn.serve.events import EventStream
-from sinkattn.serve.metrics import FirstToken
 from sinkattn.serve.requests import CompletionRequest
-from sinkattn.serve.server import Server, new_id, while_connected
+from sinkattn.serve.respond import answering, respond
+from sinkattn.serve.server import Server, new_id
+from sinkattn.serve.written import Written
 
 router = APIRouter()
 
@@ -25,25 +25,19 @@ async def completions(
 ) -> Response:
     """Continue a text."""
     server: Server = request.app.state.server
-    server.check_model(body.model)
-    first = FirstToken(server.metrics)
+    wanted = server.wanted(body, body.max_tokens)
     id_ = body.named(session_header)
     ids = await server.ids_of("prompt", body.text, is_first=not body.append)
-    sampling, max_tokens = server.sampling(**body.sampling()), server.num_tokens(body.max_tokens)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(server.at_work(owner))
         session = server.sessions.of_request(owner, id_, server.text_opener, ids)
-        replying = server.sessions.replying(session, server.text_opener, ids, appends=body.append)
-        session = await stack.enter_async_context(replying)
-        answer = Answer(server, session, first, sampling, max_tokens, server.end_ids, body.stops)
-        await stack.enter_async_context(answer)
-        completion = _Completion(answer, server.name, body)
-        if body.stream:
-            return EventStream(completion.events(), stack.pop_all(), is_done_told=True)
-        return JSONResponse(await while_connected(request, completion.whole()))
+        answer = await stack.enter_async_context(
+            answering(server, session, server.text_opener, ids, wanted, appends=body.append)
+        )
+        return await respond(request, _Completion(answer, server.name, body), stack, is_streamed=body.stream)
 
 
-class _Completion:
+class _Completion(Written):
     """An answer as this part of the API writes it."""
 
     def __init__(self, answer: Answer, model: str, body: CompletionRequest) -> None:

@@ -58,6 +58,10 @@ class Opener(Protocol[Input]):
     """What errors call the inputs."""
 
     @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a reply, besides the end tokens of the model."""
+
+    @property
     def kind(self) -> object:
         """That of the contents."""
 

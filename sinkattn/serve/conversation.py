@@ -199,6 +199,11 @@ class ChatOpener:
         """See `Opener`."""
         return "chat", self.system
 
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """See `Opener`."""
+        return self.encoder.special_ids
+
     def open(self, pool: StreamPool, messages: Sequence[Message]) -> Conversation:
         """A conversation with the last of these messages, as many as can be in sight when a reply to them begins."""
         fitting = self._fitting(messages)  # before a stream is opened, as this may raise an error

@@ -16,6 +16,7 @@ from sinkattn.serve.metrics import FirstToken
 from sinkattn.serve.requests import SessionId
 from sinkattn.serve.server import Server
 from sinkattn.serve.session import Session
+from sinkattn.serve.wanted import Wanted
 
 router = APIRouter()
 
@@ -130,15 +131,13 @@ class _Live:
         await self._be_silent()
         if isinstance(message, Generate):
             given = {name: getattr(message, name) for name in ("temperature", "top_p", "min_p", "seed")}
-            answer = Answer(
-                self._server,
-                self._session,
+            wanted = Wanted(
                 FirstToken(self._server.metrics),
                 self._server.sampling(**{name: value for name, value in given.items() if value is not None}),
                 self._server.num_tokens(message.max_tokens),
-                self._server.end_ids,
                 message.stop,
             )
+            answer = Answer(self._server, self._session, wanted, self._server.end_ids)
             self._speaking = asyncio.create_task(self._speak(answer))
 
     async def _speak(self, answer: Answer) -> None:

@@ -7,16 +7,16 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from sinkattn.serve.answer import Answer
 from sinkattn.serve.dependencies import Owner, SessionHeader
 from sinkattn.serve.errors import ApiError
-from sinkattn.serve.events import EventStream
-from sinkattn.serve.metrics import FirstToken
 from sinkattn.serve.requests import ResponseRequest
-from sinkattn.serve.server import Server, new_id, while_connected
+from sinkattn.serve.respond import answering, respond
+from sinkattn.serve.server import Server, new_id
 from sinkattn.serve.session import response_id
+from sinkattn.serve.written import Written
 
 router = APIRouter()
 
@@ -27,10 +27,8 @@ async def responses(
 ) -> Response:
     """Respond to a message, after an earlier response if one is named."""
     server: Server = request.app.state.server
-    server.check_model(body.model)
-    first = FirstToken(server.metrics)
+    wanted = server.wanted(body, body.max_output_tokens)
     system, messages = body.parts()
-    sampling, max_tokens = server.sampling(**body.sampling()), server.num_tokens(body.max_output_tokens)
     id_, before = body.named(session_header), body.previous_response_id
     if id_ is not None and before is not None:
         raise ApiError(400, "session_id: expected none beside previous_response_id", param="session_id")
@@ -42,22 +40,17 @@ async def responses(
         else:
             session = await server.sessions.after(owner, before)
             opener = await server.chat_opener(system, None if session.content is None else session.content.kind)
-        response = response_id(session.id)
-        # After the reply has been ended.
-        stack.callback(lambda: session.note_response(response))
-        replying = server.sessions.replying(session, opener, messages, appends=before is not None)
-        session = await stack.enter_async_context(replying)
-        stop_ids = server.end_ids | opener.encoder.special_ids
-        answer = Answer(server, session, first, sampling, max_tokens, stop_ids, body.stops)
-        await stack.enter_async_context(answer)
-        written = _Response(response, answer, server.name, body)
-        if body.stream:
-            return EventStream(written.events(), stack.pop_all(), is_done_told=False)
-        return JSONResponse(await while_connected(request, written.whole()))
+        response, appends = response_id(session.id), before is not None
+        answer = await stack.enter_async_context(
+            answering(server, session, opener, messages, wanted, appends=appends, response=response)
+        )
+        return await respond(request, _Response(response, answer, server.name, body), stack, is_streamed=body.stream)
 
 
-class _Response:
+class _Response(Written):
     """An answer as this part of the API writes it."""
+
+    is_done_told = False
 
     def __init__(self, id_: str, answer: Answer, model: str, body: ResponseRequest) -> None:
         self._id, self._answer, self._model, self._body = id_, answer, model, body
@@ -87,6 +80,10 @@ class _Response:
         yield self._part_event("response.content_part.done", part=self._part(answer.text))
         yield self._event("response.output_item.done", output_index=0, item=self._message(self._status))
         yield self._event(f"response.{self._status}", response=self._response(self._status))
+
+    def failed(self, error: ApiError) -> dict[str, Any]:
+        """The body of the event that ends them if something goes wrong."""
+        return self._event("error", code=error.code or "server_error", message=str(error), param=error.param)
 
     @property
     def _status(self) -> str:

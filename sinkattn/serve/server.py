@@ -27,11 +27,13 @@ from sinkattn.serve.content import Content
 from sinkattn.serve.conversation import ChatOpener, Conversation
 from sinkattn.serve.errors import ApiError
 from sinkattn.serve.limits import Limits
-from sinkattn.serve.metrics import Metrics
+from sinkattn.serve.metrics import FirstToken, Metrics
 from sinkattn.serve.places import Places
+from sinkattn.serve.requests import Generated
 from sinkattn.serve.sessions import Sessions
 from sinkattn.serve.store import Store
 from sinkattn.serve.text import TextOpener, TextStream
+from sinkattn.serve.wanted import Wanted
 
 T = TypeVar("T")
 
@@ -137,6 +139,12 @@ class Server:
                 400, f"max_tokens: expected up to {self.limits.max_tokens}, got {wanted}", param="max_tokens"
             )
         return min(self.limits.max_tokens, max(1, self.window // 2)) if wanted is None else wanted
+
+    def wanted(self, body: Generated, max_tokens: int | None) -> Wanted:
+        """What a request that has come wants; raises ApiError for another model, and for what is not possible."""
+        self.check_model(body.model)
+        first = FirstToken(self.metrics)
+        return Wanted(first, self.sampling(**body.sampling()), self.num_tokens(max_tokens), body.stops)
 
     def sampling(self, **given: Any) -> SamplingParams:
         """How tokens are chosen; raises ApiError for an invalid value."""

@@ -66,9 +66,10 @@ class Session(Generic[Input]):
         """Whether a request uses it, or waits for it."""
         return self._num_users > 0
 
-    def note_response(self, id: str) -> None:
-        """Note a response that has just ended."""
-        self.responses[id] = self.num_tokens
+    def note_response(self, id: str | None) -> None:
+        """Note a response that has just ended; None for one that cannot be gone on from."""
+        if id is not None:
+            self.responses[id] = self.num_tokens
         while len(self.responses) > MAX_RESPONSES:
             del self.responses[next(iter(self.responses))]
 

@@ -150,7 +150,13 @@ class Sessions:
 
     @asynccontextmanager
     async def replying(
-        self, session: Session[Input], opener: Opener[Input], inputs: Sequence[Input], *, appends: bool
+        self,
+        session: Session[Input],
+        opener: Opener[Input],
+        inputs: Sequence[Input],
+        *,
+        appends: bool,
+        response: str | None = None,
     ) -> AsyncIterator[Session[Input]]:
         """A session, for this request alone while it lasts, whose stream is up to the reply to these inputs.
 
@@ -159,6 +165,7 @@ class Sessions:
             opener: begins a stream, if need be.
             inputs: all so far, or those from any point on that is not in sight any more.
             appends: whether they follow those of the session instead.
+            response: id of the response, after which a request may go on; None for none.
         """
         async with self._locked(session.owner, session.id) as held:
             if held is not session and appends and not self._is_kept(session.owner, session.id):
@@ -177,6 +184,8 @@ class Sessions:
                         self._catching_up.begin(content.stream)
                 except RuntimeError:
                     await self._close(held)  # the pool has given its stream up
+                else:
+                    held.note_response(response)
 
     async def delete(self, owner: str, id: str) -> None:
         """Forget a session and what was saved of it, when no request uses it any more; raises ApiError for none."""

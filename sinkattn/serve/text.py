@@ -78,6 +78,7 @@ class TextOpener:
     num_sinks: int
     kind = "text"
     inputs: ClassVar[str] = "prompt"
+    stop_ids: ClassVar[frozenset[int]] = frozenset()
 
     def open(self, pool: StreamPool, ids: Sequence[int]) -> TextStream:
         """See `Opener`."""

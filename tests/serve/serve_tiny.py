@@ -10,6 +10,7 @@ from chat_models import CHATML, with_template
 from tiny_server import tiny_server
 
 from sinkattn.hf.load import load
+from sinkattn.serve import events
 from sinkattn.serve.app import create_app
 
 
@@ -19,6 +20,7 @@ def make_server(folder):
 
 
 def main():
+    events.CUT_AFTER = 0.3
     app = create_app(make_server(Path(sys.argv[1])))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=3))
 

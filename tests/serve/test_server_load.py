@@ -165,6 +165,8 @@ def test_a_server_that_is_asked_to_end_saves_its_sessions(tmp_path):
         )
         next(events)
         process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            "".join(str(event) for event in events)
         assert process.wait(20) is not None
     with serving(script, tmp_path) as (_, client):
         for id in ("kept", "at-work"):
