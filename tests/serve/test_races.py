@@ -283,6 +283,27 @@ def test_a_full_disk_loses_the_sessions_that_it_has_no_room_for_alone(race, monk
     race(crossing)
 
 
+def test_an_idle_session_that_cannot_be_saved_stays(race, monkeypatch):
+    async def crossing(replies):
+        sessions = replies.sessions
+        tokens = (await replies.reply("a")).num_tokens
+        monkeypatch.setattr("sinkattn.serve.session_table.time.monotonic", lambda: 1e12)
+        for error in (OSError(28, "No space left on device"), RuntimeError("anything else")):
+
+            def fail(*arguments, error=error):
+                raise error
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Store, "save", fail)
+                await sessions.close_idle()
+            assert [session.num_tokens for session in sessions.of("")] == [tokens]
+        await sessions.close_idle()
+        assert not len(sessions)
+        assert [x["tokens"] for x in await sessions.described("")] == [tokens]
+
+    race(crossing)
+
+
 def test_the_session_is_as_before_if_a_message_cannot_be_added(race):
     async def crossing(replies):
         session = await replies.reply("a")
