@@ -13,8 +13,8 @@
   for that. When one comes, a part of the sessions are hashed to it, and handed over when they are asked for. After one
   was killed, sessions go on from where they were saved; who appends to one that had more turns gets ``turns_lost``.
 * Replicas come and go so that `TARGET` of their rows are in use, as each request at work uses a row.
-* The limits of a server, its figures and its list of sessions are of one replica each. Keys protect the API; Ray's own
-  ports must not be open to others.
+* The limits of a server, its figures and its list of live sessions are of one replica each. Keys protect the API; Ray's
+  own ports must not be open to others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Serves a tiny random model on a free port, which is printed; the argument is the folder of saved sessions."""
+"""Serves a tiny random model on a free port, which is printed.
+
+The arguments are the folder of saved sessions, and how many streams there may be.
+"""
 
 import sys
 import threading
@@ -14,14 +17,16 @@ from sinkattn.serve import events
 from sinkattn.serve.app import create_app
 
 
-def make_server(folder):
+def make_server(folder, max_streams=8, max_parked=8):
     """A server whose replies do not end by themselves."""
-    return tiny_server(with_template(load()[1], CHATML), max_parked=8, folder=folder)
+    tokenizer = with_template(load()[1], CHATML)
+    return tiny_server(tokenizer, max_streams=max_streams, max_parked=max_parked, folder=folder)
 
 
 def main():
     events.CUT_AFTER = 0.3
-    app = create_app(make_server(Path(sys.argv[1])))
+    folder, num_streams = Path(sys.argv[1]), int(sys.argv[2])
+    app = create_app(make_server(folder, num_streams, max_parked=0))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=3))
 
     def tell_port():

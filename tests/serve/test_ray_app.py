@@ -72,7 +72,8 @@ class Cluster:
     def shares(self):
         """Number of sessions at each replica."""
         lists = (self.request("GET", "/v1/sessions", id)["data"] for id in SESSIONS)
-        return [len(ids) for ids in {frozenset(session["id"] for session in each) for each in lists}]
+        live = {frozenset(x["id"] for x in each if x["status"] == "live") for each in lists}
+        return [len(ids) for ids in live]
 
     def saved(self):
         """Number of sessions that are saved."""
