@@ -83,9 +83,10 @@ class Server:
         self._model = PoolModel(self.pool.model, self.tokenizer)
         self.is_ending = False
         """Whether it takes no more requests."""
-        # Each has a stream of its own, or waits for another one.
-        count = min(self.limits.requests, self.pool.max_open)
-        self._places = Places(count, is_shared=len(self.keys) > 1)
+        is_shared, count = len(self.keys) > 1, self.limits.requests
+        if is_shared:  # whoever has all streams leaves none to others, however many requests there may be
+            count = min(count, self.pool.max_open)
+        self._places = Places(count, is_shared=is_shared)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -274,6 +274,12 @@ def test_sessions_that_are_used_make_no_room(make_server, run_server, tmp_path):
             fork = running.http.post("/v1/sessions/d/fork", json={"session_id": "e"})  # needs two
             assert (fork.status_code, "all streams" in fork.json()["error"]["message"]) == (429, True)
             assert int(fork.headers["Retry-After"]) > 0
+            events = running.chat("Go on", session_id="d", append=True, max_tokens=4000, stream=True)
+            stack.callback(events.close)
+            next(events)
+            with pytest.raises(openai.RateLimitError, match="all streams"):
+                running.chat("Two", session_id="c", append=True)
+            assert len(running.http.get("/v1/sessions").json()["data"]) == 4
         running.wait_until(lambda: running.server.num_at_work == 0)
         running.http.post("/v1/sessions/d/fork", json={"session_id": "e"}).raise_for_status()
         assert running.chat("Two", session_id="c", append=True).usage.prompt_tokens_details.cached_tokens
