@@ -34,6 +34,7 @@ from transformers.models.llama.modeling_llama import repeat_kv, rotate_half
 
 import sinkattn
 from sinkattn import ops
+from sinkattn.ring_cache import CacheDtype
 
 HEADS, KV_HEADS, HEAD_DIM, NUM_SINKS = 32, 8, 128, 4
 SCALE = 1 / math.sqrt(HEAD_DIM)
@@ -104,7 +105,7 @@ class Method:
 
 class Sinkattn(Method):
     backend: ops.Backend = "auto"
-    cache_dtype: sinkattn.ring_cache.CacheDtype | None = None
+    cache_dtype: CacheDtype | None = None
 
     def make_layer(self) -> sinkattn.RingKVCache:
         keys, values = self.inputs.past
