@@ -115,10 +115,17 @@ class AttentionBase {
     use(reinterpret_cast<scalar_t*>(vectors.data));
   }
 
-  // Multiplies scores or weights by the scales of keys or values, whose elements are as `load` returns them.
-  void multiply_by_scales(acc_t* x, const float* scales, int64_t count) const {
-    const float load_scale = call_.ring == RingType::kFloat8 ? kLoadScale<Float8> : 1;
-    for (int64_t j = 0; j < count; ++j) x[j] *= scales[j] * load_scale;
+  // Multiplies rows of scores or weights by the scales of `count` keys or values, whose elements are as `load` returns
+  // them. Rows go on to a whole vector, in which they are not used.
+  void multiply_by_scales(acc_t* x, int64_t stride, int64_t rows, const float* scales, int64_t count) const {
+    if constexpr (kCanQuantise) {
+      constexpr int lanes = kLanes<acc_t>;
+      const acc_t load_scale = call_.ring == RingType::kFloat8 ? kLoadScale<Float8> : 1;
+      for (int64_t j = 0; j < count; j += lanes) {
+        const Vec<acc_t> s = (j + lanes <= count ? load(scales + j) : load_first(scales + j, count - j)) * load_scale;
+        for (acc_t* to = x + j; to < x + rows * stride; to += stride) store(to, load(to) * s);
+      }
+    }
   }
 
   int64_t element_bytes() const { return call_.ring == RingType::kWhole ? sizeof(scalar_t) : 1; }

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -211,6 +212,7 @@ class Chunk : AttentionBase<scalar_t> {
     bool is_sink;
     const scalar_t* nonfinite_values;  // null if all values are finite, else their address before packing
     const float *key_scales, *value_scales;  // null for scalar_t
+    bool finite_scales;                      // of the values
   };
 
   // Attends over a run: consecutive tokens, before token `stop`, whose keys and values are consecutive in memory.
@@ -223,7 +225,8 @@ class Chunk : AttentionBase<scalar_t> {
       const int count = static_cast<int>(std::min<int64_t>(Microkernel::kKeys, end - token));
       const Vectors block_keys = keys.after(token - run.token, call_.head_dim);
       const Vectors block_values = values.after(token - run.token, call_.value_dim);
-      Packed block{{token, 0, count}, is_sink, nullptr, block_keys.scales, block_values.scales};
+      Packed block{{token, 0, count}, is_sink, nullptr, block_keys.scales, block_values.scales, true};
+      for (int j = 0; block.value_scales && j < count; ++j) block.finite_scales &= std::isfinite(block.value_scales[j]);
       this->with_elements(block_keys, [&](const auto* from) {
         Microkernel::pack_keys(scratch.keys, from, call_.head_dim, count);
       });
@@ -254,10 +257,12 @@ class Chunk : AttentionBase<scalar_t> {
     const packed_t* query =
         (is_sink ? scratch.sink_query : scratch.window_query) + q * Microkernel::query_size(call_.head_dim);
     Microkernel::scores(scratch.scores, score_scale_, query, scratch.keys, call_.head_dim, count);
+    if (packed.key_scales) {
+      this->multiply_by_scales(scratch.scores, Microkernel::kKeys, Microkernel::kQueries, packed.key_scales, count);
+    }
     acc_t factor[Microkernel::kQueries];
     for (int r = 0; r < Microkernel::kQueries; ++r) {
       acc_t* scores = scratch.scores + r * Microkernel::kKeys;
-      if (packed.key_scales) this->multiply_by_scales(scores, packed.key_scales, count);
       const Interval here = visible[r];
       if (here.count == 0) {
         std::fill(scores, scores + Microkernel::kKeys, acc_t{0});
@@ -269,16 +274,25 @@ class Chunk : AttentionBase<scalar_t> {
       std::fill(scores, scores + here.first, kMinusInfinity<acc_t>);
       std::fill(scores + here.first + here.count, scores + count, kMinusInfinity<acc_t>);
       factor[r] = update_softmax(scratch.state[q + r], scores, count);
-      // Only those in sight: other weights are 0, and a scale may be NaN.
-      if (packed.value_scales) {
-        this->multiply_by_scales(scores + here.first, packed.value_scales + here.first, here.count);
-      }
+    }
+    if (packed.value_scales) {
+      this->multiply_by_scales(scratch.scores, Microkernel::kKeys, Microkernel::kQueries, packed.value_scales, count);
+      if (!packed.finite_scales) hide_weights(scratch.scores, visible, count);
     }
     acc_t* acc = scratch.acc + q * acc_stride_;
     if (!packed.nonfinite_values || all) {
       Microkernel::add_values(acc, factor, scratch.scores, scratch.values, call_.value_dim, count);
     } else {
       add_visible_values(acc, factor, scratch.scores, packed.nonfinite_values, visible);
+    }
+  }
+
+  // Sets the weights that became NaN, of values that a query does not see, to 0 again.
+  void hide_weights(acc_t* weights, const Interval* visible, int count) const {
+    for (int r = 0; r < Microkernel::kQueries; ++r, weights += Microkernel::kKeys) {
+      const Interval here = visible[r].count == 0 ? Interval{0, 0} : visible[r];
+      std::fill(weights, weights + here.first, acc_t{0});
+      std::fill(weights + here.first + here.count, weights + count, acc_t{0});
     }
   }
 

@@ -185,15 +185,15 @@ class Decode : AttentionBase<scalar_t> {
       decode_scores(
           scratch.scores, score_scale_, query, query_stride_, num_queries, key_elements, call_.head_dim, count,
           scratch.staging, value_elements, call_.value_dim);
+      if (keys.scales) this->multiply_by_scales(scratch.scores, kDecodeBlock, num_queries, keys.scales, count);
       acc_t factor[kDecodeShared];
       for (int64_t r = 0; r < num_queries; ++r) {
         acc_t* scores = scratch.scores + r * kDecodeBlock;
         const int64_t head = this->kv_head_of(kv_row) * group_size_ + (q + r) % group_size_;
-        if (keys.scales) this->multiply_by_scales(scores, keys.scales, count);
         this->adjust_scores(layout, scores, count, head, seen + (q + r) / group_size_, run.token, is_sink);
         factor[r] = update_softmax(partial.state[q + r], scores, count);
-        if (values.scales) this->multiply_by_scales(scores, values.scales, count);
       }
+      if (values.scales) this->multiply_by_scales(scratch.scores, kDecodeBlock, num_queries, values.scales, count);
       decode_add_values(
           partial.acc + q * acc_stride_, acc_stride_, factor, scratch.scores, num_queries, value_elements,
           call_.value_dim, count, scratch.staging, key_elements + count * call_.head_dim);

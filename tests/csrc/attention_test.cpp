@@ -328,7 +328,7 @@ int main() {
        {4, 0, 1, 3}, {2, 4, 0, 3},
        {{0, 0, 20, late - 20}, {0, 4, 20, late - 20}, {9, 40, 20, late - 20}, {9, 40, 30, late - 5},
         {9, 42, 30, late - 5}, {10, 50, 30, late}}},
-      {"NaN and infinity, in a chunk", {3, 7, 2}, 4, 2, 16, 16, 8, {4, late}, {{50}}, kNonFinite},
+      {"NaN and infinity, in a chunk", {3, 7, 2}, 4, 2, 16, 16, 8, {4, late}, {{160}}, kNonFinite},
       {"all bit patterns, decoding", {0, 1, 0}, 256, 256, 1, 256, 0, {0}, {{1}}, kAllBitPatterns},
       {"all bit patterns, in a chunk", {0, 1, 0}, 1, 1, 1, 256, 0, {0}, {{256}}, kAllBitPatterns},
   };
