@@ -55,7 +55,9 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     limit = LIMITS[dtype]
-    scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=MIN_LARGEST) / limit
+    largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=MIN_LARGEST)
+    # By a tensor: PyTorch divides CUDA tensors by a number as a product with its reciprocal, which rounds twice.
+    scale = largest / torch.full_like(largest, limit)
     is_finite = x.isfinite().all(dim=-1, keepdim=True)
     scaled = torch.where(is_finite, x / scale, 0)
     q = scaled.round() if dtype == torch.int8 else scaled.clamp(-limit, limit)
