@@ -77,6 +77,20 @@ def test_elements_that_are_zero_get_finite_factors():
     assert (factors > 0).all()
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_factors_let_nothing_overflow_in_float16(swapped):
+    """An element of usual products where all others are large in one of the two and small in the other."""
+    query, key = torch.randn(1, 4, 100, 8) / 256, torch.randn(1, 2, 100, 8) * 256
+    query[..., 3] = key[..., 3] = 300
+    if swapped:
+        query, key = key.repeat_interleave(2, dim=1), query[:, ::2]
+    query, key = query.half(), key.half()
+    factors = key_factors(query, key, None)
+    exponent = 3 if swapped else -3  # 2,400 is the largest of 300 * 2^n below 4,096
+    assert torch.equal(factors[:, 3].log2(), torch.full((2,), float(exponent)))
+    assert all(x.isfinite().all() for x in apply_factors(query, key, factors))
+
+
 def model_with_large_elements(factor: float) -> nn.Module:
     """A llama whose scores are the same for every factor."""
     model = build("llama")

@@ -12,6 +12,7 @@ are powers of two, which multiply exactly.
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ MIN_GAIN = 2.0
 MAX_EXPONENT = 8
 """Of a factor, so that it suits float16."""
 
+MAX_SCALED = 2.0**12
+"""About how large factors make elements of the text measured at most: those of other texts may be 16 times as
+large before they overflow in float16."""
+
 
 def key_factors(query: Tensor, key: Tensor, rotation: Rotation | None) -> Tensor | None:
     """Factors ``[kv_heads, head_dim]`` for a layer; None if they would gain too little.
@@ -32,18 +37,24 @@ def key_factors(query: Tensor, key: Tensor, rotation: Rotation | None) -> Tensor
     rotation.
     """
     kv_heads = key.shape[1]
-    q = _of_pairs(query.float().square().unflatten(1, (kv_heads, -1)).mean(dim=(0, 2, 3)), rotation)
-    k = _of_pairs(key.float().square().mean(dim=(0, 2)), rotation)
+    squares = [x.float().square().unflatten(1, (kv_heads, -1)) for x in (query, key)]
+    q, k = (_of_pairs(x.mean(dim=(0, 2, 3)), rotation) for x in squares)
+    query_room, key_room = (_room(_of_pairs(x.amax(dim=(0, 2, 3)), rotation)) for x in squares)
     exponents = (k / q).log2() / 4
     exponents = (exponents - exponents.median(dim=1, keepdim=True).values).nan_to_num().round()
-    factors = exponents.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp2()
+    factors = exponents.clamp(-key_room, query_room).exp2()
     scaled = (k / factors.square()).sum(dim=1) * (q * factors.square()).sum(dim=1)
     gain = k.sum(dim=1) * q.sum(dim=1) / scaled
     return factors if (gain >= MIN_GAIN).any() else None
 
 
+def _room(squares: Tensor) -> Tensor:
+    """The largest exponent of a power of two, 0 or more, by which elements of these squares may be multiplied."""
+    return (math.log2(MAX_SCALED) - squares.log2() / 2).floor().nan_to_num().clamp(0, MAX_EXPONENT)
+
+
 def _of_pairs(squares: Tensor, rotation: Rotation | None) -> Tensor:
-    """Mean squares of elements ``[kv_heads, head_dim]``, those of a rotated pair replaced by their mean."""
+    """Squares of elements ``[kv_heads, head_dim]``, those of a rotated pair replaced by their mean."""
     if rotation is None:
         return squares
     rope, offset = rotation
