@@ -64,8 +64,9 @@ def check_fingerprint(patch: ModelPatch, saved: Any, accept: Collection[Accepted
     for name in sorted(want["config"].keys() & saved["config"].keys()):
         _check_same(f"config.{name}", want["config"][name], saved["config"][name])
     _check_same("layout", want["layout"], saved["layout"], " (num_sinks, window, headroom)")
-    for name in OPTIONAL:
-        _check_same(name, want[name], saved.get(name))
+    _check_same("cache_dtype", want["cache_dtype"], saved.get("cache_dtype"))
+    hint = "; enable(model, cache_dtype=...) measures them, and other weights, dtypes or kernels may give others"
+    _check_same("key_factors", want["key_factors"], saved.get("key_factors"), hint)
     if "dtype" not in accept:
         _check_same("dtype", want["dtype"], saved["dtype"], "; accept=('dtype',) would convert it")
     digests = {"exact"} if want["dtype"] == saved["dtype"] else want["weights"].keys() - {"exact"}

@@ -133,5 +133,8 @@ def test_streams_with_other_factors_are_refused(tmp_path):
     sinkattn.load_stream(model, tmp_path / "stream.safetensors")
     layer = next(iter(get_patch(model).key_factors))
     get_patch(model).key_factors[layer] = get_patch(model).key_factors[layer] * 2
-    with pytest.raises(ValueError, match=r"path: key_factors: expected \w{16}, as this model has it, got \w{16}"):
+    with pytest.raises(
+        ValueError,
+        match=r"path: key_factors: expected \w{16}, as this model has it, got \w{16}; enable.* measures them",
+    ):
         sinkattn.load_stream(model, tmp_path / "stream.safetensors")
