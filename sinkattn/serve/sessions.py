@@ -71,13 +71,15 @@ class Sessions(SessionTable):
 
         `replying` follows at once. Raises ApiError if the response is not known any more.
         """
+        own = session_of(response)
         known = [x for x in self.of(owner) if response in x.responses]
-        if not known and self._is_known(owner, id := session_of(response)):
-            async with self.held(owner, id) as session:  # it is loaded if it is saved
-                known = [session] if response in session.responses else []
-        # The one that ends there, if there is one, needs no copy.
-        for session in sorted(known, key=lambda x: x.num_tokens != x.responses[response])[:1]:
-            if session.responses[response] == session.num_tokens and not session.is_used:
+        if not any(x.id == own for x in known) and self._is_known(owner, own):
+            async with self.held(owner, own) as session:  # it is loaded if it is saved
+                known += [session] if response in session.responses else []
+        # The one that ends there, if there is one, needs no copy. Copies that have a name stay as they are.
+        for session in sorted(known, key=lambda x: (x.num_tokens != x.responses[response], x.id != own))[:1]:
+            is_free = not session.is_used and (session.id == own or not session.is_named)
+            if is_free and session.responses[response] == session.num_tokens:
                 return session
             fork = await self.fork(owner, session.id, uuid.uuid4().hex)
             async with fork.alone():

@@ -41,6 +41,17 @@ def test_going_on_after_a_response(respond):
     assert respond("Four", previous_response_id=third.id).session_id == first.session_id
 
 
+def test_a_copy_that_has_a_name_is_not_gone_on_in(running, respond):
+    first = respond("One", extra_body={"session_id": "original"})
+    for id in ("early", "late"):
+        copy = running.http.post("/v1/sessions/original/fork", json={"session_id": id}).json()
+    assert respond("Two", previous_response_id=first.id).session_id == "original"
+    # The original has gone on now; a copy is copied.
+    assert respond("Other", previous_response_id=first.id).session_id not in ("original", "early", "late")
+    sessions = {x["id"]: x["tokens"] for x in running.http.get("/v1/sessions").json()["data"]}
+    assert sessions["early"] == sessions["late"] == copy["tokens"] < sessions["original"]
+
+
 def test_events(running, respond):
     whole = respond("Events", max_output_tokens=12)
     events = [*respond("Events", max_output_tokens=12, stream=True)]
