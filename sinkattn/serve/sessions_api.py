@@ -27,7 +27,8 @@ async def session(request: Request, id: SessionId, owner: Owner) -> dict[str, An
     """A session, when no request uses it any more."""
     server: Server = request.app.state.server
     async with server.sessions.held(owner, id) as session:
-        return session.described()
+        pass
+    return session.described()  # and does not count this request, which would make it busy
 
 
 @router.post("/v1/sessions/{id}/save")
@@ -36,7 +37,7 @@ async def save(request: Request, id: SessionId, owner: Owner) -> dict[str, Any]:
     server: Server = request.app.state.server
     async with server.sessions.held(owner, id) as session:
         await server.sessions.save(session)
-        return session.described()
+    return session.described()
 
 
 @router.post("/v1/sessions/{id}/restore")

@@ -40,6 +40,11 @@ def test_a_history_continues_its_stream_without_a_name(running):
     assert second.usage.prompt_tokens > cached(second)
 
 
+def test_a_request_about_a_session_does_not_make_it_busy(running):
+    running.chat("Hello", session_id="calm")
+    assert running.http.get("/v1/sessions/calm").json()["is_busy"] is False
+
+
 def test_replies_are_those_of_one_who_has_the_whole_history(make_server, run_server):
     """As no message is evicted, the session's replies equal those to the whole history in a new stream."""
     with run_server(make_server()) as running:
