@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -10,11 +11,15 @@ from fastapi.responses import JSONResponse, Response
 
 from sinkattn.serve.answer import Answer
 from sinkattn.serve.content import Input, Opener
+from sinkattn.serve.errors import ApiError
 from sinkattn.serve.events import EventStream
 from sinkattn.serve.server import Server, while_connected
 from sinkattn.serve.session import Session
 from sinkattn.serve.wanted import Wanted
 from sinkattn.serve.written import Written
+
+# Seconds after which a client may ask again, when there may be another server.
+RETRY_AFTER = 10
 
 
 @asynccontextmanager
@@ -36,7 +41,13 @@ async def answering(
 
 
 async def respond(request: Request, written: Written, stack: AsyncExitStack, *, is_streamed: bool) -> Response:
-    """The response to a request: events, with which ``stack`` is closed, or the whole answer."""
+    """The response to a request: events, with which ``stack`` is closed, or the whole answer.
+
+    Raises ApiError if the whole answer takes longer than a server that ends waits for it.
+    """
     if is_streamed:
         return EventStream(written, stack.pop_all())
-    return JSONResponse(await while_connected(request, written.whole()))
+    try:
+        return JSONResponse(await while_connected(request, written.whole()))
+    except asyncio.CancelledError:  # uvicorn does so then, and would answer without a reason
+        raise ApiError(503, "server: is shutting down", code="shutting_down", retry_after=RETRY_AFTER) from None

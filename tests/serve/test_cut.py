@@ -2,7 +2,9 @@
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 from sse_starlette.sse import AppStatus
 
@@ -90,3 +92,18 @@ def test_a_response_that_fails_ends_with_its_own_error(running, monkeypatch):
     *_, event = running.client().responses.create(model="tiny", input="Hello", stream=True)
     assert (event.type, event.code) == ("error", "server_error")
     assert "secret" not in event.message
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_whole_answer_that_takes_too_long_is_an_error_of_openai(make_server, run_server, tmp_path, path):
+    body = {"model": "tiny", "temperature": 0, "session_id": "whole", **BODIES[path]}
+    with run_server(make_server(folder=tmp_path), ends_within=0.1) as running, ThreadPoolExecutor() as threads:
+        asked = threads.submit(httpx.post, f"{running.url}/v1/{path}", json=body, timeout=30)
+        running.wait_until(lambda: any(x.reply for x in running.server.sessions.of("")))
+        running.end()
+        answer = asked.result()
+    assert answer.status_code == 503
+    assert answer.headers["Retry-After"]
+    assert answer.json()["error"]["code"] == "shutting_down"
+    [saved] = tmp_path.glob("*.safetensors")
+    assert saved.stat().st_size

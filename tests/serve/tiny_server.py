@@ -60,8 +60,8 @@ class Running:
 
 
 @contextmanager
-def running_server(server):
-    config = uvicorn.Config(create_app(server), port=0, log_level="warning", timeout_graceful_shutdown=5)
+def running_server(server, ends_within=5):
+    config = uvicorn.Config(create_app(server), port=0, log_level="warning", timeout_graceful_shutdown=ends_within)
     instance = uvicorn.Server(config)
     thread = threading.Thread(target=instance.run, daemon=True)
     thread.start()
