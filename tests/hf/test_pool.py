@@ -575,6 +575,15 @@ def test_a_message_still_begins_where_its_first_token_runs_again():
     assert stream.in_sight == some_ids(3, 4)
 
 
+def test_a_message_makes_room_for_a_window_at_most():
+    pool = StreamPool(sinkattn.enable(build("llama", num_hidden_layers=1), 0, W, HEADROOM), 1, max_prefix=2)
+    stream = pool.open(some_ids(2), evict="message")
+    stream.feed(some_ids(3), num_following=W)
+    with pytest.raises(ValueError, match=f"num_following: expected up to the window, {W}, got {W + 1}"):
+        stream.feed(some_ids(3), num_following=W + 1)
+    assert len(stream) == 5
+
+
 @pytest.mark.parametrize("begins_message", [True, False])
 def test_a_message_runs_with_what_it_makes_room_for(begins_message, monkeypatch):
     """In one forward, whatever leaves for it; each token is that of a plain model which sees what it sees."""

@@ -91,7 +91,8 @@ class Stream:
                 that begin one.
             begins_message: whether they begin a message; of effect only with ``evict="message"``.
             num_following: how many tokens will follow at once for which this message makes room, too, such as those
-                that a reply begins with. So all of them see the same messages, and can run in one forward.
+                that a reply begins with; up to the window. So all of them see the same messages, and can run in one
+                forward.
             wait: if False, returns at once; the tokens run with those that are fed or generated next.
 
         Raises:
@@ -106,6 +107,8 @@ class Stream:
         check_whole("num_following", num_following)
         ids = self._model.ids_of("tokens", tokens, is_first=not len(self))
         with self._scheduler.locked(self._state) as state:
+            if num_following > (window := state.ids.layout.window):  # else nothing is in sight until so many came
+                raise ValueError(f"num_following: expected up to the window, {window}, got {num_following}")
             if ids:
                 state.drop_ready()
                 if state.messages is not None and begins_message:
