@@ -103,6 +103,9 @@ def _load(
         return _from_pretrained(name, {}, dtype)
     from transformers.distributed.configuration_utils import DistributedConfig
 
+    from sinkattn.hf.process_group import begin_process_group
+
+    begin_process_group()
     return _from_pretrained(name, {}, dtype, distributed_config=DistributedConfig(tp_plan="auto"))
 
 
