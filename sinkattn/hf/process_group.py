@@ -7,6 +7,8 @@ from datetime import timedelta
 
 import torch
 from torch import distributed
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 # Ranks may take long to load a model, some longer than others.
 TIMEOUT = timedelta(hours=2)
@@ -20,7 +22,7 @@ def begin_process_group() -> None:
     """
     if distributed.is_initialized():
         return
-    store, rank, world_size = next(distributed.rendezvous("env://"))
+    store, rank, world_size = next(rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     device = None
     if torch.cuda.is_available():
@@ -28,7 +30,7 @@ def begin_process_group() -> None:
         torch.cuda.set_device(device)
     distributed.init_process_group(
         "gloo" if device is None else "nccl",
-        store=distributed.PrefixStore(f"attempt {attempt}", store),
+        store=PrefixStore(f"attempt {attempt}", store),
         rank=rank,
         world_size=world_size,
         device_id=device,
