@@ -7,7 +7,6 @@ from datetime import timedelta
 
 import torch
 from torch import distributed
-from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 # Ranks may take long to load a model, some longer than others.
@@ -30,7 +29,7 @@ def begin_process_group() -> None:
         torch.cuda.set_device(device)
     distributed.init_process_group(
         "gloo" if device is None else "nccl",
-        store=PrefixStore(f"attempt {attempt}", store),
+        store=distributed.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]  # not in its __all__
         rank=rank,
         world_size=world_size,
         device_id=device,
