@@ -26,8 +26,7 @@ ADAPTER_SETTINGS = ("_active_adapter", "_disable_adapters", "scaling")
 # Parts of the names of configuration fields without an effect on the outputs for a stream, besides those that every
 # configuration has.
 WITHOUT_EFFECT = ("use_cache", "token_id", "dropout", "pdrop", "initializer", "quantization_config")
-
-# Fields that files of earlier versions do not have; they are None without a ring of 8 bits.
+# Fields that there are only with rings of 8 bits.
 OPTIONAL = ("cache_dtype", "key_factors")
 
 
@@ -40,12 +39,12 @@ def fingerprint(patch: ModelPatch) -> dict[str, Any]:
     is noticed; a change of a few values, such as one row of an embedding, may not be, nor one that somebody hides.
     """
     model, layout = patch.model, patch.layout
+    eight_bit = {"cache_dtype": patch.cache_dtype, "key_factors": patch.key_factors_digest}
     return {
         "class": type(model).__name__,
         "config": _config_fields(model),
         "layout": [layout.num_sinks, layout.window, layout.headroom],
-        "cache_dtype": patch.cache_dtype,
-        "key_factors": patch.key_factors_digest,
+        **{name: x for name, x in eight_bit.items() if x is not None},
         "dtype": str(model.dtype),
         "weights": _weight_digests(model),
     }
@@ -64,9 +63,9 @@ def check_fingerprint(patch: ModelPatch, saved: Any, accept: Collection[Accepted
     for name in sorted(want["config"].keys() & saved["config"].keys()):
         _check_same(f"config.{name}", want["config"][name], saved["config"][name])
     _check_same("layout", want["layout"], saved["layout"], " (num_sinks, window, headroom)")
-    _check_same("cache_dtype", want["cache_dtype"], saved.get("cache_dtype"))
+    _check_same("cache_dtype", want.get("cache_dtype"), saved.get("cache_dtype"))
     hint = "; enable(model, cache_dtype=...) measures them, and other weights, dtypes or kernels may give others"
-    _check_same("key_factors", want["key_factors"], saved.get("key_factors"), hint)
+    _check_same("key_factors", want.get("key_factors"), saved.get("key_factors"), hint)
     if "dtype" not in accept:
         _check_same("dtype", want["dtype"], saved["dtype"], "; accept=('dtype',) would convert it")
     digests = {"exact"} if want["dtype"] == saved["dtype"] else want["weights"].keys() - {"exact"}
