@@ -88,22 +88,6 @@ inline void check_row_options(const RowOptions& options, int64_t batch, int64_t 
   }
 }
 
-inline void check_new_tokens(const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value) {
-  check_cache(keys, values);
-  check_device(key, keys, "key");
-  check_device(value, keys, "value");
-  require(
-      key.dim() == 4 && value.dim() == 4, "key, value: expected 4 dimensions, got ", key.dim(), " and ", value.dim());
-  const int64_t batch = key.size(0), tokens = key.size(2);
-  require(
-      key.size(1) == keys.size(1) && key.size(3) == keys.size(3) && value.size(0) == batch &&
-          value.size(1) == keys.size(1) && value.size(2) == tokens && value.size(3) == values.size(3),
-      "key, value: expected the kv_heads and head_dim of the cache, and the same batch and number of tokens");
-  require(
-      key.scalar_type() == keys.scalar_type() && value.scalar_type() == keys.scalar_type(),
-      "key, value: expected the dtype of the cache");
-}
-
 // What a ring of 8 bits has beside keys and values, which are then the ring alone; any other ring has none of it.
 struct __attribute__((visibility("hidden"))) EightBit {  // as Tensor is
   const std::optional<Tensor>&sink_keys, &sink_values, &key_scales, &value_scales;
@@ -147,6 +131,7 @@ inline bool check_parts(
   return true;
 }
 
+// `dtype`: of new tokens.
 inline void check_new_tokens(
     const Tensor& keys, const Tensor& values, const Tensor& key, const Tensor& value, ScalarType dtype) {
   check_cache(keys, values);
