@@ -124,6 +124,16 @@ def test_large_elements_of_keys_do_no_harm():
     assert without > 3 * errors[1.0]
 
 
+def test_steps_convert_no_factors():
+    """They have the dtype of the model, in which they are exact."""
+    model = sinkattn.enable(model_with_large_elements(LARGE).bfloat16(), 3, 40, cache_dtype="int8")
+    factors = get_patch(model).key_factors.values()
+    assert factors
+    for x in factors:
+        assert x.dtype == torch.bfloat16
+        assert torch.equal(x.float().log2().round().exp2(), x.float())
+
+
 def test_streams_with_other_factors_are_refused(tmp_path):
     model = sinkattn.enable(model_with_large_elements(LARGE), 3, 40, cache_dtype="int8")
     cache = sinkattn.SinkCache(model)
