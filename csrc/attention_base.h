@@ -39,20 +39,33 @@ struct Arena {
   }
 };
 
-// Calls work(item, worker) for every item in [0, num_items). Dynamic scheduling: a free worker takes the next item.
+// Calls work(item, worker) for every item in [0, num_items). A worker takes consecutive items, so that what it
+// prefetches at the end of one is what it reads next, and then what other workers have left of theirs.
 template <typename Work>
 void for_each_item(Workers& workers, int64_t num_workers, int64_t num_items, const Work& work) {
-  struct Context {
+  constexpr int64_t kMaxRanges = 64;
+  struct alignas(64) Range {
     std::atomic<int64_t> next;
-    int64_t num_items;
+    int64_t end;
+  };
+  struct Context {
+    Range ranges[kMaxRanges];
+    int64_t num_ranges;
     const Work& work;
-  } context{{0}, num_items, work};
+  } context{{}, std::min(num_workers, kMaxRanges), work};
+  for (int64_t i = 0; i < context.num_ranges; ++i) {
+    context.ranges[i].next.store(num_items * i / context.num_ranges, std::memory_order_relaxed);
+    context.ranges[i].end = num_items * (i + 1) / context.num_ranges;
+  }
   workers.run(
       num_workers,
       [](void* raw, int64_t worker) {
         auto& context = *static_cast<Context*>(raw);
-        for (int64_t item; (item = context.next.fetch_add(1, std::memory_order_relaxed)) < context.num_items;) {
-          context.work(item, worker);
+        for (int64_t i = 0; i < context.num_ranges; ++i) {
+          Range& range = context.ranges[(worker + i) % context.num_ranges];
+          for (int64_t item; (item = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) {
+            context.work(item, worker);
+          }
         }
       },
       &context);
@@ -170,9 +183,9 @@ class AttentionBase {
   }
 
   // Rotates the query of one head twice: into `window` at its stream position, for window keys, and into `sink` at its
-  // cache-relative position, for sink keys. Both are padded with zeros to query_stride_. `unrotated` is scratch for one
-  // query. The power of two in the softmax scale is multiplied in here: that is exact and keeps the dot products in
-  // range. For keys of 8 bits, which are transformed, `window` is so, too.
+  // cache-relative position, for sink keys, unless that is null. Both are padded with zeros to query_stride_.
+  // `unrotated` is scratch for one query. The power of two in the softmax scale is multiplied in here: that is exact and
+  // keeps the dot products in range. For keys of 8 bits, which are transformed, `window` is so, too.
   void rotate_query(acc_t* window, acc_t* sink, acc_t* unrotated, int64_t row, int64_t head, int64_t token) const {
     const scalar_t* from = call_.query.at<scalar_t>(row, head, token);
     const int64_t stride = call_.query.stride[3];
@@ -181,14 +194,14 @@ class AttentionBase {
     for (; stride == 1 && d + lanes <= call_.head_dim; d += lanes) store(unrotated + d, load(from + d) * query_scale_);
     for (; d < call_.head_dim; ++d) unrotated[d] = static_cast<acc_t>(from[d * stride]) * query_scale_;
     rotate(window, unrotated, 1, 0, row, token);
-    rotate(sink, unrotated, 1, 1, row, token);
+    if (sink) rotate(sink, unrotated, 1, 1, row, token);
     if (call_.ring != RingType::kWhole) {
       hadamard_vector(window, call_.head_dim);
       const acc_t inverse = acc_t{1} / static_cast<acc_t>(hadamard_block(call_.head_dim));
       for (int64_t i = 0; i < call_.head_dim; ++i) window[i] *= inverse;
     }
     std::fill(window + call_.head_dim, window + query_stride_, acc_t{0});
-    std::fill(sink + call_.head_dim, sink + query_stride_, acc_t{0});
+    if (sink) std::fill(sink + call_.head_dim, sink + query_stride_, acc_t{0});
   }
 
   // The tokens of a run that the query of `token` sees: [first, first + count), counted from the start of the run.

@@ -1,21 +1,15 @@
-// Inner loops of prefill for bfloat16 on AMX, the matrix unit of x86-64: tiles of 16 rows of 64 bytes, accumulation in
-// fp32. Included by attention_kernel.h when it is compiled for AMX.
-//
-// The right operand of a tile product is stored as pairs: elements 2k and 2k + 1 of a column lie side by side.
+// Inner loops of prefill for bfloat16 on AMX. Included by attention_kernel.h when it is compiled for AMX.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
+#include "amx.h"
 #include "attention_chunk_microkernel.h"
 
 namespace sinkattn {
 namespace SINKATTN_ISA {
-
-constexpr int kTileRows = 16;
-constexpr int kTilePairs = 16;              // pairs of bfloat16 in a row of a tile
-constexpr int kTileDepth = 2 * kTilePairs;  // elements of the inner dimension of one tile product
 
 template <>
 struct ChunkMicrokernel<BFloat16> {
@@ -25,19 +19,7 @@ struct ChunkMicrokernel<BFloat16> {
   static constexpr int kKeys = 128;
   static constexpr int64_t kItemQueries = 512;
 
-  struct TileConfig {
-    TileConfig() {
-      struct alignas(64) {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-      } tiles;
-      _tile_loadconfig(&tiles);
-    }
-    ~TileConfig() { _tile_release(); }
-    TileConfig(const TileConfig&) = delete;
-    TileConfig& operator=(const TileConfig&) = delete;
-  };
+  using TileConfig = TileRegisters;
 
   static int64_t query_size(int64_t dim) { return round_up(dim, kTileDepth); }
   static int64_t keys_size(int64_t dim) { return kKeys * round_up(dim, kTileDepth); }
@@ -57,7 +39,7 @@ struct ChunkMicrokernel<BFloat16> {
       for (int j = 0; j < count; j += kTileRows) {
         WideBits square[kTileRows] = {};
         for (int i = 0; i < kTileRows && j + i < count; ++i) {
-          square[i] = load_row(keys + (j + i) * dim + d, std::min<int64_t>(kTileDepth, dim - d));
+          square[i] = load_tile_row(keys + (j + i) * dim + d, std::min<int64_t>(kTileDepth, dim - d));
         }
         transpose(square);
         for (int i = 0; i < kTileRows; ++i) {
@@ -103,7 +85,7 @@ struct ChunkMicrokernel<BFloat16> {
       for (int64_t j = 0; j < depth; j += kTileDepth) {
         const float* from = weights + r * kKeys + j;
         const Vec<float> low = load(from), high = j + kTileRows < count ? load(from + kTileRows) : Vec<float>{};
-        const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+        const WideBits both = round_to_bf16(low, high);
         std::memcpy(rounded + r * kKeys + j, &both, sizeof both);
       }
       if (factor[r] == 1) continue;
@@ -115,23 +97,6 @@ struct ChunkMicrokernel<BFloat16> {
   }
 
  private:
-  // `count` elements in a row of a tile, then zeros. Elements of 8 bits are exact in bfloat16.
-  static WideBits load_row(const BFloat16* from, int64_t count) {
-    WideBits row{};
-    if (count == kTileDepth) std::memcpy(&row, from, sizeof row);
-    else std::memcpy(&row, from, count * sizeof(BFloat16));
-    return row;
-  }
-  template <typename stored_t>
-  static WideBits load_row(const stored_t* from, int64_t count) {
-    stored_t padded[kTileDepth] = {};
-    if (count < kTileDepth) {
-      std::memcpy(padded, from, count * sizeof(stored_t));
-      from = padded;
-    }
-    return bit_cast<WideBits>(_mm512_cvtne2ps_pbh((__m512)load(from + kTileRows), (__m512)load(from)));
-  }
-
   // c += a x b if `add`, else c = a x b, for kQueries rows and `columns` columns, a multiple of 16.
   static void multiply_tiles(
       float* c, int64_t c_stride, bool add, const packed_t* a, int64_t a_stride, const packed_t* b, int64_t b_stride,
@@ -142,48 +107,48 @@ struct ChunkMicrokernel<BFloat16> {
     const packed_t* const a_lower = a + kTileRows * a_stride;
     int64_t n = 0;
     for (; n + 2 * kTileRows <= columns; n += 2 * kTileRows) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      Tile<0>::zero();
+      Tile<1>::zero();
+      Tile<2>::zero();
+      Tile<3>::zero();
       if (add) {
-        _tile_loadd(0, c + n, c_bytes);
-        _tile_loadd(1, c + n + kTileRows, c_bytes);
-        _tile_loadd(2, c_lower + n, c_bytes);
-        _tile_loadd(3, c_lower + n + kTileRows, c_bytes);
+        Tile<0>::load(c + n, c_bytes);
+        Tile<1>::load(c + n + kTileRows, c_bytes);
+        Tile<2>::load(c_lower + n, c_bytes);
+        Tile<3>::load(c_lower + n + kTileRows, c_bytes);
       }
       for (int64_t k = 0; k < depth; k += kTileDepth) {
         const packed_t* right = b + (k / 2 * b_stride + n) * 2;
-        _tile_loadd(4, a + k, a_bytes);
-        _tile_loadd(5, a_lower + k, a_bytes);
-        _tile_loadd(6, right, b_bytes);
-        _tile_loadd(7, right + 2 * kTileRows, b_bytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        Tile<4>::load(a + k, a_bytes);
+        Tile<5>::load(a_lower + k, a_bytes);
+        Tile<6>::load(right, b_bytes);
+        Tile<7>::load(right + 2 * kTileRows, b_bytes);
+        add_product_bf16<0, 4, 6>();
+        add_product_bf16<1, 4, 7>();
+        add_product_bf16<2, 5, 6>();
+        add_product_bf16<3, 5, 7>();
       }
-      _tile_stored(0, c + n, c_bytes);
-      _tile_stored(1, c + n + kTileRows, c_bytes);
-      _tile_stored(2, c_lower + n, c_bytes);
-      _tile_stored(3, c_lower + n + kTileRows, c_bytes);
+      Tile<0>::store(c + n, c_bytes);
+      Tile<1>::store(c + n + kTileRows, c_bytes);
+      Tile<2>::store(c_lower + n, c_bytes);
+      Tile<3>::store(c_lower + n + kTileRows, c_bytes);
     }
     if (n == columns) return;
-    _tile_zero(0);
-    _tile_zero(2);
+    Tile<0>::zero();
+    Tile<2>::zero();
     if (add) {
-      _tile_loadd(0, c + n, c_bytes);
-      _tile_loadd(2, c_lower + n, c_bytes);
+      Tile<0>::load(c + n, c_bytes);
+      Tile<2>::load(c_lower + n, c_bytes);
     }
     for (int64_t k = 0; k < depth; k += kTileDepth) {
-      _tile_loadd(4, a + k, a_bytes);
-      _tile_loadd(5, a_lower + k, a_bytes);
-      _tile_loadd(6, b + (k / 2 * b_stride + n) * 2, b_bytes);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(2, 5, 6);
+      Tile<4>::load(a + k, a_bytes);
+      Tile<5>::load(a_lower + k, a_bytes);
+      Tile<6>::load(b + (k / 2 * b_stride + n) * 2, b_bytes);
+      add_product_bf16<0, 4, 6>();
+      add_product_bf16<2, 5, 6>();
     }
-    _tile_stored(0, c + n, c_bytes);
-    _tile_stored(2, c_lower + n, c_bytes);
+    Tile<0>::store(c + n, c_bytes);
+    Tile<2>::store(c_lower + n, c_bytes);
   }
 };
 

@@ -27,7 +27,9 @@ constexpr int64_t kMaxItems = 256;
 template <typename scalar_t>
 class Decode : AttentionBase<scalar_t> {
   using Base = AttentionBase<scalar_t>;
+  using Microkernel = DecodeMicrokernel<scalar_t>;
   using typename Base::acc_t, typename Base::Interval, typename Base::Vectors;
+  using Queries = DecodeQueries<acc_t>;
   using Base::call_, Base::layout_, Base::workers_, Base::num_kv_rows_, Base::group_size_, Base::query_stride_,
       Base::acc_stride_, Base::score_scale_;
 
@@ -36,15 +38,16 @@ class Decode : AttentionBase<scalar_t> {
   Decode(const AttentionCall& call, Workers& workers)
       : Base(call, workers),
         num_splits_(num_splits(layout_.slots())),
-        num_queries_(call.tokens * group_size_) {}
+        num_queries_(call.tokens * group_size_),
+        microkernel_(num_queries_, call.head_dim, call.value_dim, call.ring) {}
 
   void run() {
     const int64_t num_items = num_kv_rows_ * num_splits_;
     const int64_t num_workers = this->num_workers_for(num_items, this->cache_bytes(layout_.slots()));
-    const int64_t scratch_bytes = 2 * Arena::bytes<acc_t>(num_queries_ * query_stride_) +
-                                  Arena::bytes<acc_t>(query_stride_) +
-                                  Arena::bytes<acc_t>(kDecodeShared * kDecodeBlock) +
-                                  Arena::bytes<acc_t>(staging_size<acc_t>(query_stride_));
+    const int64_t scratch_bytes =
+        2 * Arena::bytes<acc_t>(num_queries_ * query_stride_) + 2 * Arena::bytes<char>(microkernel_.packed_size()) +
+        Arena::bytes<acc_t>(query_stride_) + Arena::bytes<acc_t>(Microkernel::kQueries * kDecodeBlock) +
+        Arena::bytes<char>(microkernel_.staging_size());
     Arena arena{workers_.workspace(
         num_workers * scratch_bytes + Arena::bytes<SoftmaxState<acc_t>>(num_items * num_queries_) +
         Arena::bytes<acc_t>(num_items * num_queries_ * acc_stride_) +
@@ -56,13 +59,16 @@ class Decode : AttentionBase<scalar_t> {
     for (int64_t kv_row = 0; kv_row < num_kv_rows_; ++kv_row) new (splits_done + kv_row) std::atomic<int64_t>(0);
 
     for_each_item(workers_, num_workers, num_items, [&](int64_t item, int64_t worker) {
+      const typename Microkernel::TileConfig tile_config(microkernel_);
       Arena worker_arena{arena.next + worker * scratch_bytes};
       Scratch scratch;
-      scratch.window_query = worker_arena.take<acc_t>(num_queries_ * query_stride_);
-      scratch.sink_query = worker_arena.take<acc_t>(num_queries_ * query_stride_);
+      for (Queries* queries : {&scratch.window, &scratch.sinks}) {
+        queries->rotated = worker_arena.take<acc_t>(num_queries_ * query_stride_);
+        queries->packed = worker_arena.take<char>(microkernel_.packed_size());
+      }
       scratch.unrotated = worker_arena.take<acc_t>(query_stride_);
-      scratch.scores = worker_arena.take<acc_t>(kDecodeShared * kDecodeBlock);
-      scratch.staging = worker_arena.take<acc_t>(staging_size<acc_t>(query_stride_));
+      scratch.scores = worker_arena.take<acc_t>(Microkernel::kQueries * kDecodeBlock);
+      scratch.staging = worker_arena.take<char>(microkernel_.staging_size());
       const int64_t kv_row = item / num_splits_;
       const RingLayout layout = this->layout_of(this->row_of(kv_row));
       const SlotRange split = split_of(layout, item % num_splits_);
@@ -81,7 +87,9 @@ class Decode : AttentionBase<scalar_t> {
   };
 
   struct Scratch {
-    acc_t *window_query, *sink_query, *unrotated, *scores, *staging;
+    Queries window, sinks;
+    acc_t *unrotated, *scores;
+    char* staging;
   };
 
   // Results of the queries for one split: state[query], acc[query][acc_stride].
@@ -101,7 +109,7 @@ class Decode : AttentionBase<scalar_t> {
   // A split of a row; empty from num_splits(slots of the row) on. Unused slots do not count: they would change results.
   SlotRange split_of(const RingLayout& layout, int64_t split) const {
     const int64_t slots = layout.slots() - layout.unused, count = num_splits(slots);
-    const int64_t size = round_up((slots + count - 1) / count, 16);
+    const int64_t size = round_up((slots + count - 1) / count, kDecodeBlock);
     return {split * size, std::min((split + 1) * size, slots)};
   }
 
@@ -132,11 +140,15 @@ class Decode : AttentionBase<scalar_t> {
       const Partial& partial) const {
     const int64_t row = this->row_of(kv_row), count = this->tokens_of(row), seen = call_.seen[row];
     const int64_t num_queries = count * group_size_;
+    const bool has_sinks = split.begin < layout.num_sinks;
     for (int64_t q = 0; q < num_queries; ++q) {
       this->rotate_query(
-          scratch.window_query + q * query_stride_, scratch.sink_query + q * query_stride_, scratch.unrotated, row,
+          scratch.window.rotated + q * query_stride_,
+          has_sinks ? scratch.sinks.rotated + q * query_stride_ : nullptr, scratch.unrotated, row,
           this->kv_head_of(kv_row) * group_size_ + q % group_size_, q / group_size_);
     }
+    microkernel_.pack(scratch.window, num_queries, false);
+    if (has_sinks) microkernel_.pack(scratch.sinks, num_queries, true);
     std::fill(partial.state, partial.state + num_queries, SoftmaxState<acc_t>{kMinusInfinity<acc_t>, 0});
     std::fill(partial.acc, partial.acc + num_queries * acc_stride_, acc_t{0});
     Run runs[RingLayout::kMaxRuns];
@@ -166,37 +178,40 @@ class Decode : AttentionBase<scalar_t> {
       }
       if (visible.count == 0) continue;
       const Run keys{block.token + visible.first, block.slot + visible.first, visible.count};
-      for (int64_t q = i * group_size_; q < end * group_size_; q += kDecodeShared) {
-        const int64_t num_queries = std::min<int64_t>(kDecodeShared, end * group_size_ - q);
-        attend_queries(kv_row, layout, seen, q, num_queries, keys, is_sink, scratch, partial);
+      for (int64_t q = i * group_size_, stop; q < end * group_size_; q = stop) {
+        stop = std::min(end * group_size_, q + Microkernel::kQueries - q % Microkernel::kQueries);
+        attend_queries(kv_row, layout, seen, q, stop - q, keys, is_sink, scratch, partial);
       }
     }
   }
 
-  // Attention of queries [q, q + num_queries), up to kDecodeShared, over keys that they all see.
+  // Attention of queries [q, q + num_queries), of one group of the microkernel, over keys that they all see.
   void attend_queries(
       int64_t kv_row, const RingLayout& layout, int64_t seen, int64_t q, int64_t num_queries, const Run& run,
       bool is_sink, const Scratch& scratch, const Partial& partial) const {
     const int count = static_cast<int>(run.count);
-    const acc_t* query = (is_sink ? scratch.sink_query : scratch.window_query) + q * query_stride_;
     const Vectors keys = this->keys_of(kv_row, run.slot), values = this->values_of(kv_row, run.slot);
     this->with_elements(keys, [&](const auto* key_elements) {
       const auto* value_elements = reinterpret_cast<decltype(key_elements)>(values.data);
-      decode_scores(
-          scratch.scores, score_scale_, query, query_stride_, num_queries, key_elements, call_.head_dim, count,
-          scratch.staging, value_elements, call_.value_dim);
+      Upcoming next_values(value_elements, count * call_.value_dim);
+      microkernel_.scores(
+          scratch.scores, score_scale_, is_sink ? scratch.sinks : scratch.window, q, num_queries, key_elements, count,
+          scratch.staging, next_values);
       if (keys.scales) this->multiply_by_scales(scratch.scores, kDecodeBlock, num_queries, keys.scales, count);
-      acc_t factor[kDecodeShared];
+      const int64_t part = next_values.part(num_queries);
+      acc_t factor[Microkernel::kQueries];
       for (int64_t r = 0; r < num_queries; ++r) {
+        next_values.prefetch(part);
         acc_t* scores = scratch.scores + r * kDecodeBlock;
         const int64_t head = this->kv_head_of(kv_row) * group_size_ + (q + r) % group_size_;
         this->adjust_scores(layout, scores, count, head, seen + (q + r) / group_size_, run.token, is_sink);
         factor[r] = update_softmax(partial.state[q + r], scores, count);
       }
       if (values.scales) this->multiply_by_scales(scratch.scores, kDecodeBlock, num_queries, values.scales, count);
-      decode_add_values(
-          partial.acc + q * acc_stride_, acc_stride_, factor, scratch.scores, num_queries, value_elements,
-          call_.value_dim, count, scratch.staging, key_elements + count * call_.head_dim);
+      Upcoming next_keys(key_elements + count * call_.head_dim, count * call_.head_dim);
+      microkernel_.add_values(
+          partial.acc + q * acc_stride_, factor, scratch.scores, num_queries, value_elements, count, scratch.staging,
+          next_keys);
     });
   }
 
@@ -223,6 +238,7 @@ class Decode : AttentionBase<scalar_t> {
 
   const int64_t num_splits_;   // KV splits of each KV row; rows with fewer sinks may need fewer
   const int64_t num_queries_;  // of each KV row: tokens x heads of the group
+  const Microkernel microkernel_;
 };
 
 }  // namespace SINKATTN_ISA

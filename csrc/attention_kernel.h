@@ -1,7 +1,7 @@
 // Implementation of the CPU attention kernel (attention.h). Each attention_<set>.cpp includes it to compile it for one
 // instruction set. It includes, directly or not, all headers that are compiled per instruction set:
 //
-//   attention_decode.h   few queries per KV head, over attention_decode_microkernel.h
+//   attention_decode.h   few queries per KV head, over attention_decode_microkernel.h and, on AMX, ..._amx.h
 //   attention_chunk.h    many queries per KV head, over attention_chunk_microkernel.h and, on AMX, ..._amx.h
 //   attention_backward.h gradients, over attention_chunk_microkernel.h
 //   attention_base.h     base class of the three; attention_softmax.h: online softmax
@@ -32,6 +32,7 @@
 #include "attention_chunk_microkernel.h"
 #if defined(SINKATTN_AMX)
 #include "attention_chunk_microkernel_amx.h"
+#include "attention_decode_microkernel_amx.h"
 #endif
 
 #include "attention_backward.h"
@@ -41,12 +42,7 @@
 namespace sinkattn {
 namespace SINKATTN_ISA {
 
-// Queries per KV head from which on packing keys is worth its cost: fewer with a matrix unit.
-#if defined(SINKATTN_AMX)
-constexpr int64_t kMinPackedQueries = 18;
-#else
-constexpr int64_t kMinPackedQueries = 32;
-#endif
+constexpr int64_t kMinPackedQueries = 32;  // queries per KV head from which on packing keys is worth its cost
 
 template <typename scalar_t>
 void attend_as(const AttentionCall& call, Workers& workers) {

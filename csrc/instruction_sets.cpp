@@ -44,8 +44,9 @@ bool has_avx512() {
 bool has_amx() {
 #if defined(__linux__)
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (!has_avx512() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  const bool tiles = (edx >> 24 & 1) && (edx >> 22 & 1);  // AMX-TILE, AMX-BF16
+  if (!has_avx512() || !__builtin_cpu_supports("avx512vnni")) return false;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  const bool tiles = (edx >> 24 & 1) && (edx >> 25 & 1) && (edx >> 22 & 1);  // AMX-TILE, AMX-INT8, AMX-BF16
   if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return false;
   if (!tiles || !(eax >> 5 & 1)) return false;  // AVX512-BF16
   // Linux grants the tile registers on request (ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA).

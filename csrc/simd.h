@@ -16,7 +16,7 @@
 #if defined(SINKATTN_AMX)
 #define SINKATTN_AVX512
 #endif
-#if defined(SINKATTN_AVX512) || defined(SINKATTN_AVX2)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -30,10 +30,11 @@
 #define SINKATTN_ISA amx
 #if defined(__clang__)
 #pragma clang attribute push( \
-    __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2"))), \
-    apply_to = function)
+    __attribute__((target("amx-tile,amx-bf16,amx-int8,avx512bf16,avx512vnni," \
+                          "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2"))), apply_to = function)
 #else
-#pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2")
+#pragma GCC target( \
+    "amx-tile,amx-bf16,amx-int8,avx512bf16,avx512vnni", "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2")
 #endif
 #else
 #define SINKATTN_ISA avx512
@@ -224,6 +225,58 @@ struct VectorIO<Float8> {
   static constexpr int16_t kHalfMask = static_cast<int16_t>(0xbf80);
 };
 
+#if defined(__x86_64__)
+// Vectors of int16, whose pairs of elements x86-64 multiplies and adds.
+using ShortVec = VectorOf<int16_t>::type;
+
+SINKATTN_INLINE ShortVec load_shorts(const int16_t* from) {
+  ShortVec x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+SINKATTN_INLINE ShortVec load_shorts(const int8_t* from) {
+#if defined(SINKATTN_AVX512)
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return bit_cast<ShortVec>(_mm512_maskz_cvtepi8_epi16(~0u, x));
+#elif defined(SINKATTN_AVX2)
+  return bit_cast<ShortVec>(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+  const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return bit_cast<ShortVec>(_mm_srai_epi16(_mm_unpacklo_epi8(x, x), 8));
+#endif
+}
+
+// Lane i of the result is that of `sum`, plus the products of elements 2i and 2i + 1 of `a` and `b`.
+SINKATTN_INLINE IntVec add_products(IntVec sum, ShortVec a, ShortVec b) {
+#if defined(SINKATTN_AMX)
+  return bit_cast<IntVec>(_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b));
+#elif defined(SINKATTN_AVX512)
+  return sum + bit_cast<IntVec>(_mm512_madd_epi16((__m512i)a, (__m512i)b));
+#elif defined(SINKATTN_AVX2)
+  return sum + bit_cast<IntVec>(_mm256_madd_epi16((__m256i)a, (__m256i)b));
+#else
+  return sum + bit_cast<IntVec>(_mm_madd_epi16((__m128i)a, (__m128i)b));
+#endif
+}
+
+// The elements of two vectors side by side, in quarters of vectors: `low` has the first four pairs of each 16 bytes,
+// `high` the other four.
+struct ShortPairs {
+  ShortVec low, high;
+};
+SINKATTN_INLINE ShortPairs interleave(ShortVec a, ShortVec b) {
+#if defined(SINKATTN_AVX512)
+  return {
+      (ShortVec)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b), (ShortVec)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b)};
+#elif defined(SINKATTN_AVX2)
+  return {
+      (ShortVec)_mm256_unpacklo_epi16((__m256i)a, (__m256i)b), (ShortVec)_mm256_unpackhi_epi16((__m256i)a, (__m256i)b)};
+#else
+  return {(ShortVec)_mm_unpacklo_epi16((__m128i)a, (__m128i)b), (ShortVec)_mm_unpackhi_epi16((__m128i)a, (__m128i)b)};
+#endif
+}
+#endif
+
 // What `load` returns times this is the number.
 template <typename stored_t>
 constexpr float kLoadScale = 1;
@@ -278,6 +331,17 @@ template <typename V>
 struct VectorPair {
   V low, high;
 };
+
+// The lanes of two vectors in the order of the elements that interleave() brings together: two quarters of 16 bytes of
+// each in turn.
+template <typename V, int... I>
+SINKATTN_INLINE VectorPair<V> in_order(V low, V high, std::integer_sequence<int, I...>) {
+  constexpr int lanes = sizeof...(I);
+  return {
+      shuffle(low, high, std::integer_sequence<int, (I / 4 % 2 * lanes + I / 8 * 4 + I % 4)...>{}),
+      shuffle(
+          low, high, std::integer_sequence<int, ((lanes + I) / 4 % 2 * lanes + (lanes + I) / 8 * 4 + I % 4)...>{})};
+}
 
 template <int Step, typename V, int... I>
 SINKATTN_INLINE VectorPair<V> exchange(V a, V b, std::integer_sequence<int, I...>) {
