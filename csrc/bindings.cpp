@@ -1,6 +1,10 @@
-// Python module sinkattn._C, without tensors and torch: slot arithmetic (RingLayout) and build_info().
+// Python module sinkattn._C, without tensors and torch: slot arithmetic (RingLayout), huge pages and build_info().
 #include <pybind11/pybind11.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -36,6 +40,15 @@ py::list as_list(const Run* runs, int count) {
   return out;
 }
 
+// Asks Linux for huge pages (2 MiB) for as much of some memory as they fit. It may refuse: then pages are small.
+void advise_huge_pages(uintptr_t address, uintptr_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 py::dict build_info() {
   py::dict info;
 #ifdef SINKATTN_WITH_CUDA
@@ -54,7 +67,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Slot arithmetic of the ring, and information about this build.";
+  m.doc() = "Slot arithmetic of the ring, huge pages, and information about this build.";
   py::class_<RingLayout>(m, "RingLayout", "Maps the tokens of an endless stream to a fixed number of slots.")
       .def(py::init(&make_layout), py::arg("num_sinks"), py::arg("window"), py::arg("headroom") = 0)
       .def_readonly("num_sinks", &RingLayout::num_sinks)
@@ -125,5 +138,8 @@ PYBIND11_MODULE(_C, m) {
           [](const py::tuple& state) {
             return make_layout(state[0].cast<int64_t>(), state[1].cast<int64_t>(), state[2].cast<int64_t>());
           }));
+  m.def(
+      "advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"),
+      "Ask for huge pages for as much of some memory, not used yet, as they fit.");
   m.def("build_info", &build_info, "Compiler, torch and CUDA versions of this build, as a dict.");
 }

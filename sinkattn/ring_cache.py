@@ -93,7 +93,7 @@ class RingKVCache:
         with torch.inference_mode(False):
             # Zeros, as an unwritten slot has weight 0, and 0 times NaN would be NaN.
             def zeros(slots: int, dim: int, dtype: torch.dtype) -> Tensor:
-                return torch.zeros(batch_size, kv_heads, slots, dim, dtype=dtype, device=device)
+                return ops.zeros(batch_size, kv_heads, slots, dim, dtype=dtype, device=device)
 
             self.eight_bit: dict[str, Tensor] = {}
             if cache_dtype is None:

@@ -1,8 +1,9 @@
 """The operators ``torch.ops.sinkattn.*`` and what surrounds them. No other package names ``_C`` or ``torch.ops``.
 
 ``library`` loads the compiled part; ``checks`` checks arguments; ``backends`` chooses a backend; ``attention``,
-``ring`` and ``linear`` are the operators themselves. A function whose name ends in an underscore writes to its first
-arguments. The schemas (csrc/ops.cpp) say so, and fake kernels let ``torch.compile`` trace through every operator.
+``ring`` and ``linear`` are the operators themselves; ``memory`` allocates rings. A function whose name ends in an
+underscore writes to its first arguments. The schemas (csrc/ops.cpp) say so, and fake kernels let ``torch.compile``
+trace through every operator.
 """
 
 from sinkattn.ops.attention import sink_attention_
@@ -10,6 +11,7 @@ from sinkattn.ops.backends import BACKENDS, Backend, cpu_capability, select_back
 from sinkattn.ops.checks import DTYPES, EIGHT_BIT_DTYPES, check_tensor
 from sinkattn.ops.library import RingLayout, build_info
 from sinkattn.ops.linear import LINEAR_DTYPES, MAX_LINEAR_TOKENS, int4_linear, linear, linear_operator
+from sinkattn.ops.memory import zeros
 from sinkattn.ops.ring import append_, linearise, reorder_, reset_, rollback_
 
 __all__ = [
@@ -33,4 +35,5 @@ __all__ = [
     "rollback_",
     "select_backend",
     "sink_attention_",
+    "zeros",
 ]

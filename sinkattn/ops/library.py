@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 try:
-    from sinkattn._C import RingLayout, build_info
+    from sinkattn._C import RingLayout, advise_huge_pages, build_info
 except ImportError as error:
     raise ImportError(
         "sinkattn: the compiled part is missing; build it with: pip install --no-build-isolation -e . "
@@ -19,4 +19,4 @@ if hasattr(torch.ops.sinkattn, "append_") and str(_library) not in torch.ops.loa
     )
 torch.ops.load_library(_library)
 
-__all__ = ["RingLayout", "build_info"]
+__all__ = ["RingLayout", "advise_huge_pages", "build_info"]

@@ -31,6 +31,10 @@ class RingLayout:
         return self.num_sinks + self.ring
 
 
+def advise_huge_pages(address: int, bytes: int) -> None:
+    """Leaves the pages of memory as they are."""
+
+
 def build_info() -> dict[str, object]:
     """Whether this build has the CUDA part."""
     operator = add_op_namespace_prefix("append_")
