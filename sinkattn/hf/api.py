@@ -104,6 +104,11 @@ def enable(
     new_graph = _graph_class(model, graphs)
     _check_model(model, layout)
     backend = ops.select_backend(model.device, backend, model.dtype)
+    if cache_dtype == "fp8" and backend == "triton" and ops.lacks_fp8(model.device):
+        raise ValueError(
+            f"cache_dtype: expected 'int8' on {model.device}, as the triton backend needs compute capability 8.9 for "
+            "fp8, got 'fp8'"
+        )
     with _errors_as_unsupported(model):
         with preserve_state(model):
             if has_absolute_positions(model):

@@ -8,7 +8,7 @@ trace through every operator.
 
 from sinkattn.ops.attention import sink_attention_
 from sinkattn.ops.backends import BACKENDS, Backend, cpu_capability, select_backend
-from sinkattn.ops.checks import DTYPES, EIGHT_BIT_DTYPES, check_tensor
+from sinkattn.ops.checks import DTYPES, EIGHT_BIT_DTYPES, check_tensor, lacks_fp8
 from sinkattn.ops.library import RingLayout, build_info
 from sinkattn.ops.linear import LINEAR_DTYPES, MAX_LINEAR_TOKENS, int4_linear, linear, linear_operator
 from sinkattn.ops.memory import zeros
@@ -27,6 +27,7 @@ __all__ = [
     "check_tensor",
     "cpu_capability",
     "int4_linear",
+    "lacks_fp8",
     "linear",
     "linear_operator",
     "linearise",

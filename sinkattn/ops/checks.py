@@ -162,7 +162,7 @@ def check_triton(call: AttentionArguments) -> None:
     check_tensor("values", values, (*keys.shape[:3], values.shape[3]), keys.dtype, keys.device)
     if call.dtype not in TRITON_DTYPES:
         raise TypeError(f"keys: expected one of {TRITON_DTYPES} for the triton backend, got {call.dtype}")
-    if keys.dtype == torch.float8_e4m3fn and _lacks_fp8(keys.device):
+    if keys.dtype == torch.float8_e4m3fn and lacks_fp8(keys.device):
         raise TypeError(
             f"keys: expected torch.int8 on {keys.device}, as the triton backend needs compute capability 8.9 for fp8, "
             f"got {keys.dtype}"
@@ -183,7 +183,8 @@ def check_triton(call: AttentionArguments) -> None:
             raise ValueError(f"{name}: expected contiguous memory, got strides {x.stride()}")
 
 
-def _lacks_fp8(device: torch.device) -> bool:
+def lacks_fp8(device: torch.device) -> bool:
+    """Whether it is a GPU for which the Triton kernels cannot be compiled with fp8."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
 
 

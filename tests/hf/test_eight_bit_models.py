@@ -243,6 +243,15 @@ def test_what_is_refused(build_options, options, error, message):
     assert get_patch(model) is None
 
 
+def test_fp8_is_refused_on_a_gpu_without_it(monkeypatch):
+    monkeypatch.setattr(sinkattn.ops, "select_backend", lambda *_: "triton")
+    monkeypatch.setattr(sinkattn.ops, "lacks_fp8", lambda device: True)
+    model = build("llama")
+    with pytest.raises(ValueError, match=r"cache_dtype: expected 'int8' on cpu, .* capability 8.9 for fp8, got 'fp8'"):
+        sinkattn.enable(model, cache_dtype="fp8")
+    assert get_patch(model) is None
+
+
 def test_gradients_are_refused_before_anything_is_written():
     model = enabled("llama", "int8")
     cache, ids = sinkattn.SinkCache(model), random_ids(1, 3)

@@ -213,7 +213,7 @@ def test_a_vector_that_is_not_finite(junk, tokens):
 def test_fp8_is_refused_on_a_gpu_without_it(monkeypatch):
     ring = RingKVCache(2, 2, 16, cache_dtype="fp8", device=DEVICE)
     monkeypatch.setattr("sinkattn.ops.attention._shapes", {})
-    monkeypatch.setattr("sinkattn.ops.checks._lacks_fp8", lambda device: True)
+    monkeypatch.setattr("sinkattn.ops.checks.lacks_fp8", lambda device: True)
     with pytest.raises(TypeError, match=r"keys: expected torch.int8 on .*, got torch.float8_e4m3fn"):
         sink_attention(*(x.to(DEVICE) for x in make_qkv(1)), ring, backend="triton")
     assert not ring.seen.any()
