@@ -16,8 +16,9 @@ def zeros(*size: int, dtype: torch.dtype, device: torch.device | str | None = No
 
     A decode step reads all of a ring. In pages of 4 KiB the processor looks up a page for every 64 cache lines.
     """
+    if torch.compiler.is_compiling():
+        return torch.zeros(size, dtype=dtype, device=device)
     x = torch.empty(size, dtype=dtype, device=device)
-    # Only plain tensors have an address: neither those that torch.compile traces nor fake ones.
-    if not torch.compiler.is_compiling() and type(x) is Tensor and x.is_cpu and x.nbytes >= MIN_BYTES:
+    if type(x) is Tensor and x.is_cpu and x.nbytes >= MIN_BYTES:  # a fake tensor has no address
         advise_huge_pages(x.data_ptr(), x.nbytes)
     return x.zero_()
