@@ -5,10 +5,8 @@
 // lie side by side. Products of bfloat16 take subnormal numbers for zero.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <utility>
 
 #include "dtypes.h"
 // From here on, code is compiled for the instruction set: other headers must be included above.

@@ -3,7 +3,8 @@
 //
 // Keys are the left operand of the scores, as they lie in the cache; values are the right one of their weighted sums, of
 // which two or four are interleaved. Queries and weights, in fp32, are split into two parts that AMX multiplies: two
-// numbers of bfloat16 or, over int8, two digits of an integer. A tile has both parts of eight queries.
+// numbers of bfloat16 or, over int8, two digits of an integer. A tile has both parts of eight queries. A key of bfloat16
+// with an infinite element may give NaN, as a part may be zero.
 //
 // Tiles are loaded from memory alone, so what vector instructions prepare is stored first. Prefetches are spread over all
 // of the work: while nothing is prefetched, memory idles.

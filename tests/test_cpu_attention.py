@@ -99,7 +99,7 @@ def test_results_do_not_depend_on_threads(tokens, batch, dtype):
 def test_tokens_of_a_call_are_those_of_calls_of_one(heads, kv_heads, dtype):
     """Some of the tokens see all keys of a block, and some do not: at both ends of the window, anywhere in the ring.
 
-    Bit for bit, but on AMX, which takes over from four queries on.
+    Bit for bit, but on AMX, which takes over from five queries on.
     """
     layout, rope = (3, 130, 8), make_rope(24)
     most = 31 // (heads // kv_heads)  # with more queries per KV head a call is a chunk

@@ -1,5 +1,6 @@
 """Memory of rings on Linux: huge pages are asked for where a tensor has room for them."""
 
+import mmap
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from sinkattn import RingKVCache, ops
 
 SMAPS = Path("/proc/self/smaps")
-pytestmark = pytest.mark.skipif(
+needs_huge_pages = pytest.mark.skipif(
     not SMAPS.exists() or not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="Linux with huge pages"
 )
 
@@ -24,6 +25,7 @@ def is_advised(x: torch.Tensor) -> bool:
     raise AssertionError("no mapping")
 
 
+@needs_huge_pages
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
 def test_a_large_ring_is_in_huge_pages(cache_dtype):
     large = RingKVCache(1, 8, 128, 4, 12_000, dtype=torch.bfloat16, cache_dtype=cache_dtype)
@@ -32,9 +34,19 @@ def test_a_large_ring_is_in_huge_pages(cache_dtype):
     assert not large.keys.count_nonzero()
 
 
-def test_a_small_ring_is_not():
-    assert not is_advised(RingKVCache(1, 2, 16, 4, 40).keys)
-    assert not is_advised(torch.zeros(8, 12_000, 128))
+@needs_huge_pages
+def test_other_memory_is_not():
+    """Negative control of `is_advised`."""
+    assert not is_advised(torch.frombuffer(mmap.mmap(-1, 8 << 20), dtype=torch.uint8))
+
+
+def test_a_small_ring_asks_for_none(monkeypatch):
+    asked = []
+    monkeypatch.setattr("sinkattn.ops.memory.advise_huge_pages", lambda address, size: asked.append((address, size)))
+    RingKVCache(1, 2, 16, 4, 40)
+    assert not asked
+    large = RingKVCache(1, 8, 128, 4, 12_000, dtype=torch.bfloat16)
+    assert asked == [(x.data_ptr(), x.nbytes) for x in (large.keys, large.values)]
 
 
 def test_memory_is_that_of_torch_zeros():
