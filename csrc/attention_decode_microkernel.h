@@ -73,7 +73,9 @@ class VectorDecodeMicrokernel {
   int64_t staging_size() const { return decode_staging_size<acc_t>(query_stride_); }
 
   // Packs the first `count` queries.
-  void pack(const DecodeQueries<acc_t>& queries, int64_t count, bool for_sinks) const {
+  void pack(
+      [[maybe_unused]] const DecodeQueries<acc_t>& queries, [[maybe_unused]] int64_t count,
+      [[maybe_unused]] bool for_sinks) const {
     if constexpr (kHasIntegers) {
       if (in_integers_ && !for_sinks) pack_for_int8(queries.packed, queries.rotated, query_stride_, count, head_dim_);
     }
@@ -116,11 +118,8 @@ class VectorDecodeMicrokernel {
   }
 
  protected:
-#if defined(__x86_64__)
-  static constexpr bool kHasIntegers = sizeof(scalar_t) == 2;
-#else
-  static constexpr bool kHasIntegers = sizeof(scalar_t) == 2;
-#endif
+  // Of models in 16 bits; in fp32 the rounding to int16 would show.
+  static constexpr bool kHasIntegers = kHasInt8Loops && sizeof(scalar_t) == 2;
 
   const int64_t num_queries_, head_dim_, value_dim_;
   const int64_t query_stride_, acc_stride_;

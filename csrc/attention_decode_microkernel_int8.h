@@ -21,7 +21,10 @@ constexpr int64_t kMaxInt8Dim = 512;  // elements of keys: sums of as many produ
 // Bytes of a query in int16, padded with zeros to whole vectors, and of its unit.
 inline int64_t int8_query_size(int64_t dim) { return round_up(dim * sizeof(int16_t), SINKATTN_VECTOR_BYTES) + 64; }
 
-#if defined(__x86_64__)
+#if !defined(__x86_64__)
+constexpr bool kHasInt8Loops = false;
+#else
+constexpr bool kHasInt8Loops = true;
 
 // What integers count, and its inverse.
 struct Unit {
