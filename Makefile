@@ -127,7 +127,7 @@ SANITIZED := $(addprefix build/tests/thread/,attention_test attention_backward_t
   $(patsubst tests/csrc/%.cpp,build/tests/address/%,$(wildcard tests/csrc/*.cpp))
 # The rest of csrc, which is for torch; warnings are errors in all of it. Sources of tests come with their programs.
 WITH_TORCH := $(patsubst csrc/%.cpp,build/tests/strict/%,$(filter-out $(KERNEL:%.o=csrc/%.cpp),$(wildcard csrc/*.cpp)))
-CHECKED := $(addsuffix .passed,$(SANITIZED) $(WITH_TORCH))
+CHECKED := $(addsuffix .passed,$(SANITIZED) $(WITH_TORCH) build/tests/portable)
 # The address sanitizer finds what null and object-size would, and they take a sixth of the time to compile.
 build/tests/address/%: SANITIZE := -fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all
 build/tests/thread/%: SANITIZE := -fsanitize=thread
@@ -150,6 +150,19 @@ $(WITH_TORCH:%=%.passed): build/tests/strict/%.passed: csrc/%.cpp build/tests/st
 	@echo "==> $<"
 	@$(CXX) $(STRICT) -fsyntax-only -DTORCH_TARGET_VERSION=0x020a000000000000 -DSINKATTN_TORCH_VERSION='""' \
 	  -DSINKATTN_TORCH_ABI='""' -DSINKATTN_COMPILER=__VERSION__ @build/tests/strict/includes $<
+	@touch $@
+
+# The kernels as other processors than x86-64 get them, and by a compiler for arm64 if there is one.
+build/tests/portable.passed:
+	@echo "==> csrc without x86-64"
+	@mkdir -p build/tests/portable && for each in csrc/*.h $(KERNEL:%.o=csrc/%.cpp); do \
+	  sed s/__x86_64__/__none__/ $$each > build/tests/portable/$${each#csrc/}; \
+	done
+	@for each in $(KERNEL:%.o=build/tests/portable/%.cpp); do \
+	  for cxx in $(CXX) $$(command -v aarch64-linux-gnu-g++); do \
+	    $$cxx $(STRICT) -fsyntax-only $$each || exit 1; \
+	  done; \
+	done
 	@touch $@
 
 real: $(READY)  ## evaluate that model; says first how long it takes; ARGS=--full: hours, for docs/evaluation
