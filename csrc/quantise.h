@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "dtypes.h"
 #include "ring.h"
@@ -29,15 +30,43 @@ SINKATTN_HOST_DEVICE inline float scale_of(uint32_t largest) {
   return (x < 0x1p-100f ? 0x1p-100f : x) / kLargestStored<stored_t>;
 }
 
+// The integer next to x, which is less than 2^22; of two as near, the even one.
+SINKATTN_HOST_DEVICE inline int32_t nearest_integer(float x) {
+  // The sum has no bits for a fraction, so it is rounded to an integer, in its last mantissa bits.
+  return static_cast<int32_t>(bits_of(x + 0x1.8p23f) - bits_of(0x1.8p23f));
+}
+
 // x / scale, rounded. `largest` is that of the vector of x.
 SINKATTN_HOST_DEVICE inline void quantise_element(int8_t& to, float x, float scale, uint32_t largest) {
-  // Adding 1.5 * 2^23 rounds to an integer, in the last mantissa bits of the sum.
-  const float shifted = (largest < kInfinityBits ? x / scale : 0) + 0x1.8p23f;
-  to = static_cast<int8_t>(bits_of(shifted) - bits_of(0x1.8p23f));
+  to = static_cast<int8_t>(nearest_integer(largest < kInfinityBits ? x / scale : 0));
 }
 SINKATTN_HOST_DEVICE inline void quantise_element(Float8& to, float x, float scale, uint32_t largest) {
   to = Float8(largest < kInfinityBits ? x / scale : 0);
 }
+
+// int8 vectors of up to kShortDim elements get the best of kNumScales scales: that of scale_of, and larger ones.
+constexpr int kShortDim = 32, kNumScales = 16;
+template <typename stored_t>
+SINKATTN_HOST_DEVICE constexpr bool has_choice_of_scales(int64_t dim) {
+  return std::is_same_v<stored_t, int8_t> && dim <= kShortDim;
+}
+
+// By what the first of them is multiplied.
+SINKATTN_HOST_DEVICE inline float scale_factor(int k) { return static_cast<float>(128 + k) / 128; }
+
+// The smaller, the better is scale k for a vector; no two scales have the same. `scaled(d)` is an element divided by the
+// first scale. Errors are counted in 32nds of scale k: integers, so that their order does not matter.
+template <typename Scaled>
+SINKATTN_HOST_DEVICE inline uint32_t rank_of_scale(int k, int64_t dim, const Scaled& scaled) {
+  uint32_t squares = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    const float x = scaled(d) / scale_factor(k);
+    const int32_t error = nearest_integer(x * 32) - nearest_integer(x) * 32;
+    squares += static_cast<uint32_t>(error * error);
+  }
+  return squares * static_cast<uint32_t>((128 + k) * (128 + k) * kNumScales) + static_cast<uint32_t>(k);
+}
+SINKATTN_HOST_DEVICE inline int scale_of_rank(uint32_t rank) { return static_cast<int>(rank % kNumScales); }
 
 // Elements of a block of the Hadamard transform: the largest power of two that divides the dimension.
 SINKATTN_HOST_DEVICE constexpr int64_t hadamard_block(int64_t dim) { return dim & -dim; }
@@ -68,7 +97,17 @@ inline float quantise(stored_t* out, const scalar_t* in, int64_t in_stride, int6
     const uint32_t magnitude = magnitude_of(static_cast<float>(in[d * in_stride]));
     if (magnitude > largest) largest = magnitude;
   }
-  const float scale = scale_of<stored_t>(largest);
+  float scale = scale_of<stored_t>(largest);
+  if (has_choice_of_scales<stored_t>(dim) && largest < kInfinityBits) {
+    float scaled[kShortDim];
+    for (int64_t d = 0; d < dim; ++d) scaled[d] = static_cast<float>(in[d * in_stride]) / scale;
+    uint32_t best = UINT32_MAX;
+    for (int k = 0; k < kNumScales; ++k) {
+      const uint32_t rank = rank_of_scale(k, dim, [&](int64_t d) { return scaled[d]; });
+      if (rank < best) best = rank;
+    }
+    scale *= scale_factor(scale_of_rank(best));
+  }
   for (int64_t d = 0; d < dim; ++d) {
     quantise_element(out[d], static_cast<float>(in[d * in_stride]), scale, largest);
   }

@@ -254,7 +254,7 @@ template <typename scalar_t, typename stored_t>
 __global__ void append_eight_bit_kernel(
     AppendCall<scalar_t> call, EightBitRing<stored_t> ring, int key_lanes, int value_lanes) {
   __shared__ float elements[kEightBitElements];
-  __shared__ uint32_t largest_of[kThreads];
+  __shared__ uint32_t largest_of[kThreads], best_of[kThreads];
   const bool is_key = blockIdx.y == 0;
   const int lanes = is_key ? key_lanes : value_lanes, vectors_per_block = kThreads / lanes;
   const int lane = static_cast<int>(threadIdx.x) % lanes, group = static_cast<int>(threadIdx.x) / lanes;
@@ -283,19 +283,26 @@ __global__ void append_eight_bit_kernel(
       __syncthreads();
     }
     uint32_t largest = 0;
-    for (int d = lane; in_ring && d < dim; d += lanes) {
-      const uint32_t magnitude = magnitude_of(x[d]);
-      if (magnitude > largest) largest = magnitude;
-    }
+    const auto include = [&](uint32_t magnitude) { largest = magnitude > largest ? magnitude : largest; };
+    for (int d = lane; in_ring && d < dim; d += lanes) include(magnitude_of(x[d]));
     largest_of[threadIdx.x] = largest;
     __syncthreads();
-    if (in_ring) {
-      for (int i = group * lanes; i < (group + 1) * lanes; ++i) {
-        if (largest_of[i] > largest) largest = largest_of[i];
+    for (int i = group * lanes; in_ring && i < (group + 1) * lanes; ++i) include(largest_of[i]);
+    float scale = scale_of<stored_t>(largest);
+    if (has_choice_of_scales<stored_t>(dim)) {
+      uint32_t best = UINT32_MAX;
+      const auto consider = [&](uint32_t rank) { best = rank < best ? rank : best; };
+      for (int k = lane; in_ring && largest < kInfinityBits && k < kNumScales; k += lanes) {
+        consider(rank_of_scale(k, dim, [&](int64_t d) { return x[d] / scale; }));
       }
+      best_of[threadIdx.x] = best;
+      __syncthreads();
+      for (int i = group * lanes; in_ring && i < (group + 1) * lanes; ++i) consider(best_of[i]);
+      scale *= scale_factor(scale_of_rank(best));
+    }
+    if (in_ring) {
       const int64_t target = now.cache_kv_row * call.layout.ring() + now.slot - sinks;
       stored_t* to = (is_key ? ring.keys : ring.values) + target * dim;
-      const float scale = scale_of<stored_t>(largest);
       if (lane == 0) (is_key ? ring.key_scales : ring.value_scales)[target] = scale;
       for (int d = lane; d < dim; d += lanes) quantise_element(to[d], x[d], scale, largest);
     }

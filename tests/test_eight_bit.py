@@ -40,6 +40,28 @@ def test_quantise_rounds_to_the_nearest_number(dtype):
     assert max_error(q.float() * scale, x.double()) <= largest.max() * (0.51 / 127 if dtype == torch.int8 else 1 / 16)
 
 
+@pytest.mark.parametrize("dim", [7, 8, 32])
+def test_short_vectors_get_the_best_of_several_scales(dim):
+    x = torch.randn(2000, dim)
+    first = x.abs().amax(dim=1, keepdim=True) / 127
+    errors = [
+        ((x / s).round() * s - x).square().sum(dim=1) for s in (first.double() * (1 + k / 128) for k in range(16))
+    ]
+    q, scale = quantise(x, torch.int8)
+    assert torch.equal(q, (x / scale).round())
+    assert ((scale / first - 1) * 128).round().unique().tolist() == list(range(16))
+    error = (q.double() * scale - x).square().sum(dim=1).mean()
+    assert error < torch.stack(errors).amin(dim=0).mean() * 1.01
+    assert error < errors[0].mean() * (0.65 if dim < 32 else 0.85)
+
+
+def test_other_vectors_have_one_scale():
+    x = torch.randn(10, 33)
+    largest = x.abs().amax(dim=1, keepdim=True)
+    assert torch.equal(quantise(x, torch.int8)[1], largest / 127)
+    assert torch.equal(quantise(x[:, :8], torch.float8_e4m3fn)[1], x[:, :8].abs().amax(dim=1, keepdim=True) / 448)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_quantise_of_zero_tiny_and_nonfinite_vectors(dtype):
     x = torch.tensor([[0.0, 0.0], [1e-38, -1e-38], [torch.inf, 1.0], [1.0, -torch.inf], [torch.nan, 1.0]])

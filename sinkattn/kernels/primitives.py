@@ -14,7 +14,7 @@ MAX_TOKENS = tl.constexpr(1 << 61)
 LOWEST_SCORE = tl.constexpr(-3.4028234663852886e38)
 """Initial running maximum: the lowest finite fp32, as infinity minus infinity is NaN."""
 
-MIN_LARGEST = tl.constexpr(2.0**-100)
+MIN_LARGEST, SHORT_DIM, NUM_SCALES = tl.constexpr(2.0**-100), tl.constexpr(32), tl.constexpr(16)
 """The same as in `sinkattn.reference`."""
 
 
@@ -85,6 +85,19 @@ def hadamard(x, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _best_factor(scaled):
+    """`sinkattn.reference._best_factor` of vectors ``[n, d]``, bit for bit: fp32 ``[n]``."""
+    best = tl.full([scaled.shape[0]], 2**32 - 1, tl.uint32)
+    for k in tl.static_range(NUM_SCALES):
+        x = tl.div_rn(scaled, tl.full(scaled.shape, (128 + k) / 128, tl.float32))
+        # Rounded to nearest even, as in `quantise`.
+        error = ((x * 32 + 1.5 * 2**23) - 1.5 * 2**23) - ((x + 1.5 * 2**23) - 1.5 * 2**23) * 32
+        squares = tl.sum((error * error).to(tl.uint32), 1)
+        best = tl.minimum(best, squares * ((128 + k) * (128 + k) * NUM_SCALES) + k)
+    return 1.0 + (best % NUM_SCALES).to(tl.float32) / 128
+
+
+@triton.jit
 def quantise(x, dtype: tl.constexpr):
     """`sinkattn.reference.quantise` of vectors ``[n, d]``, bit for bit: q of ``dtype``, and fp32 scales ``[n]``."""
     x = x.to(tl.float32)
@@ -95,6 +108,9 @@ def quantise(x, dtype: tl.constexpr):
     limit = tl.full(largest.shape, 127.0 if dtype == tl.int8 else 448.0, tl.float32)
     scale = tl.div_rn(tl.maximum(largest, MIN_LARGEST), limit)
     scaled = tl.where(is_finite[:, None], tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)), 0.0)
+    if dtype == tl.int8 and x.shape[1] <= SHORT_DIM:
+        scale *= _best_factor(scaled)
+        scaled = tl.where(is_finite[:, None], tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)), 0.0)
     # The sum with 1.5 * 2^23 units of the last place of q has no room for a fraction of such a unit, so it is rounded
     # to nearest even. Neither the interpreter's cast to float8 rounds so, nor any cast to integers.
     shift = tl.full(x.shape, 1.5 * 2**23, tl.float32)
