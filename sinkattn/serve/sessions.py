@@ -192,17 +192,16 @@ class Sessions(SessionTable):
 
     async def fork(self, owner: str, id: str, new_id: str) -> Session[Any]:
         """A copy of a session, with another id; raises ApiError if there is one of that id, or no room."""
-        if not self._is_known(owner, id):
-            raise ApiError(404, f"session_id: there is no session {id!r}", param="session_id")
-        if self._is_known(owner, new_id):
-            raise ApiError(409, f"session_id: there is a session {new_id!r} already", param="session_id")
-        async with self._locked(owner, new_id) as fork:
-            if self._store is not None:
-                await self._store.claim(owner, new_id)
-            async with self.held(owner, id) as session:
+        async with self.held(owner, id) as session:
+            # From here on nobody uses the id of the copy: who waits for one session holds no other.
+            if self._is_known(owner, new_id):
+                raise ApiError(409, f"session_id: there is a session {new_id!r} already", param="session_id")
+            async with self._locked(owner, new_id) as fork:
+                if self._store is not None:
+                    await self._store.claim(owner, new_id)
                 await self._make_room(owner)
                 await uninterrupted(self._copy(session, fork))
-            self._note(fork, is_unsaved=True)
+                self._note(fork, is_unsaved=True)
         return fork
 
     async def _copy(self, session: Session[Any], fork: Session[Any]) -> None:

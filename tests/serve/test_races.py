@@ -104,6 +104,25 @@ def test_one_that_is_cancelled_while_it_waits_holds_nothing(race):
     race(crossing)
 
 
+def test_copies_of_two_sessions_to_each_other_do_not_wait_for_each_other(race):
+    async def crossing(replies):
+        go, began = asyncio.Event(), asyncio.Event()
+        first = asyncio.create_task(replies.reply("a", until=go, began=began))
+        await began.wait()
+        deletion = asyncio.create_task(replies.sessions.delete("", "a"))
+        await asyncio.sleep(0)
+        there = asyncio.create_task(replies.sessions.fork("", "a", "b"))
+        await asyncio.sleep(0)
+        go.set()
+        while any(session.id == "a" for session in replies.sessions.of("")):
+            await asyncio.sleep(0)
+        back = asyncio.create_task(replies.sessions.fork("", "b", "a"))
+        done = await asyncio.wait_for(asyncio.gather(first, deletion, there, back, return_exceptions=True), 10)
+        assert [getattr(x, "status", None) for x in done] == [None, None, 404, 404]
+
+    race(crossing)
+
+
 def test_what_is_uninterrupted_ends_although_it_is_cancelled_twice():
     done = threading.Event()
 
