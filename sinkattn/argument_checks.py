@@ -11,7 +11,7 @@ from torch import SymInt, Tensor
 
 def check_whole(name: str, value: Any, least: int | None = 0) -> None:
     """Raise ValueError for anything but a whole number from ``least`` on; None: what follows checks the range."""
-    if not isinstance(value, (Integral, SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (Integral, SymInt)):
         raise ValueError(f"{name}: expected a whole number, got {value!r}")
     number: Any = value  # not int(value), which would make a constant of a size within torch.compile
     if least is not None and not least <= number < 2**63:

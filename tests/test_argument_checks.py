@@ -14,6 +14,7 @@ X = torch.ones(1, 1, 1, 2)
     [
         ({"batch_size": 2.5}, ValueError, "batch_size: expected a whole number, got 2.5"),
         ({"head_dim": "a"}, ValueError, "head_dim: expected a whole number, got 'a'"),
+        ({"window": True}, ValueError, "window: expected a whole number, got True"),
         ({"num_sinks": 2.5}, ValueError, "num_sinks: expected a whole number, got 2.5"),
         ({"headroom": None}, ValueError, "headroom: expected a whole number, got None"),
         ({"layout": (4, 8)}, TypeError, "layout: expected a RingLayout, got tuple"),
