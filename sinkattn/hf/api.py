@@ -52,6 +52,9 @@ def enable(
     half of the window is dropped and the other half encoded again. Memory is constant, and so is the average time per
     token.
 
+    On a CPU, linear layers of other models in half precision, or with torchao's int8 weights, run in a kernel of
+    sinkattn for up to four tokens at once. Weights are read where they are.
+
     Change the model's configuration before `enable`, not after: the decoder of an enabled model may read a copy, since
     other models may share the original.
 
@@ -67,9 +70,7 @@ def enable(
         backend: "auto", "cpu", "triton" or "reference"; the environment variable SINKATTN_BACKEND overrides it.
         compile: compile the decode step (one token for each stream) with ``torch.compile``, now for a single stream,
             later for other batch sizes; prompts stay as they are. Takes ten to thirty seconds, with torch's cache on
-            disk less. On a CPU, linear layers of up to four streams then run in a kernel of sinkattn; those with
-            quantized weights of torchao do so in any case. Nothing is frozen: other weights, adapters and hooks take
-            effect, but quantize weights before.
+            disk less. Nothing is frozen: other weights, adapters and hooks take effect, but quantize weights before.
         graphs: whether decode steps are captured in a CUDA graph and replayed, after the first few of a cache; of a
             `StreamPool` in one for each of a few numbers of streams. "auto": on a CUDA device. A step that cannot be
             captured, or whose replay gives other values, runs as without graphs; `decode_steps` says why.
@@ -137,8 +138,7 @@ def enable(
             if compile:
                 compile_step(patch)
             else:
-                # With its own forwards a quantized model is slower than the original.
-                patch.replace_linear_forwards(only_quantized=True)
+                patch.replace_linear_forwards(compiled=False)
             if new_graph is not None:
                 patch.capture_steps(new_graph)
             wait_for_ranks(model)

@@ -66,6 +66,8 @@ class Record:
         return HEADROOM - max(0, self.peak - len(self.ids))
 
     def rollback(self, count):
+        if not count:
+            return
         self.peak = max(self.peak, len(self.ids))
         del self.ids[len(self.ids) - count :]
         count = len(self.ids)

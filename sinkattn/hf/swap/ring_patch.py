@@ -29,9 +29,16 @@ from sinkattn.hf.model_patch import get_patch
 from sinkattn.hf.probe.result import ProbeResult, Rotation
 from sinkattn.hf.probe.rotations import identity_rotation_hook
 from sinkattn.hf.swap.captured_step import NewGraph
-from sinkattn.hf.swap.compiled_step import CompiledStep, has_replaced_weights, is_quantized, linear_forward
+from sinkattn.hf.swap.compiled_step import CompiledStep
 from sinkattn.hf.swap.key_factors import apply_factors, digest
 from sinkattn.hf.swap.layer_attention import ATTENTION_NAME, LayerGroup, Padding, RunningForward, attend_over_ring
+from sinkattn.hf.swap.linear_layers import (
+    LinearForward,
+    has_replaced_weights,
+    is_quantized,
+    linear_forward,
+    restore_forwards,
+)
 from sinkattn.hf.swap.step_graphs import StepGraphs
 from sinkattn.hf.swap.stream_patch import StreamPatch
 from sinkattn.hf.unsupported import UnsupportedModelError
@@ -88,7 +95,7 @@ class RingPatch(StreamPatch):
         self._traced: RunningForward | None = None
         self._compiled_step: CompiledStep | None = None
         self._step_graphs: StepGraphs | None = None
-        self._quantized_forwards: list[Callable[[Tensor], Tensor]] = []
+        self._quantized_forwards: list[LinearForward] = []
 
     @property
     def key_factors_digest(self) -> str | None:  # type: ignore[override]  # a property here
@@ -192,19 +199,25 @@ class RingPatch(StreamPatch):
             self.set_attribute(module, "config", config)
         self._decoder_forward = self.original_forward(self.decoder)
 
-    def replace_linear_forwards(self, *, only_quantized: bool) -> None:
+    def replace_linear_forwards(self, *, compiled: bool) -> None:
         """Run linear layers on a CPU in kernels made for few tokens.
 
-        Others than those with quantized weights only outside the decoder, whose graph replaces them by itself.
+        If the decoder is compiled, only quantized ones in it: its graph replaces the others by itself.
         """
-        inside = set(self.decoder.modules())
+        inside = set(self.decoder.modules()) if compiled else ()
         for module in self.model.modules():
-            if is_quantized(module) or not (only_quantized or module in inside):
+            if is_quantized(module) or module not in inside:
                 forward = linear_forward(module)
                 if forward is not None:
-                    self.set_forward(module, forward)
-                    if is_quantized(module):
+                    # Not by set_attribute: a layer that takes the place of this one would leave its weights there.
+                    module.__dict__["forward"] = forward
+                    if compiled and is_quantized(module):
                         self._quantized_forwards.append(forward)
+
+    def remove(self) -> None:
+        """See `ModelPatch`."""
+        super().remove()
+        restore_forwards(self.model)
 
     def capture_steps(self, new_graph: NewGraph) -> None:
         """Capture decode steps in graphs from now on."""

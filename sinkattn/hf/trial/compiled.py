@@ -39,7 +39,7 @@ def compile_step(patch: RingPatch) -> None:
         _outputs(patch, prompt, cache)
         fork = copy.deepcopy(cache)
         want = [_outputs(patch, step, fork) for step in steps]
-        patch.replace_linear_forwards(only_quantized=False)
+        patch.replace_linear_forwards(compiled=True)
         patch.compile_step()
         try:
             got = [_outputs(patch, step, cache) for step in steps]

@@ -1,0 +1,112 @@
+"""Linear layers of a model on a CPU, made for the few tokens of a decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sinkattn import ops
+
+# PyTorch's product of one token is as fast in float32, and slower by half or more in these.
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a linear layer has weights of a tensor subclass, such as torchao's."""
+    return type(module) is nn.Linear and type(module.weight.data) is not Tensor
+
+
+class LinearForward(partial[Tensor]):
+    """A forward that `linear_forward` has made."""
+
+
+def restore_forwards(model: nn.Module) -> None:
+    """Give linear layers the forwards of their class again."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), LinearForward):
+            del module.__dict__["forward"]
+
+
+def linear_forward(module: nn.Module) -> LinearForward | None:
+    """Forward of a linear layer on a CPU that is fast for few tokens.
+
+    None for other modules, layers whose forward was replaced, weights in float32, and those of an unknown kind:
+    quantized ones with which it does not agree with the layer's own on a random token, too.
+    """
+    if type(module) is not nn.Linear or not module.weight.is_cpu or "forward" in module.__dict__:
+        return None
+    if not is_quantized(module):
+        return LinearForward(_linear, module) if module.weight.dtype in DTYPES else None
+    product = _quantized_product(module.weight)
+    if product is None or not _agrees(module, product):
+        return None
+    return LinearForward(_quantized_linear, module, product, module.weight, module.weight.dtype)
+
+
+def _linear(module: nn.Linear, input: Tensor) -> Tensor:
+    """Linear layer with the weights that it has now, which may have been moved, converted or quantized."""
+    weight, bias = module.weight, module.bias
+    can_read = type(weight) is nn.Parameter and weight.is_cpu and weight.is_contiguous()
+    if can_read and _is_suited(input, weight.shape[1], weight.dtype, bias):
+        return ops.linear(input, weight, bias=bias)
+    return functional.linear(input, weight, bias)
+
+
+def _quantized_linear(
+    module: nn.Linear, product: Callable[..., Tensor], weight: Tensor, dtype: torch.dtype, input: Tensor
+) -> Tensor:
+    """Linear layer with the quantized weights that ``product`` was made of, unless it has others by now."""
+    # In a graph they would become inputs, and torch caches no graph on disk whose inputs are of a subclass.
+    is_same = torch.compiler.is_dynamo_compiling() or module.weight is weight
+    if is_same and _is_suited(input, module.in_features, dtype, module.bias):
+        return product(input, bias=module.bias)
+    return functional.linear(input, module.weight, module.bias)
+
+
+def has_replaced_weights(forward: LinearForward) -> bool:
+    """Whether the weights of a quantized layer were replaced since `linear_forward` returned this forward of it."""
+    module, _, weight, _ = forward.args
+    return module.weight is not weight
+
+
+def _is_suited(input: Tensor, columns: int, dtype: torch.dtype, bias: Tensor | None) -> bool:
+    """Whether an input is of so few tokens, and of the dtype, that the operator takes it, and nothing else is asked."""
+    return (
+        0 < input.numel() <= ops.MAX_LINEAR_TOKENS * columns
+        and input.dtype == dtype
+        and (bias is None or (bias.dtype == dtype and bias.is_contiguous()))
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _quantized_product(weight: Any) -> Callable[..., Tensor] | None:
+    kind = type(weight.data).__name__
+    if kind == "Int8Tensor" and weight.scale.numel() == len(weight) and _is_weight_only(weight):
+        return partial(ops.linear, weight=weight.qdata, scale=weight.scale.flatten().float())
+    if kind == "Int4OpaqueTensor" and _is_weight_only(weight):
+        return partial(
+            ops.int4_linear, packed=weight.qdata, scale_and_zero=weight.scale_and_zero, group=weight.block_size[-1]
+        )
+    return None
+
+
+def _is_weight_only(weight: Any) -> bool:
+    """Whether a weight of torchao is a product of integers and scales, and activations stay as they are."""
+    others = ("act_quant_kwargs", "act_mapping_type", "act_pre_scale")
+    zero_point = getattr(weight, "zero_point", None)
+    return all(getattr(weight, name, None) is None for name in others) and (zero_point is None or not zero_point.any())
+
+
+@torch.no_grad()
+def _agrees(module: nn.Linear, product: Callable[..., Tensor]) -> bool:
+    generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
+    input = torch.randn(1, module.in_features, generator=generator).to(module.weight.dtype)
+    want = functional.linear(input, module.weight, module.bias).float()
+    error, size = (product(input, bias=module.bias).float() - want).norm(), want.norm()
+    return bool(error <= max(1e-3, 4 * torch.finfo(input.dtype).eps) * size)
