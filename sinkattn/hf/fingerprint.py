@@ -26,8 +26,6 @@ ADAPTER_SETTINGS = ("_active_adapter", "_disable_adapters", "scaling")
 # Parts of the names of configuration fields without an effect on the outputs for a stream, besides those that every
 # configuration has.
 WITHOUT_EFFECT = ("use_cache", "token_id", "dropout", "pdrop", "initializer", "quantization_config")
-# Fields that there are only with rings of 8 bits.
-OPTIONAL = ("cache_dtype", "key_factors")
 
 
 def fingerprint(patch: ModelPatch) -> dict[str, Any]:
@@ -39,12 +37,11 @@ def fingerprint(patch: ModelPatch) -> dict[str, Any]:
     is noticed; a change of a few values, such as one row of an embedding, may not be, nor one that somebody hides.
     """
     model, layout = patch.model, patch.layout
-    eight_bit = {"cache_dtype": patch.cache_dtype, "key_factors": patch.key_factors_digest}
     return {
         "class": type(model).__name__,
         "config": _config_fields(model),
         "layout": [layout.num_sinks, layout.window, layout.headroom],
-        **{name: x for name, x in eight_bit.items() if x is not None},
+        **({} if patch.cache_dtype is None else {"cache_dtype": patch.cache_dtype}),
         "dtype": str(model.dtype),
         "weights": _weight_digests(model),
     }
@@ -55,7 +52,7 @@ def check_fingerprint(patch: ModelPatch, saved: Any, accept: Collection[Accepted
     if not isinstance(accept, (tuple, list, set, frozenset)) or not set(accept) <= set(get_args(Accepted)):
         raise ValueError(f"accept: expected some of {get_args(Accepted)}, got {accept!r}")
     want = fingerprint(patch)
-    kinds = {name: (str, NoneType) if name in OPTIONAL else type(x) for name, x in want.items()}
+    kinds = {name: type(x) for name, x in want.items()} | {"cache_dtype": (str, NoneType)}
     if not isinstance(saved, dict) or not all(isinstance(saved.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(f"path: model: expected {sorted(want)}, got {saved!r}")
     _check_same("class", want["class"], saved["class"])
@@ -64,8 +61,6 @@ def check_fingerprint(patch: ModelPatch, saved: Any, accept: Collection[Accepted
         _check_same(f"config.{name}", want["config"][name], saved["config"][name])
     _check_same("layout", want["layout"], saved["layout"], " (num_sinks, window, headroom)")
     _check_same("cache_dtype", want.get("cache_dtype"), saved.get("cache_dtype"))
-    hint = "; enable(model, cache_dtype=...) measures them, and other weights, dtypes or kernels may give others"
-    _check_same("key_factors", want.get("key_factors"), saved.get("key_factors"), hint)
     if "dtype" not in accept:
         _check_same("dtype", want["dtype"], saved["dtype"], "; accept=('dtype',) would convert it")
     digests = {"exact"} if want["dtype"] == saved["dtype"] else want["weights"].keys() - {"exact"}

@@ -27,12 +27,10 @@ class ModelPatch:
         id: identifies the patch; a cache works only with the patch that it was created for.
         cache_class: class of the cache that ``SinkCache(model)`` creates, `SinkCache` or a subclass.
         cache_dtype: of tokens that are not sinks in the rings of a cache; None for that of the model.
-        key_factors_digest: identifies factors that rings hold keys divided by; None without any.
     """
 
     cache_class: type[Any]
     cache_dtype: CacheDtype | None = None
-    key_factors_digest: str | None = None
 
     def __init__(self, model: PreTrainedModel, decoder: PreTrainedModel, layout: RingLayout) -> None:
         self.id = uuid.uuid4().hex

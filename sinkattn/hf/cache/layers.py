@@ -20,17 +20,29 @@ from sinkattn.ring_cache import RingKVCache
 
 
 class SinkLayer(CacheLayerMixin):
-    """Ring of one attention layer. Its memory is allocated when the layer first runs."""
+    """Ring of one attention layer. Its memory is allocated when the layer first runs.
+
+    Args:
+        state: of the cache.
+        layout: of the ring.
+        model_factors: factors of new streams, powers of two, ``[kv_heads, head_dim]``; None for ones.
+
+    Attributes:
+        key_factors: what keys of the ring are divided by, and their queries multiplied, before they are rotated:
+            ``[batch, kv_heads, head_dim]``, in the dtype of the ring; None for ones.
+    """
 
     is_sliding = False
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, state: SharedCacheState, layout: RingLayout) -> None:
+    def __init__(self, state: SharedCacheState, layout: RingLayout, model_factors: Tensor | None = None) -> None:
         super().__init__()
         self.state = state
         self.layout = layout
+        self.model_factors = model_factors
         self.ring: RingKVCache | None = None
+        self.key_factors: Tensor | None = None
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]  # a property, as in some layers of transformers
@@ -55,13 +67,39 @@ class SinkLayer(CacheLayerMixin):
         if self.state.counter_ring is None:
             self.state.counter_ring = self.ring
         self._ring_changed(self.ring)
+        self.set_factors(slice(None), self.model_factors)
         self.is_initialized = True
 
     def free(self) -> None:
         """Release the memory of the ring."""
-        self.ring = self.keys = self.values = None
+        self.ring = self.keys = self.values = self.key_factors = None
         self.is_initialized = False
         self.__dict__.pop("batch_size", None)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is held of the streams, by name, rows first: `RingKVCache.tensors`, and ``key_factors`` if any."""
+        tensors = {} if self.ring is None else self.ring.tensors
+        return tensors if self.key_factors is None else {**tensors, "key_factors": self.key_factors}
+
+    @property
+    def key_exponents(self) -> Tensor:
+        """Of `key_factors`, of a ring of 8 bits: int8 ``[batch, kv_heads, head_dim]``, 0 without any."""
+        if self.key_factors is None:
+            assert self.ring is not None
+            return torch.zeros_like(self.ring.keys[:, :, 0], dtype=torch.int8)
+        return self.key_factors.log2().round().to(torch.int8)
+
+    def set_factors(self, rows: int | slice, factors: Tensor | None) -> None:
+        """Give rows, which have no tokens or tokens with them, factors ``[..., kv_heads, head_dim]``; None for ones."""
+        if self.key_factors is None and factors is not None:
+            assert self.ring is not None
+            batch, kv_heads, _, head_dim = self.ring.keys.shape
+            shape, dtype, device = (batch, kv_heads, head_dim), self.ring.dtype, self.ring.keys.device
+            with torch.inference_mode(False):
+                self.key_factors = torch.ones(shape, dtype=dtype, device=device)
+        if self.key_factors is not None:
+            self.key_factors[rows] = 1 if factors is None else factors
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the new keys and values unchanged: the attention function appends them to the ring."""
@@ -95,7 +133,10 @@ class SinkLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was, in place."""
         if self.ring is not None:
-            self.ring.reorder(beam_idx.to(self.ring.seen.device, torch.int64))
+            beam_idx = beam_idx.to(self.ring.seen.device, torch.int64)
+            self.ring.reorder(beam_idx)
+            if self.key_factors is not None:
+                self.key_factors.copy_(self.key_factors[beam_idx])
 
     def take_rows(self, index: Tensor) -> None:
         """Row i becomes what row ``index[i]`` was; the number of rows may change."""
@@ -103,6 +144,9 @@ class SinkLayer(CacheLayerMixin):
             self.ring.take_rows(index)
             if self.state.counters is not self.ring:
                 self.ring.share_seen(self.state.counters)
+            if self.key_factors is not None:
+                with torch.inference_mode(False), torch.no_grad():
+                    self.key_factors = self.key_factors[index]
             self._ring_changed(self.ring)
 
     def _ring_changed(self, ring: RingKVCache) -> None:
@@ -110,22 +154,33 @@ class SinkLayer(CacheLayerMixin):
         self.batch_size = len(ring.keys)
 
     def replace(self, tensors: dict[str, Tensor]) -> None:
-        """Hold these tensors (`RingKVCache.tensors`) in the ring, of as many rows as the counters have now."""
+        """Hold these `layer_tensors`, of as many rows as the counters have now."""
         if self.ring is not None:
             self.ring.replace(tensors, self.state.counters.seen, self.state.counters.peak)
             self._ring_changed(self.ring)
+            self.key_factors = None
+            exponents = tensors.get("key_exponents")
+            if exponents is not None and exponents.any():
+                self.set_factors(slice(None), exponents.exp2())
 
     def reset(self) -> None:
         """Start new streams in the same memory."""
         if self.ring is not None:
             self.ring.reset()
+            self.set_factors(slice(None), self.model_factors)
 
 
 class StatefulSinkLayer(SinkLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]  # bases differ in `device`
     """Ring and states of a layer with attention and a convolutional or recurrent state (Falcon-H1)."""
 
-    def __init__(self, state: SharedCacheState, layout: RingLayout, number_of_states: int) -> None:
-        SinkLayer.__init__(self, state, layout)
+    def __init__(
+        self,
+        state: SharedCacheState,
+        layout: RingLayout,
+        number_of_states: int,
+        model_factors: Tensor | None = None,
+    ) -> None:
+        SinkLayer.__init__(self, state, layout, model_factors)
         LinearAttentionLayer.__init__(self, number_of_states)
 
     @property
@@ -149,10 +204,16 @@ class StatefulSinkLayer(SinkLayer, LinearAttentionAndFullAttentionLayer):  # typ
 
 
 def layer_tensors(layer: Any) -> dict[str, Tensor]:
-    """What `SinkCache.save` saves of a layer of its own or of transformers, rows first: ring and states."""
+    """What `SinkCache.save` saves of a layer of its own or of transformers, rows first: ring and states.
+
+    Of each layer with a ring of 8 bits ``key_exponents``, too: those of its factors, int8, 0 where it has none. So a
+    file in which they are missing is noticed.
+    """
     tensors: dict[str, Tensor] = {}
-    if isinstance(layer, SinkLayer) and layer.ring is not None:
-        tensors |= layer.ring.tensors
+    if isinstance(layer, SinkLayer) and (ring := layer.ring) is not None:
+        tensors |= ring.tensors
+        if ring.eight_bit:
+            tensors["key_exponents"] = layer.key_exponents
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         for i in range(layer.number_of_states):
             conv, recurrent = layer.conv_states[i], layer.recurrent_states[i]

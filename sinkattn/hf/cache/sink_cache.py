@@ -375,9 +375,10 @@ class SinkCache(Cache):
         """Save the streams to a file, from which `sinkattn.load_stream` makes a cache, in another process too.
 
         The file is in the format of safetensors: the bytes of rings and states, 4 for each recorded id, that is for 66
-        and each slot of each row (twice in a padded batch), and a header of 1 to 3 KB and 100 bytes for each tensor. A
-        file that exists is replaced: whoever reads it, also after a crash, finds the old one or the new one. A save
-        that was killed may leave a folder ``.NAME.saving`` beside it, which the next save to this path removes.
+        and each slot of each row (twice in a padded batch), with a cache_dtype one for each element of a key in each
+        row, and a header of 1 to 3 KB and 100 bytes for each tensor. A file that exists is replaced: whoever reads
+        it, also after a crash, finds the old one or the new one. A save that was killed may leave a folder
+        ``.NAME.saving`` beside it, which the next save to this path removes.
 
         Raises:
             RuntimeError: in the middle of a forward or of `generate`; or the model is not enabled any more.

@@ -15,7 +15,7 @@ from sinkattn.hf.model_patch import require_patch
 from sinkattn.hf.pool.disk import OnDisk
 from sinkattn.hf.pool.moved import moved
 from sinkattn.hf.pool.row_cache import RowCache, RowInput
-from sinkattn.hf.pool.row_tensors import RowTensors, row_tensors, with_sinks, write_row
+from sinkattn.hf.pool.row_tensors import RowTensors, clear_row, row_tensors, with_sinks, write_row
 from sinkattn.hf.stream import keep_last_logits
 from sinkattn.hf.swap.ring_patch import RingPatch
 from sinkattn.hf.versions import forward_cache
@@ -170,9 +170,8 @@ class RingMemory:
         """Free the row of a stream, and let nothing of it stay there."""
         row, stream.row = stream.row, None
         if row is not None:
-            for tensors in row_tensors(self._cache.layers, row):
-                for x in tensors.values():
-                    x.zero_()
+            for layer in self._cache.layers:
+                clear_row(layer, row)
 
     def copy(self, stream: StreamMemory) -> StreamMemory:
         """See `Memory`."""
@@ -197,7 +196,7 @@ class RingMemory:
         if cache.seen is None:
             return stream
         for layer, num_sinks in zip(cache.layers, self._reserved_sinks(), strict=True):
-            own = {name: x[0].cpu() for name, x in layer.ring.tensors.items()}
+            own = {name: x[0].cpu() for name, x in layer.tensors.items()}
             contents.append(with_sinks(own, layer.layout.num_sinks, num_sinks))
         stream.contents, stream.seen, stream.peak = contents, cache.tokens_seen, cache.state.peak_columns
         return stream

@@ -11,13 +11,12 @@ from torch.nn import functional
 from sinkattn.hf.cache.layers import SinkLayer
 
 RowTensors = dict[str, Tensor]
-"""A row of each of `RingKVCache.tensors`, of one layer."""
+"""A row of each of `SinkLayer.tensors`, of one layer."""
 
 
 def row_tensors(layers: Iterable[SinkLayer], row: int) -> list[RowTensors]:
     """What a row holds in each layer that has memory; not copied."""
-    rings = (layer.ring for layer in layers if layer.ring is not None)
-    return [{name: x[row] for name, x in ring.tensors.items()} for ring in rings]
+    return [{name: x[row] for name, x in layer.tensors.items()} for layer in layers if layer.ring is not None]
 
 
 def write_row(layer: SinkLayer, row: int, tensors: RowTensors, device: torch.device) -> None:
@@ -28,6 +27,15 @@ def write_row(layer: SinkLayer, row: int, tensors: RowTensors, device: torch.dev
     assert layer.ring is not None
     for name, x in layer.ring.tensors.items():
         x[row].copy_(tensors[name])
+    layer.set_factors(row, tensors.get("key_factors"))
+
+
+def clear_row(layer: SinkLayer, row: int) -> None:
+    """Let nothing of a row stay in a layer, for a new stream."""
+    if layer.ring is not None:
+        for x in layer.ring.tensors.values():
+            x[row].zero_()
+        layer.set_factors(row, layer.model_factors)
 
 
 def with_sinks(tensors: RowTensors, num_sinks: int, wanted: int) -> RowTensors:

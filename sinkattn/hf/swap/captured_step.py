@@ -265,10 +265,10 @@ def ring_layers(cache: SinkCache) -> Iterator[SinkLayer]:
 
 def ring_addresses(cache: SinkCache) -> list[tuple[int, ...] | None]:
     """Where the rings of a cache lie."""
-    rings = (layer.ring for layer in ring_layers(cache))
+    rings = ((layer.ring, layer.tensors.values()) for layer in ring_layers(cache))
     return [
-        None if ring is None else tuple(x.data_ptr() for x in (*ring.tensors.values(), ring.seen, ring.arrivals))
-        for ring in rings
+        None if ring is None else tuple(x.data_ptr() for x in (*tensors, ring.seen, ring.arrivals))
+        for ring, tensors in rings
     ]
 
 

@@ -11,7 +11,6 @@ are powers of two, which multiply exactly.
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
@@ -66,14 +65,6 @@ def _of_pairs(squares: Tensor, rotation: Rotation | None) -> Tensor:
 
 
 def apply_factors(query: Tensor, key: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    """Query times and key divided by factors ``[kv_heads, head_dim]``; their scores are the same, bit for bit."""
-    factors = factors.to(key.device, key.dtype)[:, None]
-    return (query.unflatten(1, (len(factors), -1)) * factors[:, None]).flatten(1, 2), key / factors
-
-
-def digest(factors: list[Tensor | None]) -> str | None:
-    """64 bits of SHA-256 of the factors of all layers, in hexadecimal; None if no layer has any."""
-    if all(x is None for x in factors):
-        return None
-    exponents = [None if x is None else x.log2().to(torch.int8).tolist() for x in factors]
-    return hashlib.sha256(repr(exponents).encode()).hexdigest()[:16]
+    """Query times and key divided by factors ``[batch, kv_heads, head_dim]``; scores are the same, bit for bit."""
+    factors = factors.to(key.dtype).unsqueeze(2)
+    return (query.unflatten(1, (factors.shape[1], -1)) * factors.unsqueeze(2)).flatten(1, 2), key / factors

@@ -15,6 +15,7 @@ from sinkattn import ops
 from sinkattn.hf.cache.sink_cache import SinkCache
 from sinkattn.hf.model_patch import ModelPatch
 from sinkattn.hf.probe.result import LayerInfo, Rotation, Temperature
+from sinkattn.hf.swap.key_factors import apply_factors
 from sinkattn.ring_cache import RingKVCache
 from sinkattn.rope import Rope, table_dtype
 
@@ -51,6 +52,8 @@ class RingTensors(NamedTuple):
     """None: allocated by the call."""
     dtype: torch.dtype
     eight_bit: dict[str, Any]
+    key_factors: Tensor | None = None
+    """See `SinkLayer`."""
 
 
 def _unseen_by_modes() -> AbstractContextManager[Any]:
@@ -92,7 +95,8 @@ class RunningForward:
         if not layer.is_initialized:
             layer.lazy_initialization(key, value)
         own: RingKVCache = layer.ring
-        ring = RingTensors(own.keys, own.values, *self.cache.ring_counters(own), own.dtype, own.eight_bit)
+        counters = self.cache.ring_counters(own)
+        ring = RingTensors(own.keys, own.values, *counters, own.dtype, own.eight_bit, layer.key_factors)
         if self.rings_before is not None:
             with _unseen_by_modes():
                 # An empty ring takes no memory here.
@@ -160,6 +164,9 @@ def attend_over_ring(
     ring = forward.ring_tensors(info.index, key, value)
     layout = forward.cache.layers[info.index].layout
     row_options = forward.cache.row_options(layout)
+    if (factors := ring.key_factors) is not None:
+        rows = row_options.get("rows")
+        query, key = apply_factors(query, key, factors if rows is None else factors[rows])
     # Under autocast rotated queries and keys are in fp32, and a stream may enter or leave autocast between calls.
     dtype = value.dtype
     query, key, value = (x.to(ring.dtype) for x in (query, key, value))

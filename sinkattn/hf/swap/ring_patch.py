@@ -30,7 +30,6 @@ from sinkattn.hf.probe.result import ProbeResult, Rotation
 from sinkattn.hf.probe.rotations import identity_rotation_hook
 from sinkattn.hf.swap.captured_step import NewGraph
 from sinkattn.hf.swap.compiled_step import CompiledStep
-from sinkattn.hf.swap.key_factors import apply_factors, digest
 from sinkattn.hf.swap.layer_attention import ATTENTION_NAME, LayerGroup, Padding, RunningForward, attend_over_ring
 from sinkattn.hf.swap.linear_layers import (
     LinearForward,
@@ -73,7 +72,8 @@ class RingPatch(StreamPatch):
     """Patch of a model without absolute positions: each attention layer gets a ring.
 
     Attributes:
-        key_factors: of layers that have some (`sinkattn.hf.swap.key_factors`); only with rings of 8 bits.
+        key_factors: of layers that have some, ``[kv_heads, head_dim]``, for new streams
+            (`sinkattn.hf.swap.key_factors`); only with rings of 8 bits.
     """
 
     def __init__(
@@ -96,11 +96,6 @@ class RingPatch(StreamPatch):
         self._compiled_step: CompiledStep | None = None
         self._step_graphs: StepGraphs | None = None
         self._quantized_forwards: list[LinearForward] = []
-
-    @property
-    def key_factors_digest(self) -> str | None:  # type: ignore[override]  # a property here
-        """See `ModelPatch`."""
-        return digest([self.key_factors.get(module) for module in self.probe_result.layers])
 
     def _check_decoder(self) -> None:
         name = type(self.model).__name__
@@ -157,10 +152,11 @@ class RingPatch(StreamPatch):
             index = self.probe_result.layers[module].index
             native = layers[index]
             layout = state.layout if group.layout is self.layout else group.layout
+            factors = self.key_factors.get(module)
             if isinstance(native, LinearAttentionCacheLayerMixin):
-                layers[index] = StatefulSinkLayer(state, layout, native.number_of_states)
+                layers[index] = StatefulSinkLayer(state, layout, native.number_of_states, factors)
             else:
-                layers[index] = SinkLayer(state, layout)
+                layers[index] = SinkLayer(state, layout, factors)
         return layers
 
     def max_visible(self) -> int | None:
@@ -425,8 +421,6 @@ class RingPatch(StreamPatch):
                 "decoder was replaced after sinkattn.enable(model): call sinkattn.disable(model), then enable it again"
             )
         info, group = self.probe_result.layers[module], self.groups[module]
-        if (factors := self.key_factors.get(module)) is not None:
-            query, key = apply_factors(query, key, factors)
         return attend_over_ring(running, info, group, query, key, value, scale=scale, backend=self.backend, **options)
 
 

@@ -29,7 +29,7 @@ class _Measured(RingPatch):
         some = slice(max(0, NUM_SKIPPED - num_missing), None)
         factors = key_factors(query[:, :, some], key[:, :, NUM_SKIPPED:], self.groups[module].rotation)
         if factors is not None:
-            self.key_factors[module] = factors.to(key.dtype)  # once, not in every step
+            self.key_factors[module] = factors
         return super().attend(module, query, key, value, scale, **options)
 
 
