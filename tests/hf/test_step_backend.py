@@ -15,6 +15,7 @@ from sinkattn import ops
 from sinkattn.hf.model_patch import PatchedForward
 from sinkattn.hf.quantize import quantize_weights
 from sinkattn.hf.swap import step_backend
+from sinkattn.hf.swap.linear_layers import LinearForward
 from sinkattn.hf.swap.step_backend import keep_guards, merge_linears, replace_linears
 
 COLUMNS = 24
@@ -217,14 +218,15 @@ def test_a_model_gets_four_calls_in_each_layer(quantize, monkeypatch):
     assert (every - kept > every / 6) == (quantize is not None)
 
 
-def test_only_guards_within_a_patched_forward_are_dropped():
+@pytest.mark.parametrize("kind", [PatchedForward, LinearForward])
+def test_only_guards_within_a_patched_forward_are_dropped(kind):
     """Those of the forward itself stay, and of what only has a similar name."""
 
     class Guard:
         def __init__(self, name, value=None):
             self.name, self.value = name, value
 
-    patched = PatchedForward(print)
+    patched = kind(print)
     guards = {
         Guard("L['step'].layers[0].forward", patched): True,
         Guard("L['step'].layers[0].forward.args"): False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,8 +13,9 @@ from torch.nn import functional
 
 from sinkattn import ops
 
-# PyTorch's product of one token is as fast in float32, and slower by half or more in these.
-DTYPES = (torch.bfloat16, torch.float16)
+# PyTorch's product of one token is as fast in float32. On arm64 it has kernels of Arm's for half precision, beside
+# which ours was not timed.
+DTYPES = (torch.bfloat16, torch.float16) if platform.machine() == "x86_64" else ()
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -50,11 +52,16 @@ def linear_forward(module: nn.Module) -> LinearForward | None:
 
 def _linear(module: nn.Linear, input: Tensor) -> Tensor:
     """Linear layer with the weights that it has now, which may have been moved, converted or quantized."""
-    weight, bias = module.weight, module.bias
-    can_read = type(weight) is nn.Parameter and weight.is_cpu and weight.is_contiguous()
-    if can_read and _is_suited(input, weight.shape[1], weight.dtype, bias):
-        return ops.linear(input, weight, bias=bias)
-    return functional.linear(input, weight, bias)
+    # Attributes of modules take longer to read.
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if (
+        type(weight) is nn.Parameter
+        and weight.is_cpu
+        and weight.is_contiguous()
+        and _is_suited(input, weight.shape[1], weight.dtype, bias)
+    ):
+        return ops.linear_operator(input, [weight], [], [] if bias is None else [bias])
+    return functional.linear(input, module.weight, module.bias)
 
 
 def _quantized_linear(

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sinkattn import ops
 from sinkattn.hf.model_patch import PatchedForward
+from sinkattn.hf.swap.linear_layers import LinearForward
 
 # Plain loops are as fast as vectors for values of fewer elements; states of recurrent layers are larger.
 MAX_SMALL_ELEMENTS = 1 << 16
@@ -62,11 +63,11 @@ def _is_static(value: Tensor) -> bool:
 
 
 def keep_guards(guards: Sequence[Any]) -> list[bool]:
-    """Which of Dynamo's guards to check in every step: all but those of what is in a `PatchedForward`.
+    """Which of Dynamo's guards to check in every step: all but those of what is in a forward that `enable` has set.
 
     These never fail: a forward that is replaced by another one fails its own guard.
     """
-    patched = {guard.name for guard in guards if isinstance(guard.value, PatchedForward)}
+    patched = {guard.name for guard in guards if isinstance(guard.value, (PatchedForward, LinearForward))}
 
     def is_within(name: str) -> bool:
         return any(name[: match.end()] in patched for match in re.finditer(r"\.forward(?=\.)", name))
