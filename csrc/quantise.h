@@ -45,7 +45,10 @@ SINKATTN_HOST_DEVICE inline void quantise_element(Float8& to, float x, float sca
 }
 
 // int8 vectors of up to kShortDim elements get the best of kNumScales scales: that of scale_of, and larger ones.
+// Not those whose largest element has this magnitude or more: with a larger scale it may become more than it was, and too
+// large for float16.
 constexpr int kShortDim = 32, kNumScales = 16;
+constexpr uint32_t kTooLargeForChoice = 0x47000000;  // 2^15
 template <typename stored_t>
 SINKATTN_HOST_DEVICE constexpr bool has_choice_of_scales(int64_t dim) {
   return std::is_same_v<stored_t, int8_t> && dim <= kShortDim;
@@ -98,7 +101,7 @@ inline float quantise(stored_t* out, const scalar_t* in, int64_t in_stride, int6
     if (magnitude > largest) largest = magnitude;
   }
   float scale = scale_of<stored_t>(largest);
-  if (has_choice_of_scales<stored_t>(dim) && largest < kInfinityBits) {
+  if (has_choice_of_scales<stored_t>(dim) && largest < kTooLargeForChoice) {
     float scaled[kShortDim];
     for (int64_t d = 0; d < dim; ++d) scaled[d] = static_cast<float>(in[d * in_stride]) / scale;
     uint32_t best = UINT32_MAX;

@@ -292,13 +292,13 @@ __global__ void append_eight_bit_kernel(
     if (has_choice_of_scales<stored_t>(dim)) {
       uint32_t best = UINT32_MAX;
       const auto consider = [&](uint32_t rank) { best = rank < best ? rank : best; };
-      for (int k = lane; in_ring && largest < kInfinityBits && k < kNumScales; k += lanes) {
+      for (int k = lane; in_ring && largest < kTooLargeForChoice && k < kNumScales; k += lanes) {
         consider(rank_of_scale(k, dim, [&](int64_t d) { return x[d] / scale; }));
       }
       best_of[threadIdx.x] = best;
       __syncthreads();
       for (int i = group * lanes; in_ring && i < (group + 1) * lanes; ++i) consider(best_of[i]);
-      scale *= scale_factor(scale_of_rank(best));
+      if (largest < kTooLargeForChoice) scale *= scale_factor(scale_of_rank(best));
     }
     if (in_ring) {
       const int64_t target = now.cache_kv_row * call.layout.ring() + now.slot - sinks;

@@ -51,6 +51,10 @@ SHORT_DIM = 32
 NUM_SCALES = 16
 """Of these; the k-th is (128 + k) / 128 times the first."""
 
+TOO_LARGE_FOR_CHOICE = 2.0**15
+"""Vectors with such an element, or a larger one, get the first scale: with another one it may become more than it was,
+and too large for float16."""
+
 
 def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Round vectors, the last dimension of ``x``, to 8 bits: ``dtype`` int8 or float8_e4m3fn.
@@ -69,7 +73,8 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scale = largest / torch.full_like(largest, limit)
     is_finite = x.isfinite().all(dim=-1, keepdim=True)
     if dtype == torch.int8 and x.shape[-1] <= SHORT_DIM:
-        scale = scale * _best_factor(torch.where(is_finite, x / scale, 0))
+        factor = _best_factor(torch.where(is_finite, x / scale, 0))
+        scale = scale * torch.where(largest < TOO_LARGE_FOR_CHOICE, factor, 1)
     scaled = torch.where(is_finite, x / scale, 0)
     q = scaled.round() if dtype == torch.int8 else scaled.clamp(-limit, limit)
     return q.to(dtype), torch.where(is_finite, scale, torch.nan)

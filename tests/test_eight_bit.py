@@ -55,6 +55,16 @@ def test_short_vectors_get_the_best_of_several_scales(dim):
     assert error < errors[0].mean() * (0.65 if dim < 32 else 0.85)
 
 
+def test_the_largest_element_of_float16_stays_finite():
+    x = torch.randn(500, 8) * 1000
+    x[:, 3] = torch.finfo(torch.float16).max
+    q, scale = quantise(x, torch.int8)
+    assert (q * scale).half().isfinite().all()
+    x /= 2
+    q, scale = quantise(x, torch.int8)
+    assert (q * scale).amax() > x.amax()  # as it may, where there is room
+
+
 def test_other_vectors_have_one_scale():
     x = torch.randn(10, 33)
     largest = x.abs().amax(dim=1, keepdim=True)

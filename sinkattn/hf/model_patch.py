@@ -47,6 +47,11 @@ class ModelPatch:
         self.__dict__ |= state
         _patches[id(self)] = self
 
+    @property
+    def is_installed(self) -> bool:
+        """Whether the model is patched."""
+        return self.model.__dict__.get("_sinkattn") is self
+
     def install(self) -> None:
         """Patch the model."""
         for module in {self.model, self.decoder}:
@@ -149,8 +154,7 @@ def _dispatch(
     patch: ModelPatch, module: nn.Module, forward: Callable, previous: Callable | None, *args: Any, **kwargs: Any
 ) -> Any:
     """Call the patched forward while the patch is installed, else the original."""
-    is_enabled = patch.model.__dict__.get("_sinkattn") is patch
-    return (forward if is_enabled else _original_forward(module, previous))(*args, **kwargs)
+    return (forward if patch.is_installed else _original_forward(module, previous))(*args, **kwargs)
 
 
 class PatchedForward(partial):

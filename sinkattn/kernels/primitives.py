@@ -14,7 +14,8 @@ MAX_TOKENS = tl.constexpr(1 << 61)
 LOWEST_SCORE = tl.constexpr(-3.4028234663852886e38)
 """Initial running maximum: the lowest finite fp32, as infinity minus infinity is NaN."""
 
-MIN_LARGEST, SHORT_DIM, NUM_SCALES = tl.constexpr(2.0**-100), tl.constexpr(32), tl.constexpr(16)
+MIN_LARGEST, TOO_LARGE_FOR_CHOICE = tl.constexpr(2.0**-100), tl.constexpr(2.0**15)
+SHORT_DIM, NUM_SCALES = tl.constexpr(32), tl.constexpr(16)
 """The same as in `sinkattn.reference`."""
 
 
@@ -109,7 +110,7 @@ def quantise(x, dtype: tl.constexpr):
     scale = tl.div_rn(tl.maximum(largest, MIN_LARGEST), limit)
     scaled = tl.where(is_finite[:, None], tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)), 0.0)
     if dtype == tl.int8 and x.shape[1] <= SHORT_DIM:
-        scale *= _best_factor(scaled)
+        scale *= tl.where(largest < TOO_LARGE_FOR_CHOICE, _best_factor(scaled), 1.0)
         scaled = tl.where(is_finite[:, None], tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)), 0.0)
     # The sum with 1.5 * 2^23 units of the last place of q has no room for a fraction of such a unit, so it is rounded
     # to nearest even. Neither the interpreter's cast to float8 rounds so, nor any cast to integers.

@@ -102,7 +102,8 @@ inline Held hold(sinkattn::RingType type, std::vector<float> x, bool is_key) {
   const auto divide = [](float a, double b) { return static_cast<float>(a / b); };
   Held held{{}, divide(largest, magnitude_of_code(type, largest_code(type))), {}};
   if (!finite) held.scale = std::numeric_limits<float>::quiet_NaN();
-  if (finite && type == sinkattn::RingType::kInt8 && x.size() <= 32) held.scale *= best_factor(x, held.scale);
+  const bool has_choice = finite && largest < 32768 && type == sinkattn::RingType::kInt8 && x.size() <= 32;
+  if (has_choice) held.scale *= best_factor(x, held.scale);
   for (const float element : x) {
     held.codes.push_back(finite ? nearest_code(type, divide(element, held.scale)) : 0);
     held.values.push_back(number_of_code(type, held.codes.back()) * held.scale);

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from hf_models import build, random_ids
+from torch.autograd import forward_ad
 
 import sinkattn
 from sinkattn.hf.quantize import quantize_weights
@@ -73,6 +74,43 @@ def test_disable_restores_every_forward():
     assert all("forward" in module.__dict__ for module in linear_modules(model))
     sinkattn.disable(model)
     assert [sorted(module.__dict__) for module in model.modules()] == attributes
+
+
+@torch.no_grad()
+def test_a_layer_that_others_wrap_is_its_own_after_disable(calls):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = build("llama", torch.bfloat16)
+    sinkattn.enable(model, S, W)
+    other = build("llama", torch.bfloat16)
+    other.lm_head = model.lm_head
+    hooks.add_hook_to_module(model.lm_head, hooks.ModelHook())
+    sinkattn.enable(other, S, W)
+    sinkattn.disable(model)
+    x = torch.randn(1, 1, model.lm_head.in_features, dtype=torch.bfloat16)
+    model.lm_head(x)
+    assert not calls
+    hooks.remove_hook_from_module(model.lm_head)
+    model.lm_head(x)
+    assert not calls
+    layer = other.model.layers[0].mlp.up_proj
+    assert "forward" in layer.__dict__
+    model.lm_head = layer
+    sinkattn.disable(sinkattn.enable(model, S, W))  # it is that of the other model
+    layer(x)
+    assert len(calls) == 1
+
+
+@torch.no_grad()
+def test_transforms_are_those_of_pytorch(calls):
+    layer = sinkattn.enable(build("llama", torch.bfloat16), S, W).lm_head
+    x, v = torch.randn(2, 3, 1, layer.in_features, dtype=torch.bfloat16)
+    want = torch.nn.functional.linear(v, layer.weight)
+    torch.testing.assert_close(torch.func.jvp(layer, (x,), (v,))[1], want)
+    torch.testing.assert_close(torch.vmap(layer)(v), want)
+    with forward_ad.dual_level():
+        dual = layer(forward_ad.make_dual(x, v))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, want)
+    assert not calls
 
 
 def test_float32_stays_as_it_is():

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from sinkattn import ops
+from sinkattn.hf.model_patch import ModelPatch
 
 # PyTorch's product of one token is as fast in float32. On arm64 it has kernels of Arm's for half precision, beside
 # which ours was not timed.
@@ -24,18 +26,19 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 class LinearForward(partial[Tensor]):
-    """A forward that `linear_forward` has made."""
+    """A forward that `linear_forward` has made; its first argument is the patch."""
 
 
-def restore_forwards(model: nn.Module) -> None:
-    """Give linear layers the forwards of their class again."""
-    for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), LinearForward):
+def restore_forwards(patch: ModelPatch) -> None:
+    """Give the linear layers of a model the forwards of their class again."""
+    for module in patch.model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, LinearForward) and forward.args[0] is patch:
             del module.__dict__["forward"]
 
 
-def linear_forward(module: nn.Module) -> LinearForward | None:
-    """Forward of a linear layer on a CPU that is fast for few tokens.
+def linear_forward(patch: ModelPatch, module: nn.Module) -> LinearForward | None:
+    """Forward of a linear layer on a CPU that is fast for few tokens, while a patch is installed.
 
     None for other modules, layers whose forward was replaced, weights in float32, and those of an unknown kind:
     quantized ones with which it does not agree with the layer's own on a random token, too.
@@ -43,19 +46,21 @@ def linear_forward(module: nn.Module) -> LinearForward | None:
     if type(module) is not nn.Linear or not module.weight.is_cpu or "forward" in module.__dict__:
         return None
     if not is_quantized(module):
-        return LinearForward(_linear, module) if module.weight.dtype in DTYPES else None
+        return LinearForward(_linear, patch, module) if module.weight.dtype in DTYPES else None
     product = _quantized_product(module.weight)
     if product is None or not _agrees(module, product):
         return None
-    return LinearForward(_quantized_linear, module, product, module.weight, module.weight.dtype)
+    return LinearForward(_quantized_linear, patch, module, product, module.weight, module.weight.dtype)
 
 
-def _linear(module: nn.Linear, input: Tensor) -> Tensor:
+def _linear(patch: ModelPatch, module: nn.Linear, input: Tensor) -> Tensor:
     """Linear layer with the weights that it has now, which may have been moved, converted or quantized."""
     # Attributes of modules take longer to read.
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if (
-        type(weight) is nn.Parameter
+        not torch.compiler.is_dynamo_compiling()  # compilers know PyTorch's operator better
+        and patch.is_installed
+        and type(weight) is nn.Parameter
         and weight.is_cpu
         and weight.is_contiguous()
         and _is_suited(input, weight.shape[1], weight.dtype, bias)
@@ -65,11 +70,16 @@ def _linear(module: nn.Linear, input: Tensor) -> Tensor:
 
 
 def _quantized_linear(
-    module: nn.Linear, product: Callable[..., Tensor], weight: Tensor, dtype: torch.dtype, input: Tensor
+    patch: ModelPatch,
+    module: nn.Linear,
+    product: Callable[..., Tensor],
+    weight: Tensor,
+    dtype: torch.dtype,
+    input: Tensor,
 ) -> Tensor:
     """Linear layer with the quantized weights that ``product`` was made of, unless it has others by now."""
     # In a graph they would become inputs, and torch caches no graph on disk whose inputs are of a subclass.
-    is_same = torch.compiler.is_dynamo_compiling() or module.weight is weight
+    is_same = torch.compiler.is_dynamo_compiling() or (patch.is_installed and module.weight is weight)
     if is_same and _is_suited(input, module.in_features, dtype, module.bias):
         return product(input, bias=module.bias)
     return functional.linear(input, module.weight, module.bias)
@@ -77,7 +87,7 @@ def _quantized_linear(
 
 def has_replaced_weights(forward: LinearForward) -> bool:
     """Whether the weights of a quantized layer were replaced since `linear_forward` returned this forward of it."""
-    module, _, weight, _ = forward.args
+    _, module, _, weight, _ = forward.args
     return module.weight is not weight
 
 
@@ -89,7 +99,13 @@ def _is_suited(input: Tensor, columns: int, dtype: torch.dtype, bias: Tensor | N
         and (bias is None or (bias.dtype == dtype and bias.is_contiguous()))
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
+        and (torch.compiler.is_dynamo_compiling() or not _is_transformed())
     )
+
+
+def _is_transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation, which the operator does not know, may be at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _quantized_product(weight: Any) -> Callable[..., Tensor] | None:

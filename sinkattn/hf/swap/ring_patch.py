@@ -203,7 +203,7 @@ class RingPatch(StreamPatch):
         inside = set(self.decoder.modules()) if compiled else ()
         for module in self.model.modules():
             if is_quantized(module) or module not in inside:
-                forward = linear_forward(module)
+                forward = linear_forward(self, module)
                 if forward is not None:
                     # Not by set_attribute: a layer that takes the place of this one would leave its weights there.
                     module.__dict__["forward"] = forward
@@ -213,7 +213,7 @@ class RingPatch(StreamPatch):
     def remove(self) -> None:
         """See `ModelPatch`."""
         super().remove()
-        restore_forwards(self.model)
+        restore_forwards(self)
 
     def capture_steps(self, new_graph: NewGraph) -> None:
         """Capture decode steps in graphs from now on."""
