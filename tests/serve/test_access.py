@@ -96,6 +96,7 @@ def test_a_client_that_goes_away_frees_its_stream(guarded):
             )
             connection.sendall(head.encode() + body)
             guarded.wait_until(lambda: guarded.server.num_at_work == 1)
+            guarded.wait_until(lambda: ("a", "left") in guarded.server.sessions._sessions)
             session = guarded.server.sessions._sessions["a", "left"]
             guarded.wait_until(lambda session=session, before=before: session.num_tokens > before + 30)
         guarded.wait_until(lambda: guarded.server.num_at_work == 0)
