@@ -44,9 +44,8 @@ SINKATTN_HOST_DEVICE inline void quantise_element(Float8& to, float x, float sca
   to = Float8(largest < kInfinityBits ? x / scale : 0);
 }
 
-// int8 vectors of up to kShortDim elements get the best of kNumScales scales: that of scale_of, and larger ones.
-// Not those whose largest element has this magnitude or more: with a larger scale it may become more than it was, and too
-// large for float16.
+// int8 vectors of up to kShortDim elements get the best of kNumScales scales: that of scale_of, and larger ones. But
+// not those with an element of magnitude kTooLargeForChoice: with a larger scale it may become infinite in float16.
 constexpr int kShortDim = 32, kNumScales = 16;
 constexpr uint32_t kTooLargeForChoice = 0x47000000;  // 2^15
 template <typename stored_t>
@@ -57,8 +56,8 @@ SINKATTN_HOST_DEVICE constexpr bool has_choice_of_scales(int64_t dim) {
 // By what the first of them is multiplied.
 SINKATTN_HOST_DEVICE inline float scale_factor(int k) { return static_cast<float>(128 + k) / 128; }
 
-// The smaller, the better is scale k for a vector; no two scales have the same. `scaled(d)` is an element divided by the
-// first scale. Errors are counted in 32nds of scale k: integers, so that their order does not matter.
+// The smaller, the better is scale k for a vector; no two scales have the same. `scaled(d)` is an element divided by
+// the first scale. Errors are counted in 32nds of scale k: integers, so that their order does not matter.
 template <typename Scaled>
 SINKATTN_HOST_DEVICE inline uint32_t rank_of_scale(int k, int64_t dim, const Scaled& scaled) {
   uint32_t squares = 0;

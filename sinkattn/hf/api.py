@@ -52,8 +52,8 @@ def enable(
     half of the window is dropped and the other half encoded again. Memory is constant, and so is the average time per
     token.
 
-    On a CPU, linear layers of other models in half precision, or with torchao's int8 weights, run in a kernel of
-    sinkattn for up to four tokens at once. Weights are read where they are.
+    On a CPU, linear layers of a model without absolute position embeddings run in a kernel of sinkattn for up to four
+    tokens at once, if their weights are in half precision or torchao's int8. Weights are read where they are.
 
     Change the model's configuration before `enable`, not after: the decoder of an enabled model may read a copy, since
     other models may share the original.

@@ -193,7 +193,8 @@ class Sessions(SessionTable):
     async def fork(self, owner: str, id: str, new_id: str) -> Session[Any]:
         """A copy of a session, with another id; raises ApiError if there is one of that id, or no room."""
         async with self.held(owner, id) as session:
-            # From here on nobody uses the id of the copy: who waits for one session holds no other.
+            # Nobody uses a new id yet, so this does not wait. Two requests that wait, each with a session that the
+            # other one wants, would wait for ever.
             if self._is_known(owner, new_id):
                 raise ApiError(409, f"session_id: there is a session {new_id!r} already", param="session_id")
             async with self._locked(owner, new_id) as fork:

@@ -32,6 +32,15 @@ class Replies:
             await held.content.stream.feed_async(self.opener.encoder.reply("Yes"), begins_message=False)
         return held
 
+    async def reply_and_delete(self, id):
+        """A reply that goes on until an event is set, and a deletion that waits for it."""
+        go, began = asyncio.Event(), asyncio.Event()
+        reply = asyncio.create_task(self.reply(id, until=go, began=began))
+        await began.wait()
+        deletion = asyncio.create_task(self.sessions.delete("", id))
+        await asyncio.sleep(0)
+        return go, reply, deletion
+
 
 @pytest.fixture
 def race(make_server, tmp_path):
@@ -54,11 +63,7 @@ def race(make_server, tmp_path):
 
 def test_one_that_waited_for_a_deleted_session_leaves_the_next_one_alone(race):
     async def crossing(replies):
-        go, began = asyncio.Event(), asyncio.Event()
-        first = asyncio.create_task(replies.reply("a", until=go, began=began))
-        await began.wait()
-        deletion = asyncio.create_task(replies.sessions.delete("", "a"))
-        await asyncio.sleep(0)
+        go, first, deletion = await replies.reply_and_delete("a")
         appending = asyncio.create_task(replies.reply("a", appends=True))
         await asyncio.sleep(0)
         go.set()
@@ -106,11 +111,7 @@ def test_one_that_is_cancelled_while_it_waits_holds_nothing(race):
 
 def test_copies_of_two_sessions_to_each_other_do_not_wait_for_each_other(race):
     async def crossing(replies):
-        go, began = asyncio.Event(), asyncio.Event()
-        first = asyncio.create_task(replies.reply("a", until=go, began=began))
-        await began.wait()
-        deletion = asyncio.create_task(replies.sessions.delete("", "a"))
-        await asyncio.sleep(0)
+        go, first, deletion = await replies.reply_and_delete("a")
         there = asyncio.create_task(replies.sessions.fork("", "a", "b"))
         await asyncio.sleep(0)
         go.set()

@@ -91,7 +91,7 @@ class SinkLayer(CacheLayerMixin):
         return self.key_factors.log2().round().to(torch.int8)
 
     def set_factors(self, rows: int | slice, factors: Tensor | None) -> None:
-        """Give rows, which have no tokens or tokens with them, factors ``[..., kv_heads, head_dim]``; None for ones."""
+        """Set the factors ``[..., kv_heads, head_dim]`` that the keys of rows are divided by; None for ones."""
         if self.key_factors is None and factors is not None:
             assert self.ring is not None
             batch, kv_heads, _, head_dim = self.ring.keys.shape
